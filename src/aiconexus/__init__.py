@@ -1,0 +1,53 @@
+"""AIConexus: agents find each other, prove who they are and talk directly.
+
+Names are imported when they are first used (PEP 562): `aiconexus.protocol` alone must not load aiortc,
+which costs 400 ms and 50 MiB.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aiconexus.client import GatewayClient
+    from aiconexus.core import Agent, Intent, Peer, Quote, capability
+    from aiconexus.protocol import DIDKey, Message
+    from aiconexus.protocol.errors import AIConexusError
+
+_HOME = {
+    "AIConexusError": "aiconexus.protocol.errors",
+    "Agent": "aiconexus.core",
+    "DIDKey": "aiconexus.protocol",
+    "GatewayClient": "aiconexus.client",
+    "Intent": "aiconexus.core",
+    "Message": "aiconexus.protocol",
+    "Peer": "aiconexus.core",
+    "Quote": "aiconexus.core",
+    "capability": "aiconexus.core",
+}
+
+__all__ = [
+    "AIConexusError",
+    "Agent",
+    "DIDKey",
+    "GatewayClient",
+    "Intent",
+    "Message",
+    "Peer",
+    "Quote",
+    "capability",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,42 @@
+"""Every size and every time of the protocol: name, unit, reason.
+
+Both sides read them here; the gateway announces the ones a client must obey in its first REGISTER.
+"""
+
+from typing import Final
+
+PROTOCOL_VERSION: Final = "1.0"
+SUBPROTOCOL: Final = "ioap.v1"
+ENDPOINT_PATH: Final = "/ws"
+DATA_CHANNEL_LABEL: Final = "ioap"
+
+# --- sizes -------------------------------------------------------------------------------------
+
+MESSAGE_MAX_BYTES: Final = 65_536  # one SDP with 100 candidates is 12 KiB
+MESSAGE_MAX_DEPTH: Final = 32  # nesting of objects and arrays; the envelope is level 1
+DATA_MESSAGE_MAX_BYTES: Final = 262_144  # aiortc and Chromium refuse a longer SCTP message
+NONCE_BYTES: Final = 32  # as long as the key that signs it: never the weakest part
+INTEGER_MAX: Final = 2**53 - 1  # I-JSON, RFC 7493 section 2.2: beyond it a double loses digits
+
+CAPABILITIES_MAX: Final = 32  # of one agent
+CAPABILITIES_MAX_BYTES: Final = 8_192  # together, as JSON; the gateway keeps them in memory
+AWAY_MAX_MESSAGES: Final = 64  # wait for a dropped session: an offer and its candidates
+AWAY_MAX_BYTES: Final = 65_536
+WRITE_QUEUE_MAX_BYTES: Final = 1_048_576  # 16 of the largest messages; above it: slow consumer
+REPLAY_GUARD_CAPACITY: Final = 65_536  # ids; 8 MiB, 270 messages a second over the window
+
+# --- times -------------------------------------------------------------------------------------
+
+REGISTER_TIMEOUT_SECONDS: Final = 10.0  # two round trips over a bad mobile link
+REGISTER_CLOCK_SKEW_SECONDS: Final = 60.0  # gateway and agent; the gateway's `time` shows the gap
+CLOCK_SKEW_SECONDS: Final = 120.0  # agent and agent: each may be off by the above
+PING_INTERVAL_SECONDS: Final = 25.0  # of silence; proxies and NATs drop after 30 to 60
+PONG_TIMEOUT_SECONDS: Final = 10.0
+AWAY_SECONDS: Final = 30.0  # a change of network takes a phone 5 to 20
+RECONNECT_BASE_SECONDS: Final = 0.5
+RECONNECT_MAX_SECONDS: Final = 30.0  # an outage that lasted is over for all within this time
+CONNECT_TIMEOUT_SECONDS: Final = 20.0  # ICE and DTLS over a relay; aiortc itself never gives up
+CALL_TIMEOUT_SECONDS: Final = 60.0
+REQUEST_TIMEOUT_SECONDS: Final = 10.0  # an answer from the gateway
+PEER_PING_INTERVAL_SECONDS: Final = 5.0  # aiortc notices a dead peer only after 63
+PEER_PONG_TIMEOUT_SECONDS: Final = 10.0

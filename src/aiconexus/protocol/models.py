@@ -1,0 +1,393 @@
+"""The messages of IoAP 1.0: one envelope, one payload model per type.
+
+The payload model is chosen by the envelope's `type`, never guessed from the payload's shape: an ANSWER
+is not parsed as an OFFER because both hold an `sdp`. Payloads refuse unknown fields; what is new goes
+into the envelope's `ext`, whose unknown keys are ignored.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime, timezone
+from enum import Enum
+from typing import Annotated, Any, ClassVar, Literal
+from uuid import uuid4
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    PrivateAttr,
+    SerializeAsAny,
+    StringConstraints,
+    model_validator,
+)
+from typing_extensions import Self
+
+from aiconexus.protocol.errors import CAUSES, DIDError, ErrorCode, MessageError
+from aiconexus.protocol.limits import PROTOCOL_VERSION
+
+# RFC 3339 section 5.6 in UTC. The offset form is refused: one instant, one kind of text.
+_TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z", re.ASCII)
+
+
+def _parse_timestamp(value: object) -> datetime:
+    if isinstance(value, datetime):
+        if value.tzinfo is None:
+            raise ValueError("a timestamp needs a time zone")
+        return value.astimezone(timezone.utc)
+    if not isinstance(value, str) or not _TIMESTAMP.fullmatch(value):
+        raise ValueError("not an RFC 3339 timestamp in UTC such as 2026-01-12T10:00:00Z")
+    seconds, _, fraction = value[:-1].partition(".")
+    moment = datetime.strptime(seconds, "%Y-%m-%dT%H:%M:%S")
+    return moment.replace(microsecond=int(fraction[:6].ljust(6, "0")), tzinfo=timezone.utc)
+
+
+def _format_timestamp(moment: datetime) -> str:
+    return moment.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+
+
+def _check_did(value: str) -> str:
+    from aiconexus.protocol.security import decode_did
+
+    try:
+        decode_did(value)
+    except DIDError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+Timestamp = Annotated[datetime, BeforeValidator(_parse_timestamp), PlainSerializer(_format_timestamp)]
+"""UTC; written with milliseconds, read with up to nine digits of a second."""
+
+DID = Annotated[str, AfterValidator(_check_did)]
+"""A canonical Ed25519 did:key of 56 characters (W3C did:key)."""
+
+MessageId = Annotated[
+    str, StringConstraints(pattern=r"^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}\z", strict=True)
+]
+"""A UUID in its text form (RFC 9562 section 4)."""
+
+
+class MessageType(str, Enum):
+    """`type` of the envelope."""
+
+    REGISTER = "REGISTER"
+    UNREGISTER = "UNREGISTER"
+    OFFER = "OFFER"
+    ANSWER = "ANSWER"
+    ICE_CANDIDATE = "ICE_CANDIDATE"
+    INTENT = "INTENT"
+    EXEC_REQUEST = "EXEC_REQUEST"
+    EXEC_RESPONSE = "EXEC_RESPONSE"
+    ERROR = "ERROR"
+    PING = "PING"
+    PONG = "PONG"
+    DISCOVER = "DISCOVER"
+    PRESENCE = "PRESENCE"
+
+
+class ExecStatus(str, Enum):
+    """`status` of an EXEC_RESPONSE; exactly one that `is_final` ends a call."""
+
+    SUCCESS = "success"
+    ERROR = "error"
+    PARTIAL = "partial"
+    PROGRESS = "progress"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether this response ends the call."""
+        return self in (ExecStatus.SUCCESS, ExecStatus.ERROR, ExecStatus.CANCELLED)
+
+
+class Payload(BaseModel):
+    """Base of all payloads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    type: ClassVar[MessageType]
+
+
+class RegisterPayload(Payload):
+    """The key that the sender will prove, written as in its DID (`z6Mk...`)."""
+
+    type = MessageType.REGISTER
+    public_key: str
+
+
+class UnregisterPayload(Payload):
+    """The agent leaves; nothing waits for it."""
+
+    type = MessageType.UNREGISTER
+    reason: str | None = None
+
+
+class OfferPayload(Payload):
+    """An SDP offer (RFC 8829); its DTLS fingerprint is bound to the DID by the message's signature."""
+
+    type = MessageType.OFFER
+    sdp: str
+
+
+class AnswerPayload(Payload):
+    """An SDP answer (RFC 8829)."""
+
+    type = MessageType.ANSWER
+    sdp: str
+
+
+class IceCandidatePayload(Payload):
+    """One trickled candidate (RFC 8838). The empty `candidate` is end-of-candidates."""
+
+    type = MessageType.ICE_CANDIDATE
+    candidate: str
+    sdp_mid: str | None = None
+    sdp_mline_index: int | None = Field(default=None, ge=0)
+
+
+class IntentPayload(Payload):
+    """What the sender wants: in words (`query`), structured (`task`), or the answer to that (`status`).
+
+    `status` "cancel" with the `correlation_id` of an EXEC_REQUEST asks to cancel that execution.
+    """
+
+    type = MessageType.INTENT
+    query: str | None = None
+    context: JsonValue = None
+    task: str | None = None
+    params: dict[str, JsonValue] | None = None
+    status: str | None = None
+    required_input: str | list[str] | None = None
+    cost: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.query is None and self.task is None and self.status is None:
+            raise ValueError("an INTENT needs query, task or status")
+        return self
+
+
+class ExecRequestPayload(Payload):
+    """Arguments of an execution; `ext.capability` of the envelope names the capability.
+
+    `timeout_ms` is what is left of the caller's deadline.
+    """
+
+    type = MessageType.EXEC_REQUEST
+    args: dict[str, JsonValue]
+    timeout_ms: int | None = Field(default=None, gt=0)
+    stream: bool | None = None
+
+
+class ExecResponsePayload(Payload):
+    """Result of an execution, or a part of it. The finer cause of an error is `ext.error.name`."""
+
+    type = MessageType.EXEC_RESPONSE
+    result: JsonValue = None
+    error: str | None = None
+    status: Annotated[ExecStatus, Field(strict=False)]
+    execution_time_ms: int | float | None = Field(default=None, ge=0)
+    stream_url: str | None = None
+
+
+class ErrorDetails(BaseModel):
+    """Finer cause of an ERROR; every field is optional and others are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+    num: int | None = None
+    name: str | None = None
+    temporary: bool | None = None
+    retry_after_ms: int | None = Field(default=None, ge=0)
+    field: str | None = None
+
+
+class ErrorPayload(Payload):
+    """A refusal; the envelope's `correlation_id` names the refused message."""
+
+    type = MessageType.ERROR
+    code: Annotated[ErrorCode, Field(strict=False)]
+    message: str
+    details: ErrorDetails | None = None
+
+    @classmethod
+    def for_cause(
+        cls, name: str, message: str = "", *, field: str | None = None, retry_after_ms: int | None = None
+    ) -> ErrorPayload:
+        """Build the ERROR of a cause in `errors.CAUSES`; `message` replaces its text."""
+        cause = CAUSES[name]
+        details: dict[str, Any] = {"num": cause.num, "name": cause.name, "temporary": cause.temporary}
+        if field is not None:
+            details["field"] = field
+        if retry_after_ms is not None:
+            details["retry_after_ms"] = retry_after_ms
+        return cls(code=cause.code, message=message or cause.message, details=ErrorDetails(**details))
+
+    @classmethod
+    def for_error(cls, error: MessageError) -> ErrorPayload:
+        """Build the ERROR that answers a refused message."""
+        return cls.for_cause(error.cause.name, str(error), field=error.field)
+
+
+class PingPayload(Payload):
+    """Asks for a PONG with the same `sequence`."""
+
+    type = MessageType.PING
+    sequence: int | None = None
+
+
+class PongPayload(Payload):
+    """Answers a PING; `correlation_id` is that PING's id."""
+
+    type = MessageType.PONG
+    sequence: int | None = None
+
+
+class DiscoverPayload(Payload):
+    """Asks the gateway for agents. The answer is PRESENCE, in pages of `limit`."""
+
+    type = MessageType.DISCOVER
+    capability: str | None = None
+    tag: str | None = None
+    dids: list[str] | None = None
+    watch: bool | None = None
+    limit: int = Field(default=50, ge=1, le=200)
+    cursor: str | None = None
+
+
+class PresencePayload(Payload):
+    """A page of agents, or one event of a watch."""
+
+    type = MessageType.PRESENCE
+    agents: list[dict[str, JsonValue]] = Field(default_factory=list)
+    event: Literal["join", "leave", "away", "update"] | None = None
+    cursor: str | None = None
+
+
+PAYLOADS: dict[MessageType, type[Payload]] = {
+    model.type: model
+    for model in (
+        RegisterPayload,
+        UnregisterPayload,
+        OfferPayload,
+        AnswerPayload,
+        IceCandidatePayload,
+        IntentPayload,
+        ExecRequestPayload,
+        ExecResponsePayload,
+        ErrorPayload,
+        PingPayload,
+        PongPayload,
+        DiscoverPayload,
+        PresencePayload,
+    )
+}
+
+
+class Capability(BaseModel):
+    """One thing an agent can do, as it registers it: `ext.capabilities` of REGISTER.
+
+    `input` and `output` are JSON Schemas (2020-12) of the arguments object and of the result.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+    name: str = Field(min_length=1, max_length=64)
+    description: str = Field(default="", max_length=1024)
+    tags: list[Annotated[str, StringConstraints(min_length=1, max_length=64)]] = Field(
+        default_factory=list, max_length=16
+    )
+    version: str = Field(default="1.0", max_length=32)
+    input: dict[str, JsonValue] | None = None
+    output: dict[str, JsonValue] | None = None
+    metadata: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+class Message(BaseModel):
+    """The envelope. Immutable: signing gives a new one.
+
+    `wire` holds the exact bytes, once there are any: those that arrived, or those that were signed.
+    Signatures are made and checked over these, never over a model that was dumped again.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
+
+    id: MessageId = Field(default_factory=lambda: str(uuid4()))
+    correlation_id: MessageId | None = None
+    timestamp: Timestamp = Field(default_factory=lambda: datetime.now(timezone.utc))
+    from_: DID = Field(alias="from")
+    to: DID
+    type: MessageType
+    payload: SerializeAsAny[Payload]
+    version: Literal["1.0"] = PROTOCOL_VERSION
+    signature: str | None = None
+    ext: dict[str, JsonValue] = Field(default_factory=dict)
+
+    _wire: bytes | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_payload(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("payload"), dict):
+            return data
+        try:
+            model = PAYLOADS[MessageType(data.get("type"))]
+        except ValueError:
+            return data  # the field `type` says what is wrong with it
+        return {**data, "payload": model.model_validate(data["payload"])}
+
+    @model_validator(mode="after")
+    def _payload_fits_type(self) -> Self:
+        if type(self.payload) is not PAYLOADS[self.type]:
+            raise ValueError(f"the payload of {self.type.value} is not a {type(self.payload).__name__}")
+        return self
+
+    @classmethod
+    def create(
+        cls,
+        from_: str,
+        to: str,
+        payload: Payload,
+        *,
+        correlation_id: str | None = None,
+        ext: dict[str, JsonValue] | None = None,
+    ) -> Message:
+        """Build an unsigned message; `type` follows from the payload, `id` and `timestamp` are new."""
+        return cls(
+            from_=from_,
+            to=to,
+            type=payload.type,
+            payload=payload,
+            correlation_id=correlation_id,
+            ext=ext or {},
+        )
+
+    def reply(self, payload: Payload, *, ext: dict[str, JsonValue] | None = None) -> Message:
+        """Build the unsigned answer to this message: its sender, its `id` as `correlation_id`."""
+        return self.create(self.to, self.from_, payload, correlation_id=self.id, ext=ext)
+
+    def envelope(self) -> dict[str, Any]:
+        """Return the JSON object of this message. Payload fields that were not set are left out."""
+        envelope: dict[str, Any] = {
+            "id": self.id,
+            "correlation_id": self.correlation_id,
+            "timestamp": _format_timestamp(self.timestamp),
+            "from": self.from_,
+            "to": self.to,
+            "type": self.type.value,
+            "payload": self.payload.model_dump(mode="json", exclude_unset=True),
+            "version": self.version,
+        }
+        if self.signature is not None:
+            envelope["signature"] = self.signature
+        if self.ext:
+            envelope["ext"] = self.ext
+        return envelope
+
+    @property
+    def wire(self) -> bytes | None:
+        """The exact bytes that arrived or were signed; None before that."""
+        return self._wire

@@ -1,0 +1,349 @@
+"""Identity: Ed25519 keys as W3C `did:key`, signatures over canonical JSON, and a guard against replay."""
+
+from __future__ import annotations
+
+import binascii
+import heapq
+import os
+import stat
+import time
+from base64 import b64decode, b64encode
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+import base58
+from nacl.exceptions import BadSignatureError
+from nacl.signing import SigningKey, VerifyKey
+
+from aiconexus.protocol.errors import (
+    DIDAlphabetError,
+    DIDCanonicalError,
+    DIDCodecError,
+    DIDLengthError,
+    DIDMethodError,
+    DIDMultibaseError,
+    DIDTypeError,
+    InvalidSignatureError,
+    KeyFileFormatError,
+    KeyFilePassphraseError,
+    KeyFilePermissionError,
+    ReplayedMessageError,
+    StaleMessageError,
+    WrongRecipientError,
+)
+from aiconexus.protocol.limits import CLOCK_SKEW_SECONDS, MESSAGE_MAX_BYTES, REPLAY_GUARD_CAPACITY
+from aiconexus.protocol.models import Message
+from aiconexus.protocol.serialization import canonicalize, dumps, loads, parse
+
+DID_PREFIX: Final = "did:key:"
+DID_LENGTH: Final = 56  # "did:key:" + "z" + 47 characters for 34 bytes that begin with 0xed
+_ED25519_CODEC: Final = b"\xed\x01"  # multicodec ed25519-pub, 0xed as an unsigned varint
+_ALPHABET: Final = frozenset(base58.BITCOIN_ALPHABET.decode())
+
+
+def encode_did(public_key: bytes) -> str:
+    """Write an Ed25519 public key of 32 bytes as a did:key."""
+    if len(public_key) != 32:
+        raise ValueError(f"an Ed25519 public key has 32 bytes, not {len(public_key)}")
+    return DID_PREFIX + "z" + base58.b58encode(_ED25519_CODEC + public_key).decode()
+
+
+@lru_cache(maxsize=4096)
+def _decode_did(text: str) -> bytes:
+    if not text.startswith(DID_PREFIX):
+        raise DIDMethodError("not a did:key", text)
+    identifier = text[len(DID_PREFIX) :]
+    if not identifier.startswith("z"):
+        raise DIDMultibaseError("the key is not base58btc (multibase z)", text)
+    if len(text) != DID_LENGTH:
+        raise DIDLengthError(f"an Ed25519 did:key has {DID_LENGTH} characters, this has {len(text)}", text)
+    if not _ALPHABET.issuperset(identifier):
+        raise DIDAlphabetError("a character that base58btc does not have", text)
+    decoded = base58.b58decode(identifier[1:])
+    if decoded[:2] != _ED25519_CODEC:
+        raise DIDCodecError("not an Ed25519 key (multicodec 0xed 0x01)", text)
+    key = decoded[2:]
+    if len(key) != 32 or encode_did(key) != text:
+        raise DIDCanonicalError("not the canonical form of its key", text)
+    return key
+
+
+def decode_did(text: str) -> bytes:
+    """Return the 32 bytes of the Ed25519 public key in a did:key.
+
+    Strict: 56 characters that encoding the key gives again, without fragment or query.
+
+    Raises:
+        DIDError: A subclass for each way to be wrong.
+    """
+    if not isinstance(text, str):
+        raise DIDTypeError("a DID is a string", text)
+    return _decode_did(text)
+
+
+def verify_signature(did: str, data: bytes, signature: bytes) -> bool:
+    """Tell whether `signature` (64 bytes, RFC 8032) over `data` was made with the key in `did`."""
+    try:
+        VerifyKey(decode_did(did)).verify(data, signature)
+    except (BadSignatureError, ValueError):
+        return False
+    return True
+
+
+class DIDKey:
+    """An Ed25519 key pair and its did:key. Its repr shows the DID only."""
+
+    __slots__ = ("_signing_key", "did", "public_key_bytes")
+
+    def __init__(self, signing_key: SigningKey) -> None:
+        self._signing_key = signing_key
+        self.public_key_bytes: Final[bytes] = bytes(signing_key.verify_key)
+        self.did: Final[str] = encode_did(self.public_key_bytes)
+
+    @classmethod
+    def generate(cls) -> DIDKey:
+        """Make a new key from the system's random source."""
+        return cls(SigningKey.generate())
+
+    @classmethod
+    def from_seed(cls, seed: bytes) -> DIDKey:
+        """Derive the key of a seed of 32 bytes (RFC 8032 section 5.1.5)."""
+        if len(seed) != 32:
+            raise ValueError(f"a seed has 32 bytes, not {len(seed)}")
+        return cls(SigningKey(seed))
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], passphrase: str | None = None) -> DIDKey:
+        """Read a key from a PKCS #8 PEM file (RFC 5958, RFC 8410), as `to_file` or OpenSSL writes it.
+
+        Raises:
+            FileNotFoundError: There is none.
+            KeyFilePermissionError: It is not encrypted and others than its owner may read it.
+            KeyFilePassphraseError: The passphrase is wrong, missing, or there is nothing to decrypt.
+            KeyFileFormatError: It holds no Ed25519 private key.
+        """
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+        path = Path(path)
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            pem = file.read(16_384)
+        encrypted = b"BEGIN ENCRYPTED PRIVATE KEY" in pem
+        if not encrypted and mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise KeyFilePermissionError(
+                path, f"mode {stat.S_IMODE(mode):04o} lets others read the key; run: chmod 600 {path}"
+            )
+        if encrypted and passphrase is None:
+            raise KeyFilePassphraseError(path, "the key is encrypted; give its passphrase")
+        if not encrypted and passphrase is not None:
+            raise KeyFilePassphraseError(path, "the key is not encrypted; give no passphrase")
+        try:
+            key = load_pem_private_key(pem, passphrase.encode() if passphrase is not None else None)
+        except ValueError as error:
+            if encrypted:
+                raise KeyFilePassphraseError(path, "wrong passphrase, or a damaged file") from error
+            raise KeyFileFormatError(path, "not a PKCS #8 PEM private key") from error
+        except Exception as error:  # cryptography's UnsupportedAlgorithm, and what its parser may raise
+            raise KeyFileFormatError(path, f"cannot be read: {error}") from error
+        if not isinstance(key, Ed25519PrivateKey):
+            raise KeyFileFormatError(path, "holds another kind of key than Ed25519")
+        return cls.from_seed(key.private_bytes_raw())
+
+    def to_file(self, path: str | os.PathLike[str], passphrase: str | None = None) -> None:
+        """Write the key to a new file of mode 0600, encrypted (PBES2) if a passphrase is given.
+
+        Raises:
+            FileExistsError: There is a file already; a key is never overwritten.
+        """
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+        from cryptography.hazmat.primitives.serialization import (
+            BestAvailableEncryption,
+            Encoding,
+            KeySerializationEncryption,
+            NoEncryption,
+            PrivateFormat,
+        )
+
+        if passphrase == "":
+            raise ValueError("the passphrase is empty")
+        encryption: KeySerializationEncryption = (
+            NoEncryption() if passphrase is None else BestAvailableEncryption(passphrase.encode())
+        )
+        key = Ed25519PrivateKey.from_private_bytes(bytes(self._signing_key))
+        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(pem)
+
+    @classmethod
+    def load_or_create(cls, path: str | os.PathLike[str], passphrase: str | None = None) -> DIDKey:
+        """Read the key at `path`; where there is none, make one and write it there."""
+        try:
+            return cls.from_file(path, passphrase)
+        except FileNotFoundError:
+            key = cls.generate()
+        try:
+            key.to_file(path, passphrase)
+        except FileExistsError:  # another process was faster: its key is the one
+            return cls.from_file(path, passphrase)
+        return key
+
+    @property
+    def public_key_base58(self) -> str:
+        """The public key as REGISTER carries it: the part of the DID after `did:key:`."""
+        return self.did[len(DID_PREFIX) :]
+
+    def sign(self, data: bytes) -> bytes:
+        """Return the Ed25519 signature of `data`, 64 bytes (RFC 8032)."""
+        return self._signing_key.sign(data).signature
+
+    def verify(self, data: bytes, signature: bytes) -> bool:
+        """Tell whether `signature` over `data` was made with this key."""
+        return verify_signature(self.did, data, signature)
+
+    def __repr__(self) -> str:
+        return f"DIDKey({self.did})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DIDKey) and self.did == other.did
+
+    def __hash__(self) -> int:
+        return hash(self.did)
+
+
+def sign_message(message: Message, key: DIDKey) -> Message:
+    """Return `message` signed by `key`, with its bytes in `wire`.
+
+    Raises:
+        InvalidSignatureError: `from` is not the key's DID.
+        MalformedMessageError: It has no canonical form.
+    """
+    if message.from_ != key.did:
+        raise InvalidSignatureError(
+            f"from is {message.from_}, the key is that of {key.did}", name="wrong_sender", field="from"
+        )
+    envelope = message.envelope()
+    envelope.pop("signature", None)
+    signature = b64encode(key.sign(canonicalize(envelope))).decode()
+    envelope["signature"] = signature
+    signed = message.model_copy(update={"signature": signature})
+    signed._wire = dumps(envelope)
+    return signed
+
+
+def verify_envelope(envelope: dict[str, Any]) -> None:
+    """Check the signature of a parsed envelope against the key in its `from`.
+
+    Raises:
+        InvalidSignatureError: It is missing, not base64 of 64 bytes, or does not verify.
+        DIDError: `from` holds no key.
+    """
+    text = envelope.get("signature")
+    if text is None:
+        raise InvalidSignatureError(name="missing_signature", field="signature")
+    try:
+        signature = b64decode(text, validate=True)
+    except (binascii.Error, ValueError, TypeError):
+        signature = b""
+    # One signature has one text (RFC 4648 section 3.5): trailing bits must be zero.
+    if len(signature) != 64 or b64encode(signature).decode() != text:
+        raise InvalidSignatureError("signature is not the base64 of 64 bytes", field="signature")
+    signed = {key: value for key, value in envelope.items() if key != "signature"}
+    if not verify_signature(envelope["from"], canonicalize(signed), signature):
+        raise InvalidSignatureError(field="signature")
+
+
+class ReplayGuard:
+    """Remembers the ids that were accepted for as long as their timestamps would pass, and refuses them.
+
+    Bounded: when it is full it forgets the oldest message and from then on refuses every message that is
+    not newer, so that forgetting never opens a way for a replay.
+    """
+
+    def __init__(self, window: float = CLOCK_SKEW_SECONDS, capacity: int = REPLAY_GUARD_CAPACITY) -> None:
+        """Args are the accepted distance of a timestamp from now in seconds, and the ids remembered."""
+        self.window = window
+        self.capacity = capacity
+        self._seen: set[tuple[str, str]] = set()
+        self._by_age: list[tuple[float, tuple[str, str]]] = []
+        self._floor = float("-inf")
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def accept(self, message: Message, now: float | None = None) -> None:
+        """Remember a message whose signature was verified.
+
+        Args:
+            message: The message.
+            now: Seconds since the epoch; the system's clock if None.
+
+        Raises:
+            StaleMessageError: Its timestamp is further than the window from `now`.
+            ReplayedMessageError: It was accepted before.
+        """
+        now = time.time() if now is None else now
+        moment = message.timestamp.timestamp()
+        if abs(moment - now) > self.window or moment <= self._floor:
+            raise StaleMessageError(
+                f"the message is {now - moment:+.0f} s old; at most ±{self.window:.0f} s are accepted: "
+                "check the clocks of both machines",
+                field="timestamp",
+                message_id=message.id,
+            )
+        while self._by_age and self._by_age[0][0] < now - self.window:
+            self._forget_oldest()
+        # UUIDs compare without regard to case (RFC 9562 section 4).
+        key = (message.from_, message.id.lower())
+        if key in self._seen:
+            raise ReplayedMessageError(field="id", message_id=message.id)
+        self._seen.add(key)
+        heapq.heappush(self._by_age, (moment, key))
+        if len(self._seen) > self.capacity:
+            self._floor = self._forget_oldest()
+
+    def _forget_oldest(self) -> float:
+        moment, key = heapq.heappop(self._by_age)
+        self._seen.discard(key)
+        return moment
+
+
+def verify_message(
+    data: bytes | str,
+    *,
+    recipient: str,
+    guard: ReplayGuard,
+    sender: str | None = None,
+    now: float | None = None,
+    limit: int = MESSAGE_MAX_BYTES,
+) -> Message:
+    """Parse a message and prove it: signature, recipient, time, and that it is new.
+
+    Args:
+        data: The bytes as they arrived.
+        recipient: The DID that `to` must be.
+        guard: Where accepted ids are remembered.
+        sender: The DID that `from` must be, where it is known.
+        now: Seconds since the epoch; the system's clock if None.
+        limit: Size limit in bytes.
+
+    Raises:
+        MessageError: A subclass for each way to be refused, with the ERROR to answer.
+    """
+    envelope = loads(data, limit=limit)
+    message = parse(envelope, data if isinstance(data, bytes) else data.encode())
+    try:
+        if sender is not None and message.from_ != sender:
+            raise InvalidSignatureError(
+                f"sent by {message.from_}, not by {sender}", name="wrong_sender", field="from"
+            )
+        verify_envelope(envelope)
+        if message.to != recipient:
+            raise WrongRecipientError(f"addressed to {message.to}, not to {recipient}", field="to")
+        guard.accept(message, now)
+    except InvalidSignatureError as error:
+        error.message_id = message.id
+        raise
+    return message
