@@ -11,7 +11,7 @@
     │   │   ├── DIDLengthError         not 56 characters
     │   │   ├── DIDAlphabetError       a character that base58btc does not have
     │   │   ├── DIDCodecError          another key type than Ed25519 (multicodec 0xed 0x01)
-    │   │   └── DIDCanonicalError      decodes, but is not how that key is written
+    │   │   └── DIDCanonicalError      a DID URL, or another text than how that key is written
     │   └── KeyFileError
     │       ├── KeyFilePermissionError readable by others
     │       ├── KeyFilePassphraseError wrong, missing or needless passphrase
@@ -102,6 +102,7 @@ def _causes() -> dict[str, Cause]:
         Cause(117, "invalid_payload", malformed, "the payload does not fit the message type"),
         Cause(118, "invalid_ext", malformed, "ext does not fit the message type"),
         Cause(119, "not_canonical", malformed, "a number has no canonical JSON form (RFC 8785)"),
+        Cause(120, "number_out_of_range", malformed, "a number is larger than a double can hold"),
         Cause(200, "bad_signature", signature, "the signature does not verify"),
         Cause(201, "missing_signature", signature, "this message must be signed"),
         Cause(202, "wrong_sender", signature, "from is not the DID that this session has proven"),
@@ -121,7 +122,7 @@ def _causes() -> dict[str, Cause]:
         Cause(404, "busy", refused, "the agent takes no more connections now", temporary=True),
         Cause(500, "register_timeout", ErrorCode.TIMEOUT, "no REGISTER in time", temporary=True),
         Cause(501, "deadline", ErrorCode.TIMEOUT, "not done in time", temporary=True),
-        Cause(600, "version", ErrorCode.UNSUPPORTED_VERSION, "this side speaks version 1.0 only"),
+        Cause(600, "unsupported_version", ErrorCode.UNSUPPORTED_VERSION, "this side speaks version 1.0 only"),
         Cause(700, "internal", ErrorCode.INTERNAL_ERROR, "a fault on this side", temporary=True),
         Cause(701, "unconfirmed", ErrorCode.INTERNAL_ERROR, "it may or may not have arrived", temporary=True),
     )
@@ -234,7 +235,7 @@ class DIDCodecError(DIDError):
 
 
 class DIDCanonicalError(DIDError):
-    """Decodes, but encoding the key again gives another text."""
+    """A DID URL (with path, query or fragment), or not how encoding the key writes it."""
 
 
 class KeyFileError(IdentityError):
@@ -289,7 +290,7 @@ class MalformedMessageError(MessageError):
 class UnsupportedVersionError(MessageError):
     """A `version` other than 1.0."""
 
-    default = "version"
+    default = "unsupported_version"
 
 
 class InvalidSignatureError(MessageError):

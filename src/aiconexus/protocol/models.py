@@ -8,9 +8,10 @@ into the envelope's `ext`, whose unknown keys are ignored.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from enum import Enum
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 from uuid import uuid4
 
 from pydantic import (
@@ -24,6 +25,8 @@ from pydantic import (
     PrivateAttr,
     SerializeAsAny,
     StringConstraints,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from typing_extensions import Self
@@ -48,7 +51,7 @@ def _parse_timestamp(value: object) -> datetime:
 
 
 def _format_timestamp(moment: datetime) -> str:
-    return moment.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+    return moment.astimezone(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _check_did(value: str) -> str:
@@ -67,9 +70,9 @@ Timestamp = Annotated[datetime, BeforeValidator(_parse_timestamp), PlainSerializ
 DID = Annotated[str, AfterValidator(_check_did)]
 """A canonical Ed25519 did:key of 56 characters (W3C did:key)."""
 
-MessageId = Annotated[
-    str, StringConstraints(pattern=r"^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}\z", strict=True)
-]
+UUID_PATTERN: Final = r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
+
+MessageId = Annotated[str, StringConstraints(pattern=rf"^{UUID_PATTERN}\z", strict=True)]
 """A UUID in its text form (RFC 9562 section 4)."""
 
 
@@ -229,8 +232,12 @@ class ErrorPayload(Payload):
 
     @classmethod
     def for_error(cls, error: MessageError) -> ErrorPayload:
-        """Build the ERROR that answers a refused message."""
-        return cls.for_cause(error.cause.name, str(error), field=error.field)
+        """Build the ERROR that answers a refused message.
+
+        It quotes at most 512 characters of it: an answer never outgrows what it answers.
+        """
+        field = error.field and error.field[:64]
+        return cls.for_cause(error.cause.name, str(error)[:512], field=field)
 
 
 class PingPayload(Payload):
@@ -328,16 +335,13 @@ class Message(BaseModel):
 
     _wire: bytes | None = PrivateAttr(default=None)
 
-    @model_validator(mode="before")
+    @field_validator("payload", mode="before")
     @classmethod
-    def _choose_payload(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not isinstance(data.get("payload"), dict):
-            return data
-        try:
-            model = PAYLOADS[MessageType(data.get("type"))]
-        except ValueError:
-            return data  # the field `type` says what is wrong with it
-        return {**data, "payload": model.model_validate(data["payload"])}
+    def _choose_payload(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = info.data.get("type")  # absent where it did not validate: then that is the error
+        if isinstance(value, dict) and kind is not None:
+            return PAYLOADS[kind].model_validate(value)
+        return value
 
     @model_validator(mode="after")
     def _payload_fits_type(self) -> Self:
@@ -368,6 +372,13 @@ class Message(BaseModel):
     def reply(self, payload: Payload, *, ext: dict[str, JsonValue] | None = None) -> Message:
         """Build the unsigned answer to this message: its sender, its `id` as `correlation_id`."""
         return self.create(self.to, self.from_, payload, correlation_id=self.id, ext=ext)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Copy the message. A copy with changes has no bytes yet, whatever this one was signed as."""
+        copy = super().model_copy(update=update, deep=deep)
+        if update:
+            copy._wire = None
+        return copy
 
     def envelope(self) -> dict[str, Any]:
         """Return the JSON object of this message. Payload fields that were not set are left out."""

@@ -6,6 +6,7 @@ import binascii
 import heapq
 import os
 import stat
+import tempfile
 import time
 from base64 import b64decode, b64encode
 from functools import lru_cache
@@ -56,6 +57,8 @@ def _decode_did(text: str) -> bytes:
     identifier = text[len(DID_PREFIX) :]
     if not identifier.startswith("z"):
         raise DIDMultibaseError("the key is not base58btc (multibase z)", text)
+    if len(text) > DID_LENGTH and text[DID_LENGTH] in "#?/;":
+        raise DIDCanonicalError(f"a DID URL; the DID is its first {DID_LENGTH} characters", text)
     if len(text) != DID_LENGTH:
         raise DIDLengthError(f"an Ed25519 did:key has {DID_LENGTH} characters, this has {len(text)}", text)
     if not _ALPHABET.issuperset(identifier):
@@ -72,7 +75,7 @@ def _decode_did(text: str) -> bytes:
 def decode_did(text: str) -> bytes:
     """Return the 32 bytes of the Ed25519 public key in a did:key.
 
-    Strict: 56 characters that encoding the key gives again, without fragment or query.
+    Strict: 56 characters that encoding the key gives again, without path, query or fragment.
 
     Raises:
         DIDError: A subclass for each way to be wrong.
@@ -83,7 +86,10 @@ def decode_did(text: str) -> bytes:
 
 
 def verify_signature(did: str, data: bytes, signature: bytes) -> bool:
-    """Tell whether `signature` (64 bytes, RFC 8032) over `data` was made with the key in `did`."""
+    """Tell whether `signature` (64 bytes, RFC 8032) over `data` was made with the key in `did`.
+
+    libsodium checks strictly: S below the group order, no key of small order, no other form of a key.
+    """
     try:
         VerifyKey(decode_did(did)).verify(data, signature)
     except (BadSignatureError, ValueError):
@@ -173,9 +179,16 @@ class DIDKey:
         )
         key = Ed25519PrivateKey.from_private_bytes(bytes(self._signing_key))
         pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(pem)
+        # Written beside and then linked: nobody ever reads half a key, and of two writers one loses.
+        descriptor, written = tempfile.mkstemp(prefix=".key-", dir=Path(path).parent)  # mode 0600
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(pem)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(written, path)
+        finally:
+            os.unlink(written)
 
     @classmethod
     def load_or_create(cls, path: str | os.PathLike[str], passphrase: str | None = None) -> DIDKey:
@@ -239,7 +252,10 @@ def verify_envelope(envelope: dict[str, Any]) -> None:
     Raises:
         InvalidSignatureError: It is missing, not base64 of 64 bytes, or does not verify.
         DIDError: `from` holds no key.
+        MalformedMessageError: The envelope has no canonical form.
     """
+    sender: Any = envelope.get("from")
+    decode_did(sender)
     text = envelope.get("signature")
     if text is None:
         raise InvalidSignatureError(name="missing_signature", field="signature")
@@ -251,15 +267,15 @@ def verify_envelope(envelope: dict[str, Any]) -> None:
     if len(signature) != 64 or b64encode(signature).decode() != text:
         raise InvalidSignatureError("signature is not the base64 of 64 bytes", field="signature")
     signed = {key: value for key, value in envelope.items() if key != "signature"}
-    if not verify_signature(envelope["from"], canonicalize(signed), signature):
+    if not verify_signature(sender, canonicalize(signed), signature):
         raise InvalidSignatureError(field="signature")
 
 
 class ReplayGuard:
     """Remembers the ids that were accepted for as long as their timestamps would pass, and refuses them.
 
-    Bounded: when it is full it forgets the oldest message and from then on refuses every message that is
-    not newer, so that forgetting never opens a way for a replay.
+    Bounded: when it is full it forgets the oldest message. Whatever it forgets, it refuses from then on
+    every message that is not newer: neither a full guard nor a clock that is set back lets a replay in.
     """
 
     def __init__(self, window: float = CLOCK_SKEW_SECONDS, capacity: int = REPLAY_GUARD_CAPACITY) -> None:
@@ -302,12 +318,11 @@ class ReplayGuard:
         self._seen.add(key)
         heapq.heappush(self._by_age, (moment, key))
         if len(self._seen) > self.capacity:
-            self._floor = self._forget_oldest()
+            self._forget_oldest()
 
-    def _forget_oldest(self) -> float:
-        moment, key = heapq.heappop(self._by_age)
+    def _forget_oldest(self) -> None:
+        self._floor, key = heapq.heappop(self._by_age)
         self._seen.discard(key)
-        return moment
 
 
 def verify_message(
@@ -333,7 +348,7 @@ def verify_message(
         MessageError: A subclass for each way to be refused, with the ERROR to answer.
     """
     envelope = loads(data, limit=limit)
-    message = parse(envelope, data if isinstance(data, bytes) else data.encode())
+    message = parse(envelope, data)
     try:
         if sender is not None and message.from_ != sender:
             raise InvalidSignatureError(

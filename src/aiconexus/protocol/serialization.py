@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from itertools import pairwise
 from math import isfinite
 from typing import Any
 
@@ -9,12 +12,20 @@ import orjson
 import rfc8785
 from pydantic import ValidationError
 
-from aiconexus.protocol.errors import MalformedMessageError, MessageError, UnsupportedVersionError
+from aiconexus.protocol.errors import CAUSES, MalformedMessageError, UnsupportedVersionError
 from aiconexus.protocol.limits import INTEGER_MAX, MESSAGE_MAX_BYTES, MESSAGE_MAX_DEPTH, PROTOCOL_VERSION
-from aiconexus.protocol.models import Message
+from aiconexus.protocol.models import UUID_PATTERN, Message
 
 # Keys from here on may sort differently as UTF-16 (RFC 8785 section 3.2.3) and as UTF-8 (orjson).
 _FIRST_KEY_OUT_OF_ORDER = "\ud800"
+
+_NAME_BY_FIELD = {
+    "id": "bad_id",
+    "correlation_id": "bad_id",
+    "from": "bad_did",
+    "to": "bad_did",
+    "type": "unknown_type",
+}
 
 
 def canonicalize(value: Any) -> bytes:
@@ -66,7 +77,8 @@ def _check(value: Any, depth: int) -> bool:
         for key, item in value.items():
             if type(key) is not str:
                 raise MalformedMessageError(f"the key {key!r} is not a string", name="not_canonical")
-            plain = _check(item, depth + 1) and plain and not (key and max(key) >= _FIRST_KEY_OUT_OF_ORDER)
+            in_order = key.isascii() or max(key) < _FIRST_KEY_OUT_OF_ORDER
+            plain = _check(item, depth + 1) and in_order and plain
         return plain
     if kind is list or kind is tuple:
         # A list, not a generator: every item is checked, whatever the first ones say.
@@ -89,22 +101,63 @@ def encode(message: Message, *, limit: int = MESSAGE_MAX_BYTES) -> bytes:
 
 
 def loads(data: bytes | str, *, limit: int = MESSAGE_MAX_BYTES) -> dict[str, Any]:
-    """Parse one JSON object of at most `limit` bytes.
+    """Parse one I-JSON object (RFC 7493) of at most `limit` bytes.
 
     Raises:
-        MalformedMessageError: It is none.
+        MalformedMessageError: It is none: also for a key that stands twice in one object, as parsers
+            disagree on which of the two counts, and what was verified must be what is read.
     """
-    if len(data) > limit:
+    try:
+        wire = data.encode() if isinstance(data, str) else bytes(data)
+    except UnicodeEncodeError:
+        raise MalformedMessageError(name="lone_surrogate") from None
+    if len(wire) > limit:
         raise MalformedMessageError(
-            f"the message has {len(data)} bytes; at most {limit} are read", name="too_large"
+            f"the message has {len(wire)} bytes; at most {limit} are read", name="too_large"
         )
     try:
-        value = orjson.loads(data)
+        value = orjson.loads(wire)
     except orjson.JSONDecodeError as error:
-        raise MalformedMessageError(f"not JSON: {error}", name="not_json") from None
+        raise _not_json(wire, str(error)) from None
     if not isinstance(value, dict):
         raise MalformedMessageError(name="not_object")
+    try:
+        _check(value, 1)
+        _DUPLICATES.decode(wire.decode())
+    except MalformedMessageError as error:
+        error.message_id = _readable_id(value)
+        raise
     return value
+
+
+def _not_json(wire: bytes, reason: str) -> MalformedMessageError:
+    """Name what orjson refused; its text tells the rest."""
+    name = "not_json"
+    try:
+        wire.decode()
+    except UnicodeDecodeError:
+        name = "invalid_utf8"
+    else:
+        if "surrogate" in reason:
+            name = "lone_surrogate"
+        elif "depth" in reason or "ecursion" in reason:
+            name = "too_deep"
+        elif "infinity" in reason:
+            name = "number_out_of_range"
+    return MalformedMessageError(f"{CAUSES[name].message}: {reason}", name=name)
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
+    if len(dict(pairs)) != len(pairs):
+        keys = sorted(key for key, _ in pairs)
+        key = next(key for key, other in pairwise(keys) if key == other)
+        raise MalformedMessageError(
+            f"the key {key[:64]!r} stands twice in one object", name="duplicate_key", field=key[:64]
+        )
+
+
+# orjson keeps the last of two equal keys and does not tell: this decoder is only asked for that.
+_DUPLICATES = json.JSONDecoder(object_pairs_hook=_refuse_duplicates)
 
 
 def decode(data: bytes | str, *, limit: int = MESSAGE_MAX_BYTES) -> Message:
@@ -114,37 +167,77 @@ def decode(data: bytes | str, *, limit: int = MESSAGE_MAX_BYTES) -> Message:
         UnsupportedVersionError: Its `version` is not 1.0.
         MalformedMessageError: It is not a message of this protocol.
     """
-    return parse(loads(data, limit=limit), data if isinstance(data, bytes) else data.encode())
+    return parse(loads(data, limit=limit), data)
 
 
-def parse(envelope: dict[str, Any], wire: bytes) -> Message:
-    """Turn a parsed envelope and the bytes it came from into a Message; see `decode`."""
+def parse(envelope: dict[str, Any], wire: bytes | str) -> Message:
+    """Turn an envelope that `loads` returned, and what it came from, into a Message; see `decode`."""
+    version = envelope.get("version")
+    if isinstance(version, str) and version != PROTOCOL_VERSION:
+        raise UnsupportedVersionError(
+            f"version {version[:16]!r} is not spoken here, only {PROTOCOL_VERSION}",
+            field="version",
+            message_id=_readable_id(envelope),
+        )
+    # The model has defaults for these, and another name for `from`, for those who build messages.
+    for field in ("id", "timestamp", "version"):
+        if field not in envelope:
+            raise _malformed("missing_field", field, envelope)
+    if "from_" in envelope:
+        raise _malformed("unknown_field", "from_", envelope)
     try:
-        _check(envelope, 1)
-        version = envelope.get("version")
-        if isinstance(version, str) and version != PROTOCOL_VERSION:
-            raise UnsupportedVersionError(
-                f"version {version!r} is not spoken here, only {PROTOCOL_VERSION}", field="version"
-            )
-        if "version" not in envelope or "timestamp" not in envelope or "id" not in envelope:
-            missing = next(key for key in ("id", "timestamp", "version") if key not in envelope)
-            raise MalformedMessageError(f"{missing} is missing", name="missing_field", field=missing)
-        if "from_" in envelope:
-            raise MalformedMessageError(name="unknown_field", field="from_")
         message = Message.model_validate(envelope)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "payload"
-        raise MalformedMessageError(
-            f"{field}: {first['msg']}", field=field, message_id=_readable_id(envelope)
-        ) from None
-    except MessageError as error:
-        error.message_id = _readable_id(envelope)
-        raise
-    message._wire = wire
+        raise _invalid(error, envelope) from None
+    message._wire = wire.encode() if isinstance(wire, str) else bytes(wire)
     return message
+
+
+def _invalid(error: ValidationError, envelope: dict[str, Any]) -> MalformedMessageError:
+    """Name the cause and the field of the first thing that pydantic refused."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    path = first["loc"]
+    field = str(path[0]) if path else "payload"
+    text = first["msg"].removeprefix("Value error, ")
+    if field not in envelope:
+        return _malformed("missing_field", field, envelope)
+    if field not in Message.model_fields and field != "from":
+        return _malformed("unknown_field", field, envelope)
+    if field == "payload":
+        return _malformed("invalid_payload", _payload_path(path, envelope), envelope, text)
+    if not isinstance(envelope[field], str):
+        kind = "an object" if field == "ext" else "a string"
+        return _malformed("wrong_type", field, envelope, f"not {kind}")
+    name = _NAME_BY_FIELD.get(field, "wrong_type")
+    return _malformed(name, field, envelope, "" if name in ("bad_id", "unknown_type") else text)
+
+
+def _payload_path(path: tuple[int | str, ...], envelope: dict[str, Any]) -> str:
+    """Return where in the payload the fault is, without the names that pydantic gives to union members."""
+    parts: list[str] = []
+    value: Any = envelope
+    for part in path:
+        if isinstance(value, dict):
+            value = value.get(str(part))
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        else:
+            break
+        parts.append(str(part))
+    return ".".join(parts) or "payload"
+
+
+def _malformed(name: str, field: str, envelope: dict[str, Any], text: str = "") -> MalformedMessageError:
+    # The sender chose the names of unknown fields: what goes into logs and ERRORs is short and printable.
+    field = field[:64] if field.isprintable() else repr(field)[1:65]
+    return MalformedMessageError(
+        f"{field}: {text or CAUSES[name].message}",
+        name=name,
+        field=field,
+        message_id=_readable_id(envelope),
+    )
 
 
 def _readable_id(envelope: dict[str, Any]) -> str | None:
     value = envelope.get("id")
-    return value if isinstance(value, str) and len(value) == 36 else None
+    return value if isinstance(value, str) and re.fullmatch(UUID_PATTERN, value) else None
