@@ -10,7 +10,7 @@ import sys
 
 from setuptools import Extension, setup
 
-MODULES = ["_frames"]
+MODULES = ["_frames", "_routing", "_timers", "_connection"]
 
 
 def extensions() -> list[Extension]:

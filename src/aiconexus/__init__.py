@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from aiconexus.protocol import DIDKey, Message
     from aiconexus.protocol.errors import AIConexusError
 
+__version__ = "0.1.0"
+
 _HOME = {
     "AIConexusError": "aiconexus.protocol.errors",
     "Agent": "aiconexus.core",

@@ -1,0 +1,1 @@
+"""The AIConexus gateway: the signaling server, never in the data plane."""

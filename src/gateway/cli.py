@@ -1,0 +1,176 @@
+"""The command `aiconexus-gateway`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from aiconexus import __version__
+from aiconexus.protocol import DIDKey
+from aiconexus.protocol.errors import KeyFileError
+from aiconexus.protocol.limits import ENDPOINT_PATH
+from gateway.config import Settings
+
+_PROTOCOL, _LOGS = "Protocol", "Logs"
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+
+
+def _fail(text: str) -> NoReturn:
+    Console(stderr=True, highlight=False).print(f"[bold red]aiconexus-gateway:[/] {text}", soft_wrap=True)
+    raise SystemExit(1)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"aiconexus-gateway {__version__}")
+        raise typer.Exit
+
+
+def _banner(settings: Settings, key: DIDKey, port: int) -> None:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    rows = [
+        ("agents dial", f"ws://{host}:{port}{ENDPOINT_PATH}"),
+        ("health", f"http://{host}:{port}/health"),
+        (
+            "identity",
+            key.did + ("" if settings.identity else "  (new at every start; keep one with --identity)"),
+        ),
+        ("workers", f"{settings.workers}   (pid {os.getpid()})"),
+    ]
+    if settings.public_urls:
+        rows.insert(1, ("public", ", ".join(settings.public_urls)))
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        print(f"AIConexus gateway {__version__}", *(f"{name}: {value}" for name, value in rows), sep="\n  ")  # noqa: T201
+        sys.stdout.flush()
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(f"[dim]{name}[/]", value)
+    console.print(Panel(table, title=f"[bold]AIConexus gateway {__version__}[/]", expand=False))
+
+
+@app.command(help="Run the AIConexus gateway: agents register here, find each other and exchange offers.")
+def serve(
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all. [default: 127.0.0.1]")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on; 0 takes a free one. [default: 8000]")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes. This version runs one. [default: 1]")
+    ] = None,
+    identity: Annotated[
+        Path | None,
+        typer.Option(
+            help="PEM file with the gateway's key, made if there is none. [default: a new key at every start]"
+        ),
+    ] = None,
+    public_url: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="URL that agents dial, such as wss://gateway.example/ws; may be given several times. Agents "
+            "must sign one of them. [default: whatever their Host header says]"
+        ),
+    ] = None,
+    register_timeout: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds that a new connection has to register. [default: 10]", rich_help_panel=_PROTOCOL
+        ),
+    ] = None,
+    ping_interval: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds of silence before a WebSocket ping. [default: 25]", rich_help_panel=_PROTOCOL
+        ),
+    ] = None,
+    pong_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds to wait for the answer. [default: 10]", rich_help_panel=_PROTOCOL),
+    ] = None,
+    away: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds that a dropped agent may take to resume. [default: 30]", rich_help_panel=_PROTOCOL
+        ),
+    ] = None,
+    idle_timeout: Annotated[
+        float | None,
+        typer.Option(
+            help="Close sessions that sent no message for so many seconds; 0 for never. [default: 0]",
+            rich_help_panel=_PROTOCOL,
+        ),
+    ] = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="debug, info, warning or error. [default: info]", rich_help_panel=_LOGS)
+    ] = None,
+    log_format: Annotated[
+        str | None, typer.Option(help="console or json. [default: console]", rich_help_panel=_LOGS)
+    ] = None,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Run the gateway until SIGTERM or SIGINT."""
+    given: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "workers": workers,
+        "identity": identity,
+        "public_urls": tuple(public_url) if public_url else None,
+        "register_timeout": register_timeout,
+        "ping_interval": ping_interval,
+        "pong_timeout": pong_timeout,
+        "away": away,
+        "idle_timeout": idle_timeout,
+        "log_level": log_level,
+        "log_format": log_format,
+    }
+    try:
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = "--" + str(first["loc"][0]).replace("_", "-").replace("public-urls", "public-url")
+        _fail(f"{name}: {first['msg']}")
+
+    try:
+        import uvloop
+
+        from gateway import log
+        from gateway.server import Gateway
+    except ImportError as error:
+        _fail(
+            f"the compiled part of the gateway is missing ({error.name or error}): install a C compiler and "
+            "run `pip install --force-reinstall --no-binary aiconexus aiconexus`."
+        )
+
+    log.configure(settings.log_level, settings.log_format)
+    try:
+        key = DIDKey.load_or_create(settings.identity) if settings.identity else DIDKey.generate()
+        gateway = Gateway(settings, key)
+        uvloop.run(gateway.serve(lambda bound: _banner(settings, key, bound)))
+    except KeyFileError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="aiconexus-gateway")
+
+
+if __name__ == "__main__":
+    main()

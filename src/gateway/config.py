@@ -1,0 +1,48 @@
+"""Settings of a gateway: command line over environment (AICONEXUS_GATEWAY_*) over defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from aiconexus.protocol.limits import (
+    AWAY_SECONDS,
+    PING_INTERVAL_SECONDS,
+    PONG_TIMEOUT_SECONDS,
+    REGISTER_TIMEOUT_SECONDS,
+)
+
+MAX_WORKERS = 1  # more need the inter-worker path
+
+
+def _websocket_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("ws", "wss") or not parts.hostname:
+        raise ValueError(f"{url!r} is not a WebSocket URL such as wss://gateway.example/ws")
+    return url
+
+
+Seconds = Annotated[float, Field(gt=0, le=3600)]
+
+
+class Settings(BaseSettings):
+    """All settings with their defaults; times are in seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="AICONEXUS_GATEWAY_", extra="forbid", frozen=True)
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    workers: int = Field(default=1, ge=1, le=MAX_WORKERS)
+    identity: Path | None = None
+    public_urls: Annotated[tuple[Annotated[str, AfterValidator(_websocket_url)], ...], NoDecode] = ()
+    register_timeout: Seconds = REGISTER_TIMEOUT_SECONDS
+    ping_interval: Seconds = PING_INTERVAL_SECONDS
+    pong_timeout: Seconds = PONG_TIMEOUT_SECONDS
+    away: float = Field(default=AWAY_SECONDS, ge=0, le=3600)
+    idle_timeout: float = Field(default=0.0, ge=0)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["console", "json"] = "console"

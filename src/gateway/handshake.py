@@ -1,0 +1,240 @@
+"""The server-first REGISTER handshake, without I/O: what to send, and whether the answer proves a DID."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from base64 import urlsafe_b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+from pydantic import TypeAdapter, ValidationError
+
+from aiconexus.protocol import (
+    Capability,
+    DIDKey,
+    InvalidSignatureError,
+    MalformedMessageError,
+    Message,
+    RegisterPayload,
+    sign_message,
+    verify_envelope,
+)
+from aiconexus.protocol.errors import StaleMessageError, WrongRecipientError
+from aiconexus.protocol.limits import (
+    AWAY_MAX_BYTES,
+    AWAY_MAX_MESSAGES,
+    CAPABILITIES_MAX,
+    CAPABILITIES_MAX_BYTES,
+    MESSAGE_MAX_BYTES,
+    NONCE_BYTES,
+    REGISTER_CLOCK_SKEW_SECONDS,
+)
+from aiconexus.protocol.serialization import loads, parse
+
+_CAPABILITIES = TypeAdapter(list[Capability])
+_DEFAULT_PORTS = {"ws": 80, "wss": 443}
+
+
+@dataclass(frozen=True, slots=True)
+class Handshake:
+    """What a connection must remember until its REGISTER: `timeout` is in seconds."""
+
+    nonce: str
+    host: str
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """A proven REGISTER. `capabilities` is the JSON of the list, as bytes."""
+
+    message: Message
+    capabilities: bytes
+    resume_token: str | None
+
+    @property
+    def did(self) -> str:
+        """The DID that was proven."""
+        return self.message.from_
+
+
+def _token() -> str:
+    return urlsafe_b64encode(secrets.token_bytes(NONCE_BYTES)).rstrip(b"=").decode()
+
+
+def _authority(url: str) -> tuple[str, str, int | None]:
+    """Return scheme, host and port of a WebSocket URL; raises ValueError if it is none."""
+    parts = urlsplit(url)
+    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
+        raise ValueError(f"not a WebSocket URL: {url!r}")
+    return parts.scheme, parts.hostname, parts.port or _DEFAULT_PORTS[parts.scheme]
+
+
+class Registrar:
+    """Makes nonces and checks proofs for one gateway.
+
+    Args:
+        key: The gateway's identity.
+        public_urls: The URLs under which agents may dial; where there are none, the audience's host and
+            port must be those of the request's `Host`.
+        register_timeout: Seconds from the 101 response to a complete REGISTER.
+        ping_interval: Announced, in seconds.
+        away: How long a dropped session is kept, in seconds.
+    """
+
+    def __init__(
+        self,
+        key: DIDKey,
+        *,
+        public_urls: Sequence[str] = (),
+        register_timeout: float,
+        ping_interval: float,
+        away: float,
+    ) -> None:
+        self.key = key
+        self.did = key.did
+        self._audiences = {(*_authority(url), urlsplit(url).path) for url in public_urls}
+        self._timeout = register_timeout
+        self._ping_interval_ms = round(ping_interval * 1000)
+        self._limits: dict[str, Any] = {
+            "message_max_bytes": MESSAGE_MAX_BYTES,
+            "capabilities_max": CAPABILITIES_MAX,
+            "capabilities_max_bytes": CAPABILITIES_MAX_BYTES,
+            "away_ms": round(away * 1000),
+            "away_max_messages": AWAY_MAX_MESSAGES,
+            "away_max_bytes": AWAY_MAX_BYTES,
+            "register_timeout_ms": round(register_timeout * 1000),
+        }
+
+    def begin(self, host: str) -> tuple[Handshake, bytes]:
+        """Return the state of a new connection that asked for `host`, and the REGISTER to send it."""
+        handshake = Handshake(nonce=_token(), host=host, timeout=self._timeout)
+        message = Message.create(
+            self.did,
+            self.did,  # the agent is not known yet
+            RegisterPayload(public_key=self.key.public_key_base58),
+            ext={
+                "nonce": handshake.nonce,
+                "features": ["resume"],
+                "limits": self._limits,
+                "ping_interval_ms": self._ping_interval_ms,
+                "time": round(time.time() * 1000),
+            },
+        )
+        return handshake, self._sign(message)
+
+    def check(self, handshake: Handshake, data: bytes) -> Registration:
+        """Check the first message of a connection.
+
+        The cheap checks come first: a stranger costs one Ed25519 verification at most.
+
+        Raises:
+            MessageError: It does not prove the DID in `from`; holds the ERROR to answer.
+            DIDError: `from` is no canonical DID.
+        """
+        envelope = loads(data)
+        message = parse(envelope, data)
+        try:
+            if not isinstance(message.payload, RegisterPayload):
+                raise MalformedMessageError(
+                    f"the first message must be REGISTER, not {message.type.value}",
+                    name="unexpected_type",
+                    field="type",
+                )
+            capabilities = self._capabilities(message.ext.get("capabilities", []))
+            resume_token = message.ext.get("resume")
+            if resume_token is not None and not isinstance(resume_token, str):
+                raise MalformedMessageError(
+                    "ext.resume is not a string", name="invalid_ext", field="ext.resume"
+                )
+            if message.to != self.did:
+                raise WrongRecipientError(f"to is not this gateway, {self.did}", field="to")
+            if "did:key:" + message.payload.public_key != message.from_:
+                raise InvalidSignatureError(name="wrong_key", field="payload.public_key")
+            nonce = message.ext.get("nonce")
+            if not isinstance(nonce, str) or not secrets.compare_digest(
+                nonce.encode(), handshake.nonce.encode()
+            ):
+                raise InvalidSignatureError(name="wrong_nonce", field="ext.nonce")
+            self._check_audience(message.ext.get("aud"), handshake.host)
+            late = time.time() - message.timestamp.timestamp()
+            if abs(late) > REGISTER_CLOCK_SKEW_SECONDS:
+                raise StaleMessageError(
+                    f"the timestamp is {late:+.0f} s from the time here; at most "
+                    f"±{REGISTER_CLOCK_SKEW_SECONDS:.0f} s are accepted: check the clock",
+                    field="timestamp",
+                )
+            verify_envelope(envelope)
+        except (MalformedMessageError, InvalidSignatureError) as error:
+            error.message_id = message.id
+            raise
+        return Registration(message, capabilities, resume_token)
+
+    def accept(self, registration: Registration, *, session: str, resume_token: str, resumed: bool) -> bytes:
+        """Return the answer to a REGISTER that was accepted."""
+        return self._sign(
+            registration.message.reply(
+                RegisterPayload(public_key=self.key.public_key_base58),
+                ext={
+                    "session": session,
+                    "resume_token": resume_token,
+                    "ice_servers": [],
+                    "resumed": resumed,
+                },
+            )
+        )
+
+    @staticmethod
+    def new_resume_token() -> str:
+        """Return a token that cannot be guessed, for one resume."""
+        return _token()
+
+    def _sign(self, message: Message) -> bytes:
+        wire = sign_message(message, self.key).wire
+        assert wire is not None
+        return wire
+
+    def _capabilities(self, value: object) -> bytes:
+        field = "ext.capabilities"
+        if not isinstance(value, list) or len(value) > CAPABILITIES_MAX:
+            raise MalformedMessageError(
+                f"{field} is not a list of at most {CAPABILITIES_MAX}", name="invalid_ext", field=field
+            )
+        data = orjson.dumps(value)
+        if len(data) > CAPABILITIES_MAX_BYTES:
+            raise MalformedMessageError(
+                f"{field} has {len(data)} bytes; at most {CAPABILITIES_MAX_BYTES} are kept",
+                name="invalid_ext",
+                field=field,
+            )
+        try:
+            names = [capability.name for capability in _CAPABILITIES.validate_python(value)]
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            where = ".".join((field, *map(str, first["loc"])))
+            raise MalformedMessageError(f"{where}: {first['msg']}", name="invalid_ext", field=where) from None
+        if len(set(names)) != len(names):
+            raise MalformedMessageError(f"{field} names one twice", name="invalid_ext", field=field)
+        return data
+
+    def _check_audience(self, audience: object, host: str) -> None:
+        """The signature covers the URL that the agent dialled, so that nobody can pass the proof on."""
+        try:
+            scheme, name, port = _authority(audience if isinstance(audience, str) else "")
+            if self._audiences:
+                matches = (scheme, name, port, urlsplit(str(audience)).path) in self._audiences
+            else:
+                # `Host` leaves the default port out; which one that is the dialled scheme tells.
+                _, host_name, host_port = _authority(f"{scheme}://{host}")
+                matches = (name, port) == (host_name, host_port)
+        except ValueError:
+            matches = False
+        if not matches:
+            shown = str(audience)[:120]
+            raise InvalidSignatureError(
+                f"ext.aud {shown!r} is not an address of this gateway", name="wrong_audience", field="ext.aud"
+            )

@@ -1,0 +1,49 @@
+"""Logging: structlog to standard error, as text for people or as JSON lines for collectors."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import structlog
+
+
+def configure(level: str, style: str) -> None:
+    """Set up structlog for the process; `style` is "console" or "json"."""
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if style == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=24)
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+class PicowsLog(logging.LoggerAdapter[logging.Logger]):
+    """What picows logs through: only faults of this program pass.
+
+    An adapter, because for a plain logger picows makes a child logger per connection. What picows says
+    of a peer's protocol errors the gateway logs itself, once and with the agent's name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.getLogger("picows"), {})
+
+    def isEnabledFor(self, level: int) -> bool:  # noqa: N802
+        """Spare picows the work of building texts that nobody reads."""
+        return level >= logging.ERROR
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        """Pass what carries an exception on to structlog."""
+        if kwargs.get("exc_info"):
+            structlog.get_logger("picows").error(str(msg) % args if args else str(msg), exc_info=True)

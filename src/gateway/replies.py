@@ -1,0 +1,63 @@
+"""Messages that the gateway itself sends to a registered agent.
+
+They are not signed: the gateway could drop or invent them anyway. They are built without the models, for
+an ERROR must stay cheap when somebody provokes many; a test checks them against the models.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import Any
+from uuid import uuid4
+
+import orjson
+
+from aiconexus.protocol.errors import CAUSES, close_code
+from aiconexus.protocol.limits import PROTOCOL_VERSION
+
+
+def _envelope(kind: str, sender: str, to: str, correlation_id: str | None, payload: dict[str, Any]) -> bytes:
+    return orjson.dumps(
+        {
+            "id": str(uuid4()),
+            "correlation_id": correlation_id,
+            "timestamp": datetime.now(timezone.utc).isoformat(timespec="milliseconds")[:-6] + "Z",
+            "from": sender,
+            "to": to,
+            "type": kind,
+            "payload": payload,
+            "version": PROTOCOL_VERSION,
+        }
+    )
+
+
+def error(
+    sender: str,
+    to: str,
+    name: str,
+    *,
+    message: str = "",
+    field: str | None = None,
+    correlation_id: str | None = None,
+) -> bytes:
+    """Return an ERROR for the cause `name`; `message` replaces the cause's text."""
+    cause = CAUSES[name]
+    details: dict[str, Any] = {"num": cause.num, "name": cause.name, "temporary": cause.temporary}
+    if field is not None:
+        details["field"] = field
+    payload = {"code": cause.code.value, "message": message or cause.message, "details": details}
+    return _envelope("ERROR", sender, to, correlation_id, payload)
+
+
+def pong(sender: str, to: str, correlation_id: str, sequence: int | None) -> bytes:
+    """Return the PONG to a PING."""
+    return _envelope("PONG", sender, to, correlation_id, {} if sequence is None else {"sequence": sequence})
+
+
+def close_reason(code: int, retry_after_ms: int | None = None) -> bytes:
+    """Return the reason text of a CLOSE frame, which tells the client when to come back."""
+    row = close_code(code)
+    reason: dict[str, Any] = {"n": row.name}
+    if row.reconnect:
+        reason["r"] = row.retry_after_ms if retry_after_ms is None else retry_after_ms
+    return orjson.dumps(reason)

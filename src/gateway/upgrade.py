@@ -1,0 +1,98 @@
+"""The HTTP side of the public port: the WebSocket upgrade (RFC 6455 section 4.2) and `GET /health`."""
+
+from __future__ import annotations
+
+import struct
+from http import HTTPStatus
+
+import orjson
+from multidict import CIMultiDict
+from picows import WSUpgradeRequest, WSUpgradeResponse
+
+from aiconexus.protocol.limits import ENDPOINT_PATH, SUBPROTOCOL
+
+HEALTH_PATH = "/health"
+
+
+class FirstFrameResponse(WSUpgradeResponse):
+    """A 101 response with the server's first text frame behind it, in one packet."""
+
+    __slots__ = ("first_message",)
+    first_message: bytes
+
+    def to_bytes(self) -> bytearray:
+        """Return the response and the frame (unmasked, RFC 6455 section 5.2)."""
+        data = super().to_bytes()
+        size = len(self.first_message)
+        data += bytes((0x81, size)) if size < 126 else struct.pack("!BBH", 0x81, 126, size)
+        data += self.first_message
+        return data
+
+
+def response(status: HTTPStatus, text: str, **headers: str) -> WSUpgradeResponse:
+    """Build a refusal with a sentence for the person who reads it."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    refusal: WSUpgradeResponse = WSUpgradeResponse.create_error_response(status, text.encode() + b"\n", named)
+    return refusal
+
+
+def health(state: dict[str, object]) -> WSUpgradeResponse:
+    """Build the answer to `GET /health`."""
+    answer: WSUpgradeResponse = WSUpgradeResponse.create_ok_response(
+        orjson.dumps(state) + b"\n", {"Content-Type": "application/json", "Cache-Control": "no-store"}
+    )
+    return answer
+
+
+def path_of(request: WSUpgradeRequest) -> str:
+    """Return the path without its query."""
+    return request.path.partition(b"?")[0].decode("latin-1")
+
+
+def _tokens(headers: CIMultiDict[str], name: str) -> list[str]:
+    """Split the list in all headers of a name (RFC 9110 section 5.6.1)."""
+    return [
+        token.strip() for value in headers.getall(name, ()) for token in value.split(",") if token.strip()
+    ]
+
+
+def refuse(request: WSUpgradeRequest) -> WSUpgradeResponse | None:
+    """Check what picows does not, and mend what it is too strict about; None if the upgrade may go on."""
+    headers = request.headers
+    if path_of(request) != ENDPOINT_PATH:
+        return response(HTTPStatus.NOT_FOUND, f"the WebSocket endpoint is {ENDPOINT_PATH}")
+    if len(headers.getall("Host", ())) != 1:
+        return response(HTTPStatus.BAD_REQUEST, "exactly one Host header is required")
+    if "websocket" not in (token.lower() for token in _tokens(headers, "Upgrade")):
+        return response(
+            HTTPStatus.UPGRADE_REQUIRED,
+            "this is a WebSocket endpoint",
+            Upgrade="websocket",
+            Sec_WebSocket_Version="13",
+        )
+    if "upgrade" not in (token.lower() for token in _tokens(headers, "Connection")):
+        return response(HTTPStatus.BAD_REQUEST, "the Connection header does not name Upgrade")
+    if headers.get("Sec-WebSocket-Version") != "13":
+        return response(
+            HTTPStatus.UPGRADE_REQUIRED, "only WebSocket version 13 is spoken", Sec_WebSocket_Version="13"
+        )
+    offered = _tokens(headers, "Sec-WebSocket-Protocol")
+    if offered and SUBPROTOCOL not in offered:
+        return response(HTTPStatus.BAD_REQUEST, f"the subprotocol is {SUBPROTOCOL}")
+    # Firefox and many proxies send "keep-alive, Upgrade"; picows compares the whole header.
+    headers["Connection"] = "Upgrade"
+    headers["Upgrade"] = "websocket"
+    return None
+
+
+def accept(request: WSUpgradeRequest, first_message: bytes) -> FirstFrameResponse:
+    """Build the 101 response; picows adds Sec-WebSocket-Accept."""
+    accepted = FirstFrameResponse()
+    accepted.version = b"HTTP/1.1"
+    accepted.status = HTTPStatus.SWITCHING_PROTOCOLS
+    accepted.headers = CIMultiDict({"Upgrade": "websocket", "Connection": "Upgrade"})
+    if _tokens(request.headers, "Sec-WebSocket-Protocol"):
+        accepted.headers["Sec-WebSocket-Protocol"] = SUBPROTOCOL
+    accepted.body = None
+    accepted.first_message = first_message
+    return accepted

@@ -1,0 +1,114 @@
+"""Fixtures for all tests: real gateway processes on free ports of 127.0.0.1."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+START_SECONDS = 30.0
+
+
+class GatewayProcess:
+    """One gateway with the log it writes; it can be stopped, killed and started again on its port."""
+
+    def __init__(self, options: tuple[str, ...], log: Path) -> None:
+        self._options = options
+        self._log = log
+        self._process: subprocess.Popen[str] | None = None
+        self._stderr: IO[str] | None = None
+        self.port = 0
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"ws://127.0.0.1:{self.port}/ws"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it and wait until it listens."""
+        assert self._process is None
+        self._stderr = self._log.open("a")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "gateway.server", "--port", str(self.port), *self._options],
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            name, _, value = line.strip().partition(": ")
+            if name == "agents dial":
+                self.port = int(value.rsplit(":", 1)[1].partition("/")[0])
+            if name == "workers":  # the last line of the banner
+                return
+        raise AssertionError(f"the gateway did not start:\n{self.log}")
+
+    def stop(self) -> int:
+        """SIGTERM; return its exit status."""
+        return self._end(signal.SIGTERM)
+
+    def kill(self) -> int:
+        """SIGKILL: no goodbye to anybody."""
+        return self._end(signal.SIGKILL)
+
+    def _end(self, number: signal.Signals) -> int:
+        if self._process is None:
+            return 0
+        process, self._process = self._process, None
+        process.send_signal(number)
+        try:
+            return process.wait(START_SECONDS)
+        finally:
+            assert process.stdout is not None
+            assert self._stderr is not None
+            process.stdout.close()
+            self._stderr.close()
+
+    @property
+    def log(self) -> str:
+        """What it has logged so far."""
+        return self._log.read_text()
+
+    def health(self) -> dict[str, Any]:
+        """Return what GET /health says."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=10) as response:
+            state: dict[str, Any] = json.load(response)
+        return state
+
+
+@pytest.fixture
+def start_gateway(tmp_path: Path) -> Iterator[Callable[..., GatewayProcess]]:
+    """Start gateways with options; each is stopped, and none may have logged a fault."""
+    started: list[GatewayProcess] = []
+
+    def start(*options: str) -> GatewayProcess:
+        log = tmp_path / f"gateway-{len(started)}.log"
+        started.append(GatewayProcess(("--log-format", "json", *options), log))
+        return started[-1]
+
+    yield start
+    for gateway in started:
+        gateway.stop()
+    for gateway in started:
+        faults = [
+            line for line in gateway.log.splitlines() if '"level": "error"' in line or "Traceback" in line
+        ]
+        assert not faults, "\n".join(faults)
+
+
+@pytest.fixture
+def gateway(start_gateway: Callable[..., GatewayProcess]) -> GatewayProcess:
+    """A gateway with default settings."""
+    return start_gateway()
