@@ -1,0 +1,157 @@
+"""The load client: the Python face of bench/_load.c."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NamedTuple
+
+from bench import compile as build
+from bench.websocket import WebSocket
+
+TEXT, BINARY = 0x1, 0x2
+
+_SECOND = 1e9  # ns
+
+
+class LoadError(Exception):
+    """A message was lost, reordered or altered, or the server closed a connection."""
+
+
+class Template(NamedTuple):
+    """A message whose sequence number is written into eight hex digits at the offset `digits`."""
+
+    payload: bytes
+    digits: int
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An open, registered connection: what it sends, and what its partner makes it receive."""
+
+    connection: WebSocket
+    sends: Template
+    receives: Template
+    opcode: int = TEXT
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """What one run saw. Latencies are from send (open loop: from the scheduled time) to receipt."""
+
+    messages: int
+    seconds: float
+    client_cpu_seconds: float
+    p50_ms: float
+    p99_ms: float
+
+
+class _Connection(ctypes.Structure):
+    _fields_ = [
+        ("sends", ctypes.c_char_p),
+        ("receives", ctypes.c_char_p),
+        ("sends_bytes", ctypes.c_uint32),
+        ("receives_bytes", ctypes.c_uint32),
+        ("sends_sequence", ctypes.c_uint32),
+        ("receives_sequence", ctypes.c_uint32),
+        ("fd", ctypes.c_int32),
+        ("opcode", ctypes.c_uint32),
+    ]
+
+
+class _Result(ctypes.Structure):
+    _fields_ = [
+        ("sent", ctypes.c_uint64),
+        ("received", ctypes.c_uint64),
+        ("elapsed_ns", ctypes.c_uint64),
+        ("client_cpu_ns", ctypes.c_uint64),
+        ("p50_ns", ctypes.c_uint64),
+        ("p99_ns", ctypes.c_uint64),
+        ("failure", ctypes.c_char * 256),
+    ]
+
+
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(build.library("load")))
+    library.load_open.argtypes = [
+        ctypes.POINTER(_Connection),
+        ctypes.c_uint32,
+        ctypes.c_uint32,
+        ctypes.c_bool,
+    ]
+    library.load_open.restype = ctypes.c_void_p
+    library.load_run.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_uint64,
+        ctypes.c_uint32,
+        ctypes.POINTER(_Result),
+    ]
+    library.load_run.restype = None
+    library.load_close.argtypes = [ctypes.c_void_p]
+    library.load_close.restype = None
+    return library
+
+
+class Load:
+    """Drives endpoints, two and two of them partners that send to each other.
+
+    Args:
+        endpoints: An even number of them; 2i and 2i + 1 are partners.
+        burst: Messages per write.
+        spin: Never sleep. For a client with a core of its own, whose waking up would add some 0.1 ms to
+            every latency; without one it would take the server's time.
+    """
+
+    def __init__(self, endpoints: Sequence[Endpoint], burst: int = 1, *, spin: bool = False) -> None:
+        self._library = _library()
+        specs = (_Connection * len(endpoints))()
+        for spec, endpoint in zip(specs, endpoints, strict=True):
+            spec.sends, spec.sends_sequence = endpoint.sends
+            spec.receives, spec.receives_sequence = endpoint.receives
+            spec.sends_bytes = len(endpoint.sends.payload)
+            spec.receives_bytes = len(endpoint.receives.payload)
+            spec.fd = endpoint.connection.fileno()
+            spec.opcode = endpoint.opcode
+        self._handle = self._library.load_open(specs, len(endpoints), burst, spin)
+        if not self._handle:
+            raise LoadError("the load client takes pairs of sockets and messages of 126 to 65,535 bytes")
+
+    def run(self, seconds: float, rate: int = 0) -> LoadResult:
+        """Send for `seconds`, then wait for what is under way (5 s of silence at most).
+
+        Args:
+            seconds: Duration of the sending.
+            rate: Messages per second over all endpoints, on a fixed schedule (open loop); 0: closed
+                loop, in which who has received a burst sends the next.
+
+        Raises:
+            LoadError: Not every message arrived once, unaltered and in order.
+        """
+        result = _Result()
+        self._library.load_run(self._handle, round(seconds * _SECOND), rate, ctypes.byref(result))
+        if result.failure:
+            raise LoadError(result.failure.decode(errors="replace"))
+        return LoadResult(
+            messages=result.received,
+            seconds=result.elapsed_ns / _SECOND,
+            client_cpu_seconds=result.client_cpu_ns / _SECOND,
+            p50_ms=result.p50_ns / 1e6,
+            p99_ms=result.p99_ns / 1e6,
+        )
+
+    def close(self) -> None:
+        """Free the load client; the sockets stay open."""
+        self._library.load_close(self._handle)
+
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
