@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,13 @@ from typing import IO, Any
 import pytest
 
 START_SECONDS = 30.0
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """On CI everything is installed, so a skipped test is a test that should have run."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") and reporter is not None and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 class GatewayProcess:

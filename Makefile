@@ -1,0 +1,61 @@
+# `make demo` and `make test` need Python 3.10 or newer, a C compiler, make and git; nothing else.
+
+PYTHON ?= python3
+DEV := .venv
+RELEASE := .venv-release
+EXTENSION_SOURCES := $(wildcard ext/gateway/*.pyx ext/gateway/*.pxd ext/gateway/*.h) setup.py
+SOURCES := $(EXTENSION_SOURCES) $(shell find src -name '*.py' -o -name '*.pyi') pyproject.toml
+
+.PHONY: help demo test lint build test-pythons bench clean
+
+help:
+	@echo "make demo          two agents meet through a gateway and work together"
+	@echo "make test          build with checks, lint, and run all tests"
+	@echo "make test-pythons  build and run the tests on the oldest and the newest Python (nox)"
+	@echo "make bench         measure the relay and the parts of its path"
+	@echo "make clean         remove what was built"
+
+demo: $(RELEASE)/.ready
+	$(RELEASE)/bin/python examples/demo.py
+
+test: lint
+	$(DEV)/bin/python -m pytest tests
+
+lint: build
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/ruff format --check .
+	$(DEV)/bin/mypy
+	$(DEV)/bin/lint-imports
+	$(DEV)/bin/cython-lint --max-line-length 110 ext
+
+build: build/.test
+
+test-pythons: $(DEV)/.ready
+	$(DEV)/bin/nox --session tests
+
+bench: $(RELEASE)/.ready
+	$(RELEASE)/bin/pip install --quiet '.[bench]'
+	$(RELEASE)/bin/python -m pytest bench --benchmark-only
+	$(RELEASE)/bin/python -m bench.relay --write
+
+clean:
+	rm -rf build $(DEV) $(RELEASE) .nox src/*.egg-info src/gateway/*.so ext/gateway/*.c
+
+$(DEV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(DEV)
+	AICONEXUS_EXTENSIONS=none $(DEV)/bin/pip install --quiet --editable '.[dev]'
+	touch $@
+
+# An installed copy, built as a user gets it. The demo and the benchmarks run on it.
+$(RELEASE)/.ready: $(SOURCES)
+	$(PYTHON) -m venv $(RELEASE)
+	AICONEXUS_EXTENSIONS=required $(RELEASE)/bin/pip install --quiet .
+	touch $@
+
+# In place, with bounds checks. A performance hint of Cython is an error: something nogil is not.
+build/.test: $(DEV)/.ready $(EXTENSION_SOURCES)
+	mkdir -p build
+	AICONEXUS_EXTENSIONS=required AICONEXUS_BUILD=test $(DEV)/bin/python setup.py -q build_ext --inplace --force \
+		> build/extensions.log 2>&1 || { cat build/extensions.log; exit 1; }
+	! grep -i "performance hint" build/extensions.log
+	touch $@
