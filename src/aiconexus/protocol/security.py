@@ -141,7 +141,7 @@ class DIDKey:
             raise KeyFilePermissionError(
                 path, f"mode {stat.S_IMODE(mode):04o} lets others read the key; run: chmod 600 {path}"
             )
-        if encrypted and passphrase is None:
+        if encrypted and not passphrase:
             raise KeyFilePassphraseError(path, "the key is encrypted; give its passphrase")
         if not encrypted and passphrase is not None:
             raise KeyFilePassphraseError(path, "the key is not encrypted; give no passphrase")

@@ -62,8 +62,9 @@ def _check(value: Any, depth: int) -> bool:
         return True
     if kind is int:
         if not -INTEGER_MAX <= value <= INTEGER_MAX:
+            shown = value if value.bit_length() < 256 else f"of {value.bit_length()} bits"
             raise MalformedMessageError(
-                f"the integer {value} is outside ±(2^53 - 1): send it as a string", name="not_canonical"
+                f"the integer {shown} is outside ±(2^53 - 1): send it as a string", name="not_canonical"
             )
         return True
     if kind is float:
