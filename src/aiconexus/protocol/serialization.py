@@ -43,7 +43,7 @@ def canonicalize(value: Any) -> bytes:
             return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
         return rfc8785.dumps(value)
     except (TypeError, ValueError) as error:  # orjson.JSONEncodeError is a TypeError
-        raise MalformedMessageError(f"cannot be signed: {error}", name="not_canonical") from None
+        raise _not_writable("signed", error) from None
 
 
 def dumps(value: Any) -> bytes:
@@ -52,7 +52,16 @@ def dumps(value: Any) -> bytes:
         _check(value, 1)
         return orjson.dumps(value)
     except TypeError as error:
-        raise MalformedMessageError(f"cannot be sent: {error}", name="not_canonical") from None
+        raise _not_writable("sent", error) from None
+
+
+def _not_writable(what: str, error: Exception) -> MalformedMessageError:
+    """Name what is left to go wrong after `_check`: text that has no UTF-8 form."""
+    if isinstance(error, UnicodeError) or "UTF-8" in str(error):
+        return MalformedMessageError(
+            f"cannot be {what}: a text holds half a surrogate pair", name="lone_surrogate"
+        )
+    return MalformedMessageError(f"cannot be {what}: {error}", name="not_canonical")
 
 
 def _check(value: Any, depth: int) -> bool:
