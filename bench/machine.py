@@ -14,7 +14,7 @@ _PACKAGES = ("aiconexus", "picows", "uvloop", "orjson", "PyNaCl")
 
 
 def describe() -> dict[str, str | int]:
-    """Return processor, cores this process may use, memory and kernel."""
+    """Return processor, cores this process may use, memory, kernel and TCP congestion control."""
     model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
@@ -22,6 +22,7 @@ def describe() -> dict[str, str | int]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory / 2**30),
         "kernel": platform.release(),
+        "congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
     }
 
 

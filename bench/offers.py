@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from bench.load import Template
 
 from aiconexus.protocol import DIDKey, Message, OfferPayload, encode, sign_message
@@ -15,6 +17,7 @@ _SDP = (
 )
 
 
+@cache  # every round and server sends the same
 def offer(sender: DIDKey, target: DIDKey) -> Template:
     """Build an OFFER whose `id` begins with eight hex digits for the sequence number.
 

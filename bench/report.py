@@ -119,7 +119,7 @@ def markdown(
     """Write all modes for RESULTS.md."""
     lines = [
         f"{datetime.now(timezone.utc):%Y-%m-%d}, {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['memory_gib']} GiB, Linux {machine['kernel']}; "
+        f"{machine['memory_gib']} GiB, Linux {machine['kernel']}, TCP {machine['congestion_control']}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ".",
         "",

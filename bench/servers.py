@@ -198,11 +198,11 @@ def _check_extensions() -> None:
             spec = None
         if spec is None or spec.origin is None:
             raise ServerError(
-                f"gateway.{source.stem} is not built: run `AICONEXUS_EXTENSIONS=required pip install -e .`"
+                f"gateway.{source.stem} is not built: run `AICONEXUS_EXTENSIONS=required pip install .`"
             )
         # Release builds carry no debug information (-g0 in setup.py), test builds do.
         if b".debug_info" in Path(spec.origin).read_bytes():
             raise ServerError(
                 f"gateway.{source.stem} is a test build, with checks that cost time: "
-                "run `AICONEXUS_BUILD=release AICONEXUS_EXTENSIONS=required pip install -e .`"
+                "run `AICONEXUS_BUILD=release AICONEXUS_EXTENSIONS=required pip install .`"
             )

@@ -1,0 +1,111 @@
+"""Micro benchmarks of the parts of a message's way: `pytest bench --benchmark-only`.
+
+They show where time goes and what a change did; none asserts a time.
+"""
+
+from __future__ import annotations
+
+import orjson
+import pytest
+from bench.offers import offer
+
+from aiconexus.protocol import DIDKey, canonicalize, decode, encode, sign_message, verify_envelope
+
+pytest.importorskip("pytest_benchmark")
+
+ROUTES = 10_000  # agents of one worker; more do not fit a core's L2 cache
+
+
+@pytest.fixture(scope="module")
+def key():
+    return DIDKey.generate()
+
+
+@pytest.fixture(scope="module")
+def data(key):
+    """A signed OFFER of 600 bytes."""
+    return offer(key, DIDKey.generate()).payload
+
+
+@pytest.fixture(scope="module")
+def message(data):
+    return decode(data)
+
+
+@pytest.fixture(scope="module")
+def unsigned(message):
+    return message.model_copy(update={"signature": None})
+
+
+@pytest.fixture(scope="module")
+def signed_part(data):
+    """The envelope that a signature covers."""
+    envelope = orjson.loads(data)
+    del envelope["signature"]
+    return envelope
+
+
+@pytest.mark.benchmark(group="parse")
+def test_scan(benchmark, data):
+    """Scan with the Python face of the scanner; the router calls its C function."""
+    frames = pytest.importorskip("gateway._frames")
+    assert benchmark(frames.scan, data).status == "ok"
+
+
+@pytest.mark.benchmark(group="parse")
+def test_orjson_loads(benchmark, data):
+    """Parse the same bytes: what a gateway without a scanner pays at least."""
+    assert benchmark(orjson.loads, data)["type"] == "OFFER"
+
+
+@pytest.mark.benchmark(group="parse")
+def test_decode(benchmark, data):
+    """Parse and validate into a Message."""
+    assert benchmark(decode, data).wire == data
+
+
+@pytest.mark.benchmark(group="route")
+def test_route_lookup(benchmark):
+    """Look up one agent among many, by the Python face of the routing table."""
+    routing = pytest.importorskip("gateway._routing")
+    table = routing.RoutingTable()
+    agents = [DIDKey.generate().did.encode() for _ in range(ROUTES)]
+    for index, did in enumerate(agents):
+        table.set(did, index, 1)
+    assert benchmark(table.get, agents[ROUTES // 2]) == (ROUTES // 2, 1)
+
+
+@pytest.mark.benchmark(group="sign")
+def test_sign(benchmark, key, unsigned):
+    """Canonicalize, sign, and write the bytes."""
+    assert benchmark(sign_message, unsigned, key).wire is not None
+
+
+@pytest.mark.benchmark(group="sign")
+def test_sign_bytes(benchmark, key, signed_part):
+    """Ed25519 alone."""
+    assert len(benchmark(key.sign, canonicalize(signed_part))) == 64
+
+
+@pytest.mark.benchmark(group="verify")
+def test_verify(benchmark, data):
+    """Canonicalize and verify a parsed envelope."""
+    benchmark(verify_envelope, orjson.loads(data))
+
+
+@pytest.mark.benchmark(group="serialize")
+def test_encode(benchmark, unsigned):
+    """Write a Message that was never on the wire."""
+    assert benchmark(encode, unsigned)
+
+
+@pytest.mark.benchmark(group="serialize")
+def test_canonicalize(benchmark, signed_part):
+    """Write what is signed (RFC 8785)."""
+    assert benchmark(canonicalize, signed_part)
+
+
+@pytest.mark.benchmark(group="serialize")
+def test_canonicalize_with_float(benchmark, signed_part):
+    """Write what orjson would write differently: the way through the `rfc8785` package."""
+    assert benchmark(canonicalize, {**signed_part, "ext": {"score": 0.5}})
