@@ -237,6 +237,7 @@ REFUSED = {
     "from too short": (document(from_=f'"{ALICE[:-1]}"'), "bad_did", "from"),
     "to too long": (document(to=f'"{BOB}1"'), "bad_did", "to"),
     "to of another key type": (document(to=f'"did:key:zQ3s{BOB[12:]}"'), "bad_did", "to"),
+    "0 right behind the prefix": (document(to=f'"{BOB[:12]}0{BOB[13:]}"'), "bad_did", "to"),
     "to of another method": (document(to='"did:web:example.com"'), "bad_did", "to"),
     **{
         f"{letter} is not in base58btc": (document(from_=f'"{ALICE[:-1]}{letter}"'), "bad_did", "from")
