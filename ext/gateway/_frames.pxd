@@ -88,8 +88,9 @@ cdef struct Span:
     Py_ssize_t size         # in bytes
 
 
-# What a scan found. A span is set, and `type` known, only where the value is well formed and the only
-# one of its name, whether or not the message is accepted; so a refusal can name the id it is about.
+# What a scan found. A span is set, and `type` known, only where the value is well formed and, as far as
+# the message was read, the only one of its name. That holds for refused messages too, so that a refusal
+# can name the id it is about.
 cdef struct Envelope:
     MessageType type
     EnvelopeField field     # at fault, or in which the fault lies; FIELD_NONE where it lies in none
