@@ -21,6 +21,7 @@ demo: $(RELEASE)/.ready
 test: lint
 	$(DEV)/bin/python -m pytest tests
 
+lint: export PATH := $(CURDIR)/$(DEV)/bin:$(PATH)  # cython-lint calls pycodestyle
 lint: build
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
