@@ -153,7 +153,7 @@ def serve(
     except ImportError as error:
         _fail(
             f"the compiled part of the gateway is missing ({error.name or error}): install a C compiler and "
-            "run `pip install --force-reinstall --no-binary aiconexus aiconexus`."
+            "install aiconexus from source again, with AICONEXUS_EXTENSIONS=required to see what fails."
         )
 
     log.configure(settings.log_level, settings.log_format)
