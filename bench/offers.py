@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
-from bench.load import Template
-
 from aiconexus.protocol import DIDKey, Message, OfferPayload, encode, sign_message
+from bench.load import Template
 
 MESSAGE_BYTES = 600  # an OFFER without candidates; those follow by trickle ICE (RFC 8838)
 

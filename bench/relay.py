@@ -17,6 +17,10 @@ from itertools import product
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from aiconexus.protocol import DIDKey
 from bench import machine, report
 from bench.compile import CompileError
 from bench.cpu import Cores, choose_cores, cpu_time, pin
@@ -24,10 +28,6 @@ from bench.load import Load, LoadError
 from bench.report import Comparison, Figures
 from bench.servers import Floor, Gateway, RunningGateway, Server, ServerError
 from bench.websocket import WebSocketError
-from rich.console import Console
-from rich.progress import Progress
-
-from aiconexus.protocol import DIDKey
 
 WARM_UP_SECONDS = 0.3  # sockets and buffers reach their size; not measured
 

@@ -15,14 +15,13 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
+from aiconexus.protocol import DIDKey, Message, MessageType, RegisterPayload, decode, encode, sign_message
+from aiconexus.protocol.limits import ENDPOINT_PATH, SUBPROTOCOL
 from bench import compile as build
 from bench.cpu import pin
 from bench.load import Endpoint
 from bench.offers import offer
 from bench.websocket import WebSocket
-
-from aiconexus.protocol import DIDKey, Message, MessageType, RegisterPayload, decode, encode, sign_message
-from aiconexus.protocol.limits import ENDPOINT_PATH, SUBPROTOCOL
 
 START_TIMEOUT = 20.0  # s
 STOP_TIMEOUT = 10.0  # s; then SIGKILL

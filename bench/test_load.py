@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from bench.load import Endpoint, Load, LoadError
-from bench.offers import MESSAGE_BYTES, offer
 
 from aiconexus.protocol import DIDKey
+from bench.load import Endpoint, Load, LoadError
+from bench.offers import MESSAGE_BYTES, offer
 
 FRAME_BYTES = 8 + MESSAGE_BYTES  # masked, 16-bit length
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import orjson
 import pytest
-from bench.offers import offer
 
 from aiconexus.protocol import DIDKey, canonicalize, decode, encode, sign_message, verify_envelope
+from bench.offers import offer
 
 pytest.importorskip("pytest_benchmark")
 
