@@ -89,6 +89,15 @@ class GatewayProcess:
         """What it has logged so far."""
         return self._log.read_text()
 
+    def log_lines(self) -> list[dict[str, Any]]:
+        """Return what it has logged so far, if its log format is json."""
+        return [json.loads(line) for line in self.log.splitlines() if line.startswith("{")]
+
+    def assert_no_faults(self) -> None:
+        """Fail if it has logged a fault of its own."""
+        faults = [line for line in self.log.splitlines() if '"level": "error"' in line or "Traceback" in line]
+        assert not faults, self.log
+
     def health(self) -> dict[str, Any]:
         """Return what GET /health says."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=10) as response:
@@ -110,10 +119,16 @@ def start_gateway(tmp_path: Path) -> Iterator[Callable[..., GatewayProcess]]:
     for gateway in started:
         gateway.stop()
     for gateway in started:
-        faults = [
-            line for line in gateway.log.splitlines() if '"level": "error"' in line or "Traceback" in line
-        ]
-        assert not faults, "\n".join(faults)
+        gateway.assert_no_faults()
+
+
+@pytest.fixture(scope="module")
+def shared_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    """A gateway with default settings for all tests of a file that leave it as they found it."""
+    gateway = GatewayProcess(("--log-format", "json"), tmp_path_factory.mktemp("gateway") / "gateway.log")
+    yield gateway
+    gateway.stop()
+    gateway.assert_no_faults()
 
 
 @pytest.fixture

@@ -66,7 +66,13 @@ cdef uint32_t frame_size(const char* frame, uint32_t* header) noexcept nogil:
 
 
 cdef int fire(void* owner) except -1:
-    return (<Connection>owner).on_timer()
+    cdef Connection connection = <Connection>owner
+    try:
+        connection.on_timer()
+    except Exception:
+        # The fault of one must not stop the clock of the others.
+        connection.router.handler.on_fault(connection)
+    return 0
 
 
 cdef class Router:
@@ -74,8 +80,8 @@ cdef class Router:
 
     Args:
         handler: Gets what is not routed: `on_message(connection, data)`, `on_refused_frame(connection,
-            name, close_code)`, `on_slow_consumer(target, sender, data)`, `on_timeout(connection, name)`
-            and `on_closed(connection)`.
+            name, close_code)`, `on_slow_consumer(target, sender, data)`, `on_timeout(connection, name)`,
+            `on_fault(connection)` and `on_closed(connection)`.
         message_max: Bytes of a message that is routed.
         write_queue_max: Bytes that may wait at one connection.
         ping_interval: Seconds of silence before a WebSocket ping.
@@ -273,16 +279,22 @@ cdef class Connection(WSListener):
             self.transport.underlying_transport.abort()
 
     def take_undelivered(self):
-        """Return the messages that the socket has not taken whole, oldest first, and forget them."""
+        """Return the messages that the socket has not taken whole, oldest first, and forget them.
+
+        A frame whose rest uvloop is writing may still get through. It stays until that is known: it is
+        dropped when it is out, and returned by a call after the connection has ended.
+        """
         cdef list messages = []
-        cdef uint32_t position = 0
+        cdef uint32_t kept = self.in_flight if self.state != CLOSED else 0
+        cdef uint32_t position = kept
         cdef uint32_t header, size
         while position < self.out_size:
             size = frame_size(self.out + position, &header)
             messages.append(PyBytes_FromStringAndSize(self.out + position + header, size - header))
             position += size
-        self.out_size = self.in_flight = 0
-        self.release_queue()
+        self.out_size = self.in_flight = kept
+        if kept == 0:
+            self.release_queue()
         return messages
 
     # --- picows --------------------------------------------------------------------------------
@@ -321,6 +333,7 @@ cdef class Connection(WSListener):
 
     cpdef on_ws_disconnected(self, WSTransport transport):
         cdef Router router = self.router
+        cdef Route* route
         self.state = CLOSED
         router.timers.cancel(&self.timer)
         router.connections[self.index] = None
@@ -329,6 +342,10 @@ cdef class Connection(WSListener):
             router.handler.on_closed(self)
             router.flush()
         finally:
+            # Whatever went wrong: the next connection with this index must not get this agent's messages.
+            route = router.table.find(self.did + DID_PREFIX_SIZE)
+            if route != NULL and route.connection == self.index:
+                router.table.unbind(self.did + DID_PREFIX_SIZE, route.epoch)
             self.session = self.handshake = self.fragments = self.transport = None
 
     cpdef pause_writing(self):
@@ -379,14 +396,12 @@ cdef class Connection(WSListener):
         """Take every frame that is not a whole text message (RFC 6455 sections 5.4 and 5.5)."""
         cdef object handler = self.router.handler
         cdef bytes data
-        if self.state == CLOSED:
+        if self.state == CLOSED or (self.state == CLOSING and frame.msg_type != WSMsgType.CLOSE):
             return 0
         if frame.rsv1 | frame.rsv2 | frame.rsv3:  # no extension is ever negotiated
             handler.on_refused_frame(self, "reserved_bits", 1002)
         elif frame.msg_type == WSMsgType.CLOSE:
             self.receive_close(frame)
-        elif self.state == CLOSING:
-            pass
         elif frame.msg_type == WSMsgType.PING:
             # Only the latest ping needs an answer (section 5.5.3): a client that does not read gets none.
             if not self.is_blocked:
@@ -422,6 +437,7 @@ cdef class Connection(WSListener):
         # Section 7.4: these never travel, or belong to nobody.
         if code < 1000 or code > 4999 or 1004 <= code <= 1006 or 1015 <= code <= 2999:
             self.router.handler.on_refused_frame(self, "close_code", 1002)
+            self.transport.disconnect()  # both sides have said it
             return
         if self.state != CLOSING:
             self.state = CLOSING
@@ -464,6 +480,8 @@ cdef class Connection(WSListener):
         cdef uint32_t position, size, header
         if self.is_blocked or self.out_size == 0 or self.state >= CLOSING:
             return 0
+        if self.transport.is_close_frame_sent:
+            return 0  # by picows, for a frame that it refused: nothing may follow (section 5.5.1)
         sent = send(self.socket, self.out, self.out_size, MSG_DONTWAIT | MSG_NOSIGNAL)
         if sent == <ssize_t>self.out_size:
             self.out_size = 0

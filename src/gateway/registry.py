@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -51,11 +51,18 @@ class Session:
 
     def hold(self, data: bytes) -> bool:
         """Keep a message for the return of an agent that is away; tell whether it fits."""
+        return self._hold(data, deque.append)
+
+    def hold_first(self, data: bytes) -> bool:
+        """Keep a message that is older than those that wait; tell whether it fits."""
+        return self._hold(data, deque.appendleft)
+
+    def _hold(self, data: bytes, put: Callable[[deque[bytes], bytes], None]) -> bool:
         if self.waiting is None:
             self.waiting = deque()
         if len(self.waiting) >= AWAY_MAX_MESSAGES or self.waiting_bytes + len(data) > AWAY_MAX_BYTES:
             return False
-        self.waiting.append(data)
+        put(self.waiting, data)
         self.waiting_bytes += len(data)
         return True
 

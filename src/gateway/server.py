@@ -6,7 +6,7 @@ import asyncio
 import random
 import signal
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 
@@ -84,6 +84,9 @@ class Gateway:
         self._started_at = time.monotonic()
         self._is_draining = False
         self._is_empty = asyncio.Event()
+        # Messages on their way back to their senders. Returning one can close a slow sender, whose own
+        # queue then goes back: a list, not a recursion as deep as there are slow agents.
+        self._returning: deque[tuple[bytes, str]] = deque()
 
     # --- HTTP ----------------------------------------------------------------------------------
 
@@ -207,8 +210,10 @@ class Gateway:
         for message in done.held:
             if not done.resumed:
                 self._return(message, "away_expired")
-            elif scan(message).type not in ("REGISTER", "PONG"):  # those belonged to the old connection
-                self._send(connection, message)
+            elif scan(message).type in ("REGISTER", "PONG"):
+                pass  # those belonged to the old connection
+            elif not self._send(connection, message):
+                self._return(message, "slow_consumer")
         self._log.debug("registered", did=registration.did, peer=connection.peer, resumed=done.resumed)
 
     def _end_session(self, connection: Connection, *, keep: bool) -> None:
@@ -226,12 +231,32 @@ class Gateway:
         elif self.registry.remove(session):
             self._return_all(undelivered, "not_online")
 
+    def _put_back(self, data: bytes) -> None:
+        """Deal with a message that is older than all that waits for its target."""
+        to = scan(data).to
+        target = self.registry.get(to) if to is not None else None
+        if target is None or target.connection is not None:
+            self._return(data, "not_online")
+        elif not target.hold_first(data):
+            self._return(data, "away_full")
+
     def _return_all(self, messages: Iterable[bytes], name: str) -> None:
         for message in messages:
             self._return(message, name)
 
     def _return(self, data: bytes, name: str) -> None:
         """Tell the sender of a message that it was not delivered."""
+        self._returning.append((data, name))
+        if len(self._returning) > 1:
+            return  # an outer call is at it
+        while self._returning:
+            data, name = self._returning[0]
+            try:
+                self._tell_sender(data, name)
+            finally:
+                self._returning.popleft()
+
+    def _tell_sender(self, data: bytes, name: str) -> None:
         found = scan(data)
         if found.from_ is None or found.from_ == self.did:
             return
@@ -241,10 +266,8 @@ class Gateway:
         if sender is None:
             return
         answer = replies.error(self.did, found.from_, name, field="to", correlation_id=found.id)
-        if sender.connection is None:
+        if sender.connection is None or not self._send(sender.connection, answer):
             sender.hold(answer)
-        else:
-            self._send(sender.connection, answer)
 
     # --- refusals ------------------------------------------------------------------------------
 
@@ -309,9 +332,13 @@ class Gateway:
 
     # --- connections ---------------------------------------------------------------------------
 
-    def _send(self, connection: Connection, data: bytes) -> None:
-        if not connection.send(data) and connection.is_open:
+    def _send(self, connection: Connection, data: bytes) -> bool:
+        """Queue a message; one that does not fit closes the connection. Tell whether it was queued."""
+        if connection.send(data):
+            return True
+        if connection.is_open:
             self._close_slow_consumer(connection)
+        return False
 
     def _close(
         self, connection: Connection, code: int, *, keep: bool = False, retry_after_ms: int | None = None
@@ -333,6 +360,11 @@ class Gateway:
             self._log.info("no pong", did=session.did if session is not None else None, peer=connection.peer)
             self._close(connection, 4004, keep=True)
 
+    def on_fault(self, connection: Connection) -> None:
+        """Give up a connection whose timer failed; called while the exception is handled."""
+        self._log.exception("timer failed", peer=connection.peer)
+        connection.abort()
+
     def on_closed(self, connection: Connection) -> None:
         """Clean up after a connection that is gone."""
         frames = connection.close_handshake
@@ -345,6 +377,10 @@ class Gateway:
                 self._count_protocol_error(connection, "too_large" if code == 1009 else "frame")
             else:
                 self.closed[int(frames.recv.code) or 1005 if by_agent else 1006] += 1
+        if connection.session is None and connection.handshake is None:
+            # We closed a session, maybe with one frame half written: that did not get through.
+            for message in connection.take_undelivered():
+                self._put_back(message)
         # A client that says 1000 has finished; every other end may be followed by a resume.
         self._end_session(connection, keep=not (by_agent and int(frames.recv.code) in (0, 1000)))
         if self._is_draining and not self.router.connection_count:
