@@ -1,0 +1,364 @@
+"""`Agent`: the class that agents derive from."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType, TracebackType
+from typing import Any, Final
+
+from aiortc import RTCIceServer
+from pydantic import JsonValue
+from typing_extensions import Self
+
+from aiconexus.client.deadline import within
+from aiconexus.client.socket import ClientState, GatewayClient, short_did
+from aiconexus.core.capabilities import CapabilityMethod, capabilities_of
+from aiconexus.core.channel import Channel
+from aiconexus.core.intents import Intent, Quote
+from aiconexus.core.peer import Peer, PeerState
+from aiconexus.core.peer_connection import PeerConnection
+from aiconexus.core.signaling import Signaling
+from aiconexus.protocol.errors import (
+    CapabilityError,
+    NotConnectedError,
+    PeerConnectError,
+    UnknownCapabilityError,
+)
+from aiconexus.protocol.limits import CONNECT_TIMEOUT_SECONDS
+from aiconexus.protocol.models import Message, MessageType
+from aiconexus.protocol.security import DIDKey, decode_did
+
+_SIGNALING: Final = (
+    MessageType.OFFER,
+    MessageType.ANSWER,
+    MessageType.ICE_CANDIDATE,
+    MessageType.ERROR,
+)
+
+HOOK_SECONDS: Final = 1.0  # for a hook that still runs when the agent stops
+
+_log: Final = logging.getLogger("aiconexus.core")
+
+
+class Agent:
+    """An agent: derive from it, decorate what it can do with `capability`, and let it `run`.
+
+    ::
+
+        class Notary(Agent):
+            @capability(tags=["legal"])
+            async def extract_clauses(self, text: str, kinds: list[str]) -> list[str]: ...
+
+        Notary(gateway="ws://127.0.0.1:8000/ws", identity="notary.key").run()
+
+    Or as it is, to talk to others::
+
+        async with Agent(gateway="ws://127.0.0.1:8000/ws") as me:
+            async with me.connect(did) as peer:
+                result = await peer.execute("extract_clauses", text=text, kinds=["compete"])
+
+    What it says to others and what others say to it goes from agent to agent. The gateway only helps them to
+    find each other: connections outlive it, and the agent returns to it by itself.
+
+    Args:
+        gateway: URL of the gateway, such as `ws://127.0.0.1:8000/ws`.
+        identity: Its key; or the path of its key file, which is made if there is none; None for a new key.
+        passphrase: Of the key file, if it is encrypted.
+        host_addresses: Addresses of this machine that others may connect to; None for all but loopback.
+        ice_servers: STUN and TURN servers as W3C RTCIceServer (`urls`, `username`, `credential`); None for
+            those that the gateway names, if any.
+        gateway_did: The DID that the gateway must prove.
+
+    Raises:
+        TypeError, ValueError: A capability cannot be announced, or an argument is wrong.
+        KeyFileError: The key file cannot be used.
+    """
+
+    def __init__(
+        self,
+        gateway: str,
+        identity: str | os.PathLike[str] | DIDKey | None = None,
+        *,
+        passphrase: str | None = None,
+        host_addresses: Sequence[str] | None = None,
+        ice_servers: Iterable[RTCIceServer | Mapping[str, Any]] | None = None,
+        gateway_did: str | None = None,
+    ) -> None:
+        if isinstance(host_addresses, str):
+            raise TypeError("host_addresses is a list of addresses, not one string")
+        if isinstance(identity, DIDKey):
+            self._key = identity
+        elif identity is None:
+            self._key = DIDKey.generate()
+        else:
+            self._key = DIDKey.load_or_create(identity, passphrase)
+        self._gateway = gateway
+        self._host_addresses = None if host_addresses is None else tuple(host_addresses)
+        self._ice_servers = None if ice_servers is None else tuple(ice_servers)
+        self._capabilities: dict[str, CapabilityMethod] = capabilities_of(self)
+        self._client = GatewayClient(gateway, self._key, gateway_did=gateway_did)
+        self._signaling: Signaling[Peer] = Signaling(
+            self.did, self._client.url, self._send, self._new_connection, self._opened
+        )
+        self._peers: dict[str, Peer] = {}
+        self._all_peers: set[Peer] = set()  # also those that are still closing
+        self._tasks: set[asyncio.Task[None]] = set()
+        for type_ in _SIGNALING:
+            self._client.on(type_, self._signaling.receive)
+        self._client.on_rejected(self._signaling.rejected)
+        self._client.on_state(self._client_state_changed)
+
+    # --- what it is -----------------------------------------------------------------------------
+
+    @property
+    def did(self) -> str:
+        """Its DID."""
+        return self._key.did
+
+    @property
+    def name(self) -> str:
+        """For people: the name of its class."""
+        return type(self).__name__
+
+    @property
+    def client(self) -> GatewayClient:
+        """Its connection to the gateway."""
+        return self._client
+
+    @property
+    def peers(self) -> Mapping[str, Peer]:
+        """The agents it is connected with, by DID."""
+        return MappingProxyType(self._peers)
+
+    def __repr__(self) -> str:
+        return f"<{self.name} {short_did(self.did)} at {self._client.url}>"
+
+    # --- for subclasses -------------------------------------------------------------------------
+
+    async def on_intent(self, intent: Intent) -> Quote:
+        """Say what an intent would take. Override it; by default nothing is understood."""
+        return Quote(status="not_understood")
+
+    async def on_peer(self, peer: Peer) -> None:
+        """Take note of a new connection, whoever asked for it. Override it if needed."""
+
+    async def on_peer_lost(self, peer: Peer, reason: str) -> None:
+        """Take note of a connection that ended. Override it if needed."""
+
+    # --- its life -------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Register at the gateway; from then on others can find it and connect.
+
+        Raises:
+            GatewayError: The gateway cannot be reached, does not prove its DID, or refuses.
+        """
+        await self._client.register([method.announced for method in self._capabilities.values()])
+
+    async def close(self, reason: str = "the agent stops") -> None:
+        """Say goodbye to the gateway and to all peers, and end everything that it started."""
+        await self._client.close()
+        await self._signaling.close()
+        if self._all_peers:
+            await asyncio.wait([asyncio.ensure_future(peer.close(reason)) for peer in self._all_peers])
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=HOOK_SECONDS)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def serve_forever(self) -> None:
+        """Register, if that is not done, and serve until this task is cancelled; close then.
+
+        Raises:
+            GatewayClosedError: The gateway closed the connection for good, for example because the same
+                DID has registered elsewhere.
+            GatewayError: It could not register.
+        """
+        try:
+            if self._client.state is ClientState.DISCONNECTED:
+                await self.start()
+            async for message in self._client:
+                _log.debug("%s of %s is for nobody here", message.type.value, message.from_)
+        finally:
+            await self.close()
+
+    def run(self) -> None:
+        """Run until SIGINT or SIGTERM: for a program that is this agent and nothing else."""
+
+        async def main() -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, task.cancel)
+            try:
+                await self.serve_forever()
+            except asyncio.CancelledError:
+                _log.info("%r stopped", self)
+
+        asyncio.run(main())
+
+    # --- peers ----------------------------------------------------------------------------------
+
+    def connect(self, did: str, *, timeout: float = CONNECT_TIMEOUT_SECONDS) -> Connecting:
+        """Connect with another agent; await it, or use it with `async with`.
+
+        There is one connection with an agent, whoever asked for it first. `async with` needs it until it is
+        left, `await` until `Peer.close`.
+
+        Args:
+            did: Of the other agent.
+            timeout: Seconds.
+
+        Raises:
+            DIDError: `did` is no did:key.
+            UnknownAgentError: It is not online.
+            PeerRefusedError: It takes no connection.
+            PeerIdentityError: Somebody else answered for it.
+            PeerConnectError: No connection in time; the text says what was tried.
+            NotConnectedError: This agent is not registered at a gateway.
+        """
+        decode_did(did)
+        if did == self.did:
+            raise ValueError("an agent does not connect with itself")
+        return Connecting(partial(self._connect, did, timeout))
+
+    async def _connect(self, did: str, timeout: float) -> Peer:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        peer = self._peers.get(did)
+        # One that is about to close may still turn out to be needed by the other side.
+        if peer is None or await within(peer.settled(), timeout) is not PeerState.OPEN:
+            if self._client.state is ClientState.DISCONNECTED:
+                raise NotConnectedError(f"{self!r} is not registered: use `async with`, or start() it first")
+            peer = await self._signaling.connect(did, timeout=max(0.0, deadline - loop.time()))
+            if peer.state is PeerState.CLOSED:
+                raise PeerConnectError(f"{short_did(did)} went away at once", did)
+        peer.hold()
+        return peer
+
+    def _new_connection(self) -> PeerConnection:
+        servers = self._ice_servers
+        if servers is None:
+            session = self._client.session
+            servers = () if session is None else tuple(session.ice_servers)
+        return PeerConnection(host_addresses=self._host_addresses, ice_servers=servers)
+
+    def _opened(self, did: str, connection: PeerConnection, channel: Channel) -> Peer:
+        replaced = self._peers.get(did)
+        peer = self._peers[did] = Peer(
+            self._key,
+            did,
+            connection,
+            channel,
+            on_intent=self._answer_intent,
+            on_execute=self._execute,
+            on_closed=self._peer_closed,
+        )
+        self._all_peers.add(peer)
+        if replaced is not None:
+            self._spawn(replaced.close("a newer connection takes its place"))
+        self._spawn(self._call_hook(self.on_peer(peer)))
+        return peer
+
+    def _peer_closed(self, peer: Peer, reason: str) -> None:
+        if self._peers.get(peer.did) is peer:
+            del self._peers[peer.did]
+        self._spawn(self._call_hook(self.on_peer_lost(peer, reason)))
+        self._spawn(self._bury(peer))
+
+    async def _bury(self, peer: Peer) -> None:
+        await peer.close()
+        self._all_peers.discard(peer)
+
+    # --- what others ask ------------------------------------------------------------------------
+
+    async def _answer_intent(self, intent: Intent) -> Quote:
+        try:
+            quote = await self.on_intent(intent)
+            if not isinstance(quote, Quote):
+                raise TypeError(f"on_intent must return a Quote, not {type(quote).__name__}")
+        except Exception as error:
+            raise self._failure("on_intent", error) from error
+        return quote
+
+    async def _execute(self, name: str, args: dict[str, JsonValue]) -> JsonValue:
+        method = self._capabilities.get(name)
+        if method is None:
+            known = ", ".join(self._capabilities) or "none"
+            raise UnknownCapabilityError(f"no capability {name!r}; there is: {known}", name)
+        coroutine = method.call(args)
+        try:
+            result = await coroutine
+        except Exception as error:
+            raise self._failure(name, error) from error
+        return method.serialize(result)
+
+    def _failure(self, name: str, error: Exception) -> CapabilityError:
+        _log.warning("%s of %r failed", name, self, exc_info=error)
+        return CapabilityError(f"{type(error).__name__}: {error}", name)
+
+    # --- the gateway ----------------------------------------------------------------------------
+
+    async def _send(self, message: Message) -> None:
+        await self._client.send(message, timeout=CONNECT_TIMEOUT_SECONDS)
+
+    def _client_state_changed(self, state: ClientState) -> None:
+        if state is ClientState.REGISTERED:
+            self._signaling.gateway_returned()
+
+    # --- hooks ----------------------------------------------------------------------------------
+
+    async def _call_hook(self, hook: Coroutine[Any, Any, None]) -> None:
+        try:
+            await hook
+        except Exception:
+            _log.exception("a hook of %r failed", self)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class Connecting:
+    """What `Agent.connect` returns: awaitable, and an asynchronous context manager."""
+
+    def __init__(self, connect: Callable[[], Coroutine[Any, Any, Peer]]) -> None:
+        self._connect = connect
+        self._peer: Peer | None = None
+
+    def __await__(self) -> Generator[Any, None, Peer]:
+        return self._connect().__await__()
+
+    async def __aenter__(self) -> Peer:
+        self._peer = await self._connect()
+        return self._peer
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._peer is not None
+        await self._peer.release()

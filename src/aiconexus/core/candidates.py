@@ -1,0 +1,86 @@
+"""ICE candidates: which addresses of this machine are offered, and which of the other side are tried.
+
+aioice offers every address except loopback and has no option for it; aiortc has none either. And a browser
+may name its addresses only as mDNS names (`….local`, draft-ietf-mmusic-mdns-ice-candidates), which
+to resolve means to ask the whole local network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from aioice.mdns import is_mdns_hostname
+from aiortc import RTCIceCandidate, RTCPeerConnection
+from aiortc.sdp import candidate_from_sdp
+
+from aiconexus.protocol.errors import MalformedMessageError
+
+if TYPE_CHECKING:
+    from aioice import Candidate, Connection
+
+_CANDIDATE = "a=candidate:"
+_END_OF_CANDIDATES = "a=end-of-candidates"
+
+
+def ice_connection(pc: RTCPeerConnection) -> Connection | None:
+    """Return aioice's side of the DataChannel's transport; None before there is one."""
+    return pc.sctp.transport.transport._connection if pc.sctp is not None else None
+
+
+def choose_host_addresses(pc: RTCPeerConnection, addresses: Sequence[str]) -> None:
+    """Let `pc` gather host candidates on these addresses of this machine and no others.
+
+    To be called once its DataChannel's transport exists and before setLocalDescription gathers. It
+    touches this one connection: two agents in a process may choose differently.
+    """
+    connection = ice_connection(pc)
+    assert connection is not None
+    gather, chosen = connection.get_component_candidates, list(addresses)
+
+    async def gather_on_chosen(component: int, addresses: list[str], timeout: int = 5) -> list[Candidate]:
+        return await gather(component, chosen, timeout)
+
+    connection.get_component_candidates = gather_on_chosen  # type: ignore[method-assign]
+
+
+def split_candidates(sdp: str) -> tuple[str, list[str], bool]:
+    """Take the candidates out of a session description.
+
+    setRemoteDescription would wait for the resolution of every mDNS name, and fail with it.
+
+    Returns:
+        The description without them, the candidates as a trickled one is written (RFC 8839
+        section 5.1), and whether the description says that there are no more.
+    """
+    rest: list[str] = []
+    candidates: list[str] = []
+    complete = False
+    for line in sdp.splitlines():
+        if line.startswith(_CANDIDATE):
+            candidates.append(line[2:])
+        elif line == _END_OF_CANDIDATES:
+            complete = True
+        else:
+            rest.append(line)
+    return "\r\n".join(rest) + "\r\n", candidates, complete
+
+
+def parse_candidate(text: str) -> RTCIceCandidate:
+    """Read a candidate such as `candidate:1 1 udp 2130706431 192.0.2.1 40000 typ host`.
+
+    Raises:
+        MalformedMessageError: It is none.
+    """
+    try:
+        candidate = candidate_from_sdp(text.removeprefix("candidate:"))
+    except (AssertionError, ValueError) as error:
+        raise MalformedMessageError(
+            f"not an ICE candidate (RFC 8839 section 5.1): {text[:200]!r}", field="payload.candidate"
+        ) from error
+    return candidate
+
+
+def is_mdns(candidate: RTCIceCandidate) -> bool:
+    """Tell whether the candidate hides its address behind an mDNS name."""
+    return is_mdns_hostname(candidate.ip)

@@ -1,0 +1,214 @@
+"""Capabilities: async methods that other agents may call, described by JSON Schemas from their hints."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar, get_type_hints, overload
+
+import orjson
+from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
+from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import CoreSchema, PydanticSerializationError, core_schema
+
+from aiconexus.protocol.errors import CapabilityError, InvalidArgumentsError
+from aiconexus.protocol.limits import CAPABILITIES_MAX, CAPABILITIES_MAX_BYTES
+from aiconexus.protocol.models import Capability
+
+_MARK: Final = "__aiconexus_capability__"
+_DESCRIPTION_MAX: Final = 1_024  # characters; protocol.models.Capability refuses more
+_RESERVED: Final = frozenset({"timeout"})  # Peer.execute takes it as the deadline
+
+Method = TypeVar("Method", bound=Callable[..., Coroutine[Any, Any, Any]])
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What the decorator was given; read again when an agent object is made."""
+
+    name: str | None = None
+    description: str | None = None
+    tags: Sequence[str] = ()
+    version: str = "1.0"
+    metadata: dict[str, JsonValue] = field(default_factory=dict)
+
+
+@overload
+def capability(method: Method, /) -> Method: ...
+@overload
+def capability(
+    *,
+    name: str | None = None,
+    description: str | None = None,
+    tags: Sequence[str] = (),
+    version: str = "1.0",
+    metadata: dict[str, JsonValue] | None = None,
+) -> Callable[[Method], Method]: ...
+def capability(
+    method: Method | None = None,
+    /,
+    *,
+    name: str | None = None,
+    description: str | None = None,
+    tags: Sequence[str] = (),
+    version: str = "1.0",
+    metadata: dict[str, JsonValue] | None = None,
+) -> Method | Callable[[Method], Method]:
+    """Offer an async method of an Agent to other agents.
+
+    Its parameters and its result are checked against their type hints; unknown arguments are refused.
+
+    Args:
+        method: The method, where the decorator is used without parentheses.
+        name: What others call; the method's name if None.
+        description: For people and language models; the docstring's first paragraph if None.
+        tags: What it can be found by.
+        version: Of the capability, not of the protocol.
+        metadata: Anything else to announce.
+
+    Raises:
+        TypeError: It is not an async method, or others could not call it.
+    """
+    mark = _Mark(name, description, tuple(tags), version, metadata or {})
+
+    def decorate(method: Method) -> Method:
+        if not inspect.iscoroutinefunction(method):
+            raise TypeError(f"capability {_name(method)}: not an async method")
+        for parameter in list(inspect.signature(method).parameters.values())[1:]:
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
+                raise TypeError(
+                    f"capability {_name(method)}: arguments travel by name, {parameter} cannot be given one"
+                )
+            if parameter.name in _RESERVED:
+                raise TypeError(
+                    f"capability {_name(method)}: `{parameter.name}` is the deadline of Peer.execute; "
+                    "call the parameter otherwise"
+                )
+        setattr(method, _MARK, mark)
+        return method
+
+    return decorate if method is None else decorate(method)
+
+
+class CapabilityMethod:
+    """One capability of one agent object: what it announces, and how it is called.
+
+    Attributes:
+        announced: What the gateway and other agents are told.
+    """
+
+    def __init__(self, method: Callable[..., Coroutine[Any, Any, Any]], mark: _Mark) -> None:
+        try:
+            # Called by an adapter, an async function gives a coroutine and none of its body has run:
+            # a ValidationError is about the arguments, never from inside.
+            function: Any = _function(method)
+            self._arguments: TypeAdapter[Any] = TypeAdapter(function, config=ConfigDict(strict=True))
+            self._result: TypeAdapter[Any] = TypeAdapter(
+                get_type_hints(method, include_extras=True).get("return", Any)
+            )
+            self.announced: Final = Capability(
+                name=mark.name or _name(method),
+                description=_describe(method) if mark.description is None else mark.description,
+                tags=list(mark.tags),
+                version=mark.version,
+                input=self._arguments.json_schema(schema_generator=_Schema),
+                output=self._result.json_schema(mode="serialization", schema_generator=_Schema),
+                metadata=mark.metadata,
+            )
+        except Exception as error:  # pydantic's many, NameError of a hint
+            raise TypeError(f"capability {_name(method)}: no JSON Schema can be made: {error}") from error
+
+    def call(self, args: dict[str, JsonValue]) -> Coroutine[Any, Any, Any]:
+        """Return the coroutine of one execution; nothing of it has run yet.
+
+        Raises:
+            InvalidArgumentsError: `args` does not fit the hints.
+        """
+        try:
+            # JSON mode: a datetime comes as text, a tuple as an array; "1" is still not an int.
+            coroutine: Coroutine[Any, Any, Any] = self._arguments.validate_json(orjson.dumps(args))
+        except ValidationError as error:
+            raise InvalidArgumentsError(_explain(error), self.announced.name) from None
+        return coroutine
+
+    def serialize(self, result: Any) -> JsonValue:
+        """Return the JSON of what the method returned.
+
+        Raises:
+            CapabilityError: That is not what its hint promises.
+        """
+        try:
+            value: JsonValue = self._result.dump_python(self._result.validate_python(result), mode="json")
+        except ValidationError as error:
+            text = f"the result is not what the capability promises: {_explain(error)}"
+            raise CapabilityError(text, self.announced.name) from error
+        except PydanticSerializationError as error:
+            raise CapabilityError(f"the result has no JSON form: {error}", self.announced.name) from error
+        return value
+
+
+def capabilities_of(agent: object) -> dict[str, CapabilityMethod]:
+    """Collect the capabilities of an agent object by name, in the order of their definition.
+
+    Raises:
+        TypeError: No JSON Schema can be made for one.
+        ValueError: Two have one name, or they are too many or too large to announce.
+    """
+    found: dict[str, CapabilityMethod] = {}
+    kind = type(agent)
+    for attribute in dict.fromkeys(name for base in reversed(kind.__mro__) for name in vars(base)):
+        mark = getattr(inspect.getattr_static(kind, attribute), _MARK, None)
+        if not isinstance(mark, _Mark):
+            continue
+        method = CapabilityMethod(getattr(agent, attribute), mark)
+        name = method.announced.name
+        if name in found:
+            raise ValueError(f"{kind.__name__} has two capabilities of the name {name!r}")
+        found[name] = method
+    size = len(orjson.dumps([method.announced.model_dump(mode="json") for method in found.values()]))
+    if len(found) > CAPABILITIES_MAX or size > CAPABILITIES_MAX_BYTES:
+        raise ValueError(
+            f"{kind.__name__} announces {len(found)} capabilities in {size} bytes; "
+            f"at most {CAPABILITIES_MAX} in {CAPABILITIES_MAX_BYTES} fit"
+        )
+    return found
+
+
+class _Schema(GenerateJsonSchema):
+    """JSON Schema 2020-12 without the titles that only repeat the names: the gateway's room is short."""
+
+    def field_title_should_be_set(self, schema: CoreSchema | core_schema.ModelField) -> bool:
+        return False
+
+
+def _function(method: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
+    """Return a plain function of the same signature: pydantic asks a bound one for the repr of its agent,
+    which a subclass may have defined over attributes that it has not set yet.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+        return method(*args, **kwargs)
+
+    call.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
+    call.__annotations__ = method.__annotations__
+    call.__module__, call.__name__, call.__qualname__ = method.__module__, _name(method), _name(method)
+    return call
+
+
+def _name(method: Callable[..., Any]) -> str:
+    return method.__name__
+
+
+def _describe(method: Callable[..., Any]) -> str:
+    paragraph = (inspect.getdoc(method) or "").split("\n\n")[0].replace("\n", " ")
+    return paragraph if len(paragraph) <= _DESCRIPTION_MAX else paragraph[: _DESCRIPTION_MAX - 1] + "…"
+
+
+def _explain(error: ValidationError) -> str:
+    """Put a ValidationError into one line, without the values: they may be secret, or long."""
+    faults = []
+    for fault in error.errors(include_url=False, include_context=False, include_input=False):
+        where = ".".join(str(part) for part in fault["loc"])
+        faults.append(f"{where}: {fault['msg']}" if where else fault["msg"])
+    return "; ".join(faults)

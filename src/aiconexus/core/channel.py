@@ -1,0 +1,81 @@
+"""Text messages over one RTCDataChannel, with backpressure."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+from aiortc import RTCDataChannel
+
+HIGH_WATER_BYTES: Final = 1_048_576  # four of the largest messages; Chromium closes above 16 MiB
+LOW_WATER_BYTES: Final = 262_144
+
+
+class Channel:
+    """One open RTCDataChannel.
+
+    Messages that arrive before there is a receiver wait for it: the first may come with the packet that
+    opens the channel.
+
+    Attributes:
+        closed: Done when nothing more will come or go.
+    """
+
+    def __init__(self, channel: RTCDataChannel) -> None:
+        self._channel = channel
+        self._early: list[str | bytes] = []
+        self._receiver: Callable[[str | bytes], None] = self._early.append
+        self._writable = asyncio.Event()
+        self.closed: Final[asyncio.Future[None]] = asyncio.get_running_loop().create_future()
+        channel.bufferedAmountLowThreshold = LOW_WATER_BYTES
+        channel.on("message", self._message)
+        channel.on("bufferedamountlow", self._writable.set)
+        channel.on("close", self._closed)
+
+    def receive(self, receiver: Callable[[str | bytes], None]) -> None:
+        """Give every message to `receiver`, first those that wait. It must not raise."""
+        self._receiver = receiver
+        for data in self._early:
+            receiver(data)
+        self._early = []
+
+    @property
+    def is_open(self) -> bool:
+        """Whether messages can be sent."""
+        return self._channel.readyState == "open"
+
+    @property
+    def is_congested(self) -> bool:
+        """Whether more waits to be sent than should."""
+        return self._channel.bufferedAmount > HIGH_WATER_BYTES
+
+    async def send(self, text: str) -> None:
+        """Send one message; first wait until the earlier ones have left (W3C: `bufferedamountlow`).
+
+        Raises:
+            ConnectionError: The channel is closed.
+            ValueError: The other end takes no message of this size.
+        """
+        while self.is_open and self.is_congested:
+            self._writable.clear()
+            await self._writable.wait()
+        self.send_now(text)
+
+    def send_now(self, text: str) -> None:
+        """Send one message whatever waits before it; raises as `send` does."""
+        if not self.is_open:
+            raise ConnectionError("the DataChannel is closed")
+        self._channel.send(text)
+
+    def close(self) -> None:
+        """Close the channel after what waits has been sent (RFC 8831 section 6.7)."""
+        self._channel.close()
+
+    def _message(self, data: str | bytes) -> None:
+        self._receiver(data)
+
+    def _closed(self) -> None:
+        self._writable.set()
+        if not self.closed.done():
+            self.closed.set_result(None)

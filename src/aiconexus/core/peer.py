@@ -1,0 +1,431 @@
+"""Another agent at the other end of an open DataChannel: what to ask it, and what it asks of this one.
+
+How a connection ends. An agent that goes says so first, with UNREGISTER and its reason, and then closes the
+DataChannel; only after that the RTCPeerConnection. Chromium does not notice a bare `pc.close()` for seconds,
+and with a goodbye the other side can tell a decision from an accident.
+
+There is one connection for both sides, and both may have asked for it. So whoever leaves `async with` does
+not close it over the other's head: it says by PING that it is done (`ext.done`), and the PONG tells whether
+the other side is, too. Only then it is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from enum import Enum
+from typing import Any, Final
+
+from pydantic import JsonValue, ValidationError
+
+from aiconexus.client.deadline import within
+from aiconexus.client.socket import short_did
+from aiconexus.core.calls import (
+    Answered,
+    Calls,
+    CancelArrived,
+    DoneArrived,
+    Event,
+    ExecutionArrived,
+    Failed,
+    IntentArrived,
+    Left,
+    Refused,
+    Reply,
+)
+from aiconexus.core.channel import Channel
+from aiconexus.core.intents import Intent, Quote
+from aiconexus.core.keepalive import KeepAlive, Verdict
+from aiconexus.core.peer_connection import Path, PeerConnection
+from aiconexus.protocol.errors import (
+    CallCancelledError,
+    CallError,
+    CallTimeoutError,
+    CapabilityError,
+    MalformedMessageError,
+    PeerError,
+    PeerLostError,
+)
+from aiconexus.protocol.limits import (
+    CALL_TIMEOUT_SECONDS,
+    PEER_PING_INTERVAL_SECONDS,
+    PEER_PONG_TIMEOUT_SECONDS,
+)
+from aiconexus.protocol.models import IntentPayload
+from aiconexus.protocol.security import DIDKey
+
+GOODBYE_SECONDS: Final = 1.0  # for the other side to close its end too; a round trip is enough
+
+_log: Final = logging.getLogger("aiconexus.core")
+
+
+class PeerState(str, Enum):
+    """Where a Peer is."""
+
+    OPEN = "open"
+    CLOSING = "closing"  # not to be used any more; OPEN again if the other side still needs it
+    CLOSED = "closed"
+
+
+class _Execution:
+    """A capability or `on_intent` that runs for the peer.
+
+    Attributes:
+        ended_by: The `CallError.name` of the answer, once it was cancelled.
+    """
+
+    def __init__(self, work: Awaitable[Any]) -> None:
+        self.task = asyncio.ensure_future(work)
+        self.ended_by: str | None = None
+
+    def end(self, reason: str) -> None:
+        """Cancel it; the first reason counts."""
+        self.ended_by = self.ended_by or reason
+        self.task.cancel()
+
+
+class Peer:
+    """Another agent, connected. Several tasks may use it at the same time.
+
+    Attributes:
+        did: Its DID, which the connection has proven.
+        refused: How many of its messages were not accepted.
+    """
+
+    def __init__(
+        self,
+        key: DIDKey,
+        did: str,
+        connection: PeerConnection,
+        channel: Channel,
+        *,
+        on_intent: Callable[[Intent], Awaitable[Quote]],
+        on_execute: Callable[[str, dict[str, JsonValue]], Awaitable[JsonValue]],
+        on_closed: Callable[[Peer, str], None],
+    ) -> None:
+        self.did: Final = did
+        self.refused = 0
+        self._connection = connection
+        self._channel = channel
+        self._on_intent = on_intent
+        self._on_execute = on_execute
+        self._on_closed = on_closed
+        self._calls = Calls(key, did)
+        self._waiting: dict[str, asyncio.Future[Any]] = {}
+        self._executions: dict[str, _Execution] = {}
+        self._serving: set[asyncio.Task[None]] = set()
+        self._state = PeerState.OPEN
+        self._settled = asyncio.Event()
+        self._holders = 0
+        self._path = connection.path
+        self._reason = "the connection broke"
+        self._loop = asyncio.get_running_loop()
+        self._keepalive = KeepAlive(self._loop.time())
+        self._timer = self._loop.call_at(self._keepalive.due, self._check)
+        self._end: asyncio.Task[None] | None = None
+        channel.closed.add_done_callback(lambda _: self._lost(self._reason))
+        channel.receive(self._receive)
+
+    # --- what it is -----------------------------------------------------------------------------
+
+    @property
+    def state(self) -> PeerState:
+        """Where it is."""
+        return self._state
+
+    @property
+    def path(self) -> Path | None:
+        """Over which addresses it is connected, such as `127.0.0.1:43321 ⇄ 127.0.0.1:50111 udp host`."""
+        self._path = self._connection.path or self._path
+        return self._path
+
+    def __repr__(self) -> str:
+        return f"<Peer {short_did(self.did)} {self._state.value} {self.path}>"
+
+    # --- what this side asks --------------------------------------------------------------------
+
+    async def intent(
+        self,
+        query: str | None = None,
+        /,
+        *,
+        task: str | None = None,
+        params: dict[str, Any] | None = None,
+        context: Any = None,
+        timeout: float = CALL_TIMEOUT_SECONDS,
+    ) -> Quote:
+        """Say what is wanted and return what the other agent says to it.
+
+        Args:
+            query: In natural language.
+            task: Or by name.
+            params: What belongs to the task, as JSON.
+            context: Anything that helps, as JSON.
+            timeout: Seconds.
+
+        Raises:
+            CallTimeoutError: No answer in time.
+            RemoteError: The other agent's `on_intent` failed.
+            PeerLostError: The connection went away.
+            MalformedMessageError: It has no JSON form, or is too large for one message.
+        """
+        if query is None and task is None:
+            raise TypeError("an intent needs a query or a task")
+        fields = {"query": query, "task": task, "params": params, "context": context}
+        try:
+            payload = IntentPayload(**{name: value for name, value in fields.items() if value is not None})
+        except ValidationError as error:
+            raise MalformedMessageError(f"the intent has no JSON form: {error}") from None
+        quote = await self._ask(lambda: self._calls.ask(payload), timeout)
+        assert isinstance(quote, Quote)
+        return quote
+
+    async def execute(
+        self, capability: str, /, *, timeout: float = CALL_TIMEOUT_SECONDS, **args: Any
+    ) -> JsonValue:
+        """Execute a capability of the other agent and return its result as JSON.
+
+        Cancelling this task, and the timeout, cancel the execution there too.
+
+        Args:
+            capability: Its name.
+            timeout: Seconds; the other agent is told.
+            args: What it takes, by name: anything pydantic can write as JSON.
+
+        Raises:
+            UnknownCapabilityError: The other agent has none of this name.
+            InvalidArgumentsError: They do not fit, or cannot be sent.
+            CapabilityError: It raised; the text tells what.
+            CallTimeoutError: No result in time.
+            CallCancelledError: The other agent cancelled it.
+            CallError: Another failure there: it is busy.
+            PeerIdentityError: The answer was not signed by the other agent.
+            PeerLostError: The connection went away; whether it was executed is not known.
+        """
+        result: JsonValue = await self._ask(
+            lambda: self._calls.execute(capability, args, timeout), timeout, capability
+        )
+        return result
+
+    async def ping(self, *, timeout: float = PEER_PONG_TIMEOUT_SECONDS) -> float:
+        """Return the round trip time of a PING and its PONG in seconds.
+
+        Raises:
+            CallTimeoutError: No PONG in time.
+            PeerLostError: The connection went away.
+        """
+        begin = self._loop.time()
+        await self._ask(self._calls.ping, timeout)
+        return self._loop.time() - begin
+
+    async def close(self, reason: str = "it is done") -> None:
+        """Say goodbye and close the connection for both sides; calls that run fail with PeerLostError."""
+        if self._end is None:
+            self._end = asyncio.ensure_future(self._close(reason))
+        await asyncio.shield(self._end)
+
+    async def _ask(self, begin: Callable[[], tuple[str, str]], timeout: float, capability: str = "") -> Any:
+        if not self._channel.is_open:
+            raise PeerLostError(f"{short_did(self.did)} is not connected: {self._reason}", self.did)
+        deadline = self._loop.time() + timeout
+        id_, text = begin()
+        answer = self._waiting[id_] = self._loop.create_future()
+        try:
+            with suppress(asyncio.TimeoutError):
+                await within(self._channel.send(text), timeout)
+                await asyncio.wait({answer}, timeout=deadline - self._loop.time())
+            if not answer.done():
+                text = f"no answer from {short_did(self.did)} in {timeout:g} s"
+                raise CallTimeoutError(text, capability)
+            return answer.result()
+        except ConnectionError:
+            raise PeerLostError(f"{short_did(self.did)} went away: {self._reason}", self.did) from None
+        except ValueError as error:  # aiortc's, where the other side takes less than this side
+            raise MalformedMessageError(f"it cannot be sent: {error}", name="too_large") from error
+        finally:
+            del self._waiting[id_]
+            if not answer.cancel():
+                answer.exception()  # taken note of, also where sending failed first
+            cancel = self._calls.abandon(id_)
+            if cancel is not None and self._channel.is_open:
+                self._channel.send_now(cancel)
+
+    # --- who needs it ---------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Need the connection until `release`."""
+        self._holders += 1
+
+    async def release(self) -> None:
+        """Need it no longer; close it if the other side does not need it either."""
+        self._holders -= 1
+        if not self._is_done or self._state is not PeerState.OPEN:
+            return
+        self._set_state(PeerState.CLOSING)
+        try:
+            is_done = await self._ask(lambda: self._calls.ping(is_done=True), PEER_PONG_TIMEOUT_SECONDS)
+        except (CallError, PeerError):
+            is_done = True  # nobody is there any more
+        if is_done:
+            await self.close()
+        elif self.state is PeerState.CLOSING:
+            self._set_state(PeerState.OPEN)
+
+    async def settled(self) -> PeerState:
+        """Wait until it is OPEN or CLOSED, and return which."""
+        while self._state is PeerState.CLOSING:
+            await self._settled.wait()
+        return self._state
+
+    @property
+    def _is_done(self) -> bool:
+        return self._holders == 0 and self._calls.open == 0
+
+    # --- what arrives ---------------------------------------------------------------------------
+
+    def _receive(self, data: str | bytes) -> None:
+        self._keepalive.heard(self._loop.time())
+        event = self._calls.receive(data, is_done=self._is_done)
+        if event is not None:
+            self._handle(event)
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Answered(id_, value) if id_ in self._waiting:
+                self._waiting[id_].set_result(value)
+            case Failed(id_, error) if id_ in self._waiting:
+                self._waiting[id_].set_exception(error)
+            case IntentArrived(intent):
+                self._serve(intent.id, self._on_intent(intent), CALL_TIMEOUT_SECONDS, self._quote)
+            case ExecutionArrived(id_, capability, args, timeout):
+                self._serve(id_, self._on_execute(capability, args), timeout, self._calls.succeed)
+            case CancelArrived(id_) if id_ in self._executions:
+                self._executions[id_].end(CallCancelledError.name)
+            case Reply(text):
+                self._reply(text)
+            case Refused():
+                self._refuse(event)
+            case DoneArrived(reply, is_done):
+                self._channel.send_now(reply)
+                if is_done:
+                    self._set_state(PeerState.CLOSING)
+                    self._loop.call_later(PEER_PONG_TIMEOUT_SECONDS, self._lost, "it did not close")
+            case Left(reason):
+                self._set_state(PeerState.CLOSING)
+                self._reason = f"it closed the connection: {reason}"
+                self._channel.close()
+
+    def _refuse(self, refused: Refused) -> None:
+        self.refused += 1
+        level = logging.WARNING if self.refused == 1 else logging.DEBUG
+        _log.log(level, "a message of %s is refused: %s", self.did, refused.error)
+        if refused.reply is not None:
+            self._reply(refused.reply)
+        if refused.failed is not None:
+            self._handle(refused.failed)
+
+    def _reply(self, text: str) -> None:
+        # Whoever sends without reading gets no replies, rather than all the memory there is.
+        if self._channel.is_open and not self._channel.is_congested:
+            self._channel.send_now(text)
+
+    # --- what runs for the other side -----------------------------------------------------------
+
+    def _serve(
+        self,
+        id_: str,
+        work: Awaitable[Any],
+        timeout: float | None,
+        answer: Callable[[str, Any, float], str | None],
+    ) -> None:
+        execution = self._executions[id_] = _Execution(work)
+        task = asyncio.ensure_future(self._finish(id_, execution, timeout, answer))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+
+    def _quote(self, id_: str, quote: Quote, seconds: float) -> str | None:
+        return self._calls.quote(id_, quote)
+
+    async def _finish(
+        self,
+        id_: str,
+        execution: _Execution,
+        timeout: float | None,
+        answer: Callable[[str, Any, float], str | None],
+    ) -> None:
+        """See an execution to its end, whatever that is, and send its one answer."""
+        begin = self._loop.time()
+        task = execution.task
+        await asyncio.wait({task}, timeout=timeout)
+        if not task.done():
+            execution.end(CallTimeoutError.name)
+            await asyncio.wait({task})
+        del self._executions[id_]
+        seconds = self._loop.time() - begin
+        error = None if task.cancelled() else task.exception()
+        if execution.ended_by == CallTimeoutError.name:
+            text = self._calls.fail(id_, CallTimeoutError.name, f"no result in {timeout:g} s", seconds)
+        elif execution.ended_by is not None or task.cancelled():
+            text = self._calls.fail(id_, CallCancelledError.name, "the execution was cancelled", seconds)
+        elif error is None:
+            text = answer(id_, task.result(), seconds)
+        else:
+            name = error.name if isinstance(error, CallError) else CapabilityError.name
+            text = self._calls.fail(id_, name, str(error), seconds)
+        if text is None:
+            return
+        try:
+            await self._channel.send(text)
+        except ConnectionError:
+            _log.debug("the answer to %s of %s cannot be sent: the connection is gone", id_, self.did)
+
+    # --- its state and its end ------------------------------------------------------------------
+
+    def _set_state(self, state: PeerState) -> None:
+        self._state = state
+        if state is PeerState.CLOSING:
+            self._settled.clear()
+        else:
+            self._settled.set()
+
+    def _check(self) -> None:
+        """Ping a silent peer, give up a dead one."""
+        verdict = self._keepalive.check(self._loop.time())
+        if verdict is Verdict.DEAD:
+            self._lost(f"it was silent for {PEER_PING_INTERVAL_SECONDS + PEER_PONG_TIMEOUT_SECONDS:g} s")
+            return
+        if verdict is Verdict.PING and self._channel.is_open:
+            id_, text = self._calls.ping()
+            self._calls.abandon(id_)  # any message is an answer
+            self._reply(text)
+        self._timer = self._loop.call_at(self._keepalive.due, self._check)
+
+    def _lost(self, reason: str) -> None:
+        if self._state is PeerState.CLOSED:
+            return
+        self._set_state(PeerState.CLOSED)
+        self._reason = reason
+        self._path = self.path
+        self._timer.cancel()
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(PeerLostError(f"{short_did(self.did)} went away: {reason}", self.did))
+        for execution in self._executions.values():
+            execution.end(CallCancelledError.name)
+        if self._end is None:
+            self._end = asyncio.ensure_future(self._close(reason))
+        self._on_closed(self, reason)
+
+    async def _close(self, reason: str) -> None:
+        if self._state is not PeerState.CLOSED and self._channel.is_open:
+            self._set_state(PeerState.CLOSING)
+            self._reason = f"this side closed the connection: {reason}"
+            self._channel.send_now(self._calls.leave(reason))
+            self._channel.close()
+            await asyncio.wait({self._channel.closed}, timeout=GOODBYE_SECONDS)
+        self._lost(self._reason)
+        if self._serving:
+            await asyncio.wait(self._serving, timeout=GOODBYE_SECONDS)
+        await self._connection.close()

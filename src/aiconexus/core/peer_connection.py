@@ -1,0 +1,278 @@
+"""One RTCPeerConnection with one DataChannel, from nothing to open. It knows nothing of signaling.
+
+Who the other end is follows from DTLS: the certificate must have the fingerprint in the session description
+(RFC 8122), and that description came in a message signed by the other agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from aiortc import (
+    RTCConfiguration,
+    RTCDataChannel,
+    RTCIceCandidate,
+    RTCIceServer,
+    RTCPeerConnection,
+    RTCSessionDescription,
+)
+
+from aiconexus.core.candidates import (
+    choose_host_addresses,
+    ice_connection,
+    is_mdns,
+    parse_candidate,
+    split_candidates,
+)
+from aiconexus.core.channel import Channel
+from aiconexus.protocol.errors import MalformedMessageError, PeerConnectError, PeerIdentityError
+from aiconexus.protocol.limits import DATA_CHANNEL_LABEL
+from aiconexus.protocol.models import IceCandidatePayload
+
+_log: Final = logging.getLogger("aiconexus.core")
+
+EARLY_CANDIDATES_MAX: Final = 100  # that come before their description; as many as aioice keeps checks
+
+
+@dataclass(frozen=True)
+class Path:
+    """The candidate pair that carries the data (RFC 8445 section 8).
+
+    Attributes:
+        local: Address and port on this side; at a relay, the relay's.
+        remote: Address and port of the other side.
+        protocol: "udp" or "tcp".
+        kind: "host", "srflx", "prflx" or "relay"; both, as "host/relay", where they differ.
+    """
+
+    local: str
+    remote: str
+    protocol: str
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.local} ⇄ {self.remote} {self.protocol} {self.kind}"
+
+
+class PeerConnection:
+    """An attempt to open the DataChannel `ioap` with another agent, and the connection that comes of it.
+
+    Attributes:
+        opened: The open Channel, or a PeerError.
+    """
+
+    def __init__(
+        self,
+        *,
+        host_addresses: Sequence[str] | None = None,
+        ice_servers: Iterable[RTCIceServer | Mapping[str, Any]] = (),
+    ) -> None:
+        """Prepare a connection.
+
+        Args:
+            host_addresses: Addresses of this machine to offer; None offers all but loopback, as aioice
+                does. Where they are chosen, mDNS names are not resolved: that would ask elsewhere.
+            ice_servers: STUN and TURN servers as W3C RTCIceServer (`urls`, `username`, `credential`). An
+                unreachable one delays every connection by 5 s.
+        """
+        servers = [_ice_server(server) for server in ice_servers]
+        self._pc = RTCPeerConnection(RTCConfiguration(iceServers=servers))
+        self._host_addresses = host_addresses
+        self._early: list[IceCandidatePayload] | None = []
+        self._end_withheld = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.opened: Final[asyncio.Future[Channel]] = asyncio.get_running_loop().create_future()
+        # Nobody may be waiting when it fails: that is no fault.
+        self.opened.add_done_callback(lambda opened: opened.cancelled() or opened.exception())
+        self._pc.on("connectionstatechange", self._state_changed)
+        self._pc.on("datachannel", self._channel_arrived)
+
+    # --- offer and answer (RFC 8829) ------------------------------------------------------------
+
+    async def create_offer(self) -> str:
+        """Return the SDP of an offer, with all candidates of this side in it."""
+        channel = self._pc.createDataChannel(DATA_CHANNEL_LABEL, ordered=True)
+        opening = Channel(channel)
+        channel.on("open", lambda: self._channel_opened(opening))
+        return await self._set_local_description(await self._pc.createOffer())
+
+    async def create_answer(self, offer: str) -> str:
+        """Return the SDP of the answer to `offer`, with all candidates of this side in it.
+
+        Raises:
+            MalformedMessageError: `offer` is no offer of one DataChannel.
+        """
+        await self._set_remote_description(offer, "offer")
+        return await self._set_local_description(await self._pc.createAnswer())
+
+    async def accept_answer(self, answer: str) -> None:
+        """Take the other side's answer to the offer; the connection opens, or fails, after it.
+
+        Raises:
+            MalformedMessageError: `answer` is no answer to it.
+        """
+        await self._set_remote_description(answer, "answer")
+
+    def add_ice_candidate(self, payload: IceCandidatePayload) -> None:
+        """Take a trickled candidate (RFC 8838); one that comes before its description waits for it.
+
+        Raises:
+            MalformedMessageError: It is none, or too many wait.
+        """
+        candidate = parse_candidate(payload.candidate) if payload.candidate else None
+        if self._early is None:
+            self._add(candidate, payload.sdp_mid, payload.sdp_mline_index)
+        elif candidate is None:
+            pass  # an early end-of-candidates may be of an offer that lost: it would cut off the real ones
+        elif len(self._early) < EARLY_CANDIDATES_MAX:
+            self._early.append(payload)
+        else:
+            raise MalformedMessageError(f"{EARLY_CANDIDATES_MAX} candidates wait for their description")
+
+    async def _set_local_description(self, description: RTCSessionDescription) -> str:
+        if self._host_addresses is not None:
+            choose_host_addresses(self._pc, self._host_addresses)
+        # Shielded: gathering that is cut off would leave sockets that close() does not know.
+        await asyncio.shield(self._spawn(self._pc.setLocalDescription(description)))
+        if not self._local_candidates():
+            chosen = "this machine has none" if self._host_addresses is None else list(self._host_addresses)
+            raise PeerConnectError(f"no host address can be used: {chosen}")
+        return self._pc.localDescription.sdp
+
+    async def _set_remote_description(self, sdp: str, kind: str) -> None:
+        _check_description(sdp)
+        description, candidates, complete = split_candidates(sdp)
+        try:
+            await self._pc.setRemoteDescription(RTCSessionDescription(description, kind))
+            parsed = [parse_candidate(candidate) for candidate in candidates]
+        except MalformedMessageError:
+            raise
+        except Exception as error:  # aiortc's parser has no error class of its own
+            raise MalformedMessageError(f"no usable SDP {kind}: {error}", field="payload.sdp") from error
+        for candidate in parsed:
+            self._add(candidate, None, 0)
+        early, self._early = self._early or [], None
+        for payload in early:
+            self.add_ice_candidate(payload)
+        if complete:
+            self._add(None, None, 0)
+
+    def _add(self, candidate: RTCIceCandidate | None, mid: str | None, index: int | None) -> None:
+        if candidate is None and self._end_withheld:
+            return
+        if candidate is not None:
+            if is_mdns(candidate) and self._host_addresses is not None:
+                # Not even end-of-candidates then: it would fail a connection that the other side's checks
+                # may still open (as peer reflexive, RFC 8445 section 7.3.1.3).
+                self._end_withheld = True
+                return
+            candidate.sdpMid = mid
+            candidate.sdpMLineIndex = 0 if mid is None and index is None else index
+        self._spawn(self._add_now(candidate))
+
+    async def _add_now(self, candidate: RTCIceCandidate | None) -> None:
+        # A candidate that cannot be used is no reason to give up the others: a name that nobody resolves
+        # (Python 3.10's asyncio.TimeoutError passes aioice), an address family that is not there.
+        try:
+            await self._pc.addIceCandidate(candidate)
+        except Exception as error:
+            _log.debug("candidate %s is not used: %s", candidate, error)
+
+    # --- state ----------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> Path | None:
+        """Over which pair of addresses the data goes; None until ICE has found one."""
+        connection = ice_connection(self._pc)
+        pair = connection._nominated.get(1) if connection is not None else None
+        if pair is None:
+            return None
+        local, remote = pair.local_candidate, pair.remote_candidate
+        kind = local.type if local.type == remote.type else f"{local.type}/{remote.type}"
+        return Path(_address(pair.local_addr), _address(pair.remote_addr), local.transport.lower(), kind)
+
+    def describe(self) -> str:
+        """Tell in words what was tried, for the error of a connection that did not open."""
+        connection = ice_connection(self._pc)
+        remote = connection.remote_candidates if connection is not None else []
+        return (
+            f"ICE {self._pc.iceConnectionState}, connection {self._pc.connectionState}; "
+            f"local candidates: {_list(self._local_candidates())}; remote candidates: {_list(remote)}"
+        )
+
+    async def close(self) -> None:
+        """Close everything. The other side is not told: that is the Channel's part."""
+        gathering = {task for task in self._tasks if not task.done()}
+        if not self.opened.done():
+            self.opened.set_exception(PeerConnectError("the connection was closed before it opened"))
+        if gathering:
+            await asyncio.wait(gathering)
+        await self._pc.close()
+
+    def _local_candidates(self) -> list[Any]:
+        connection = ice_connection(self._pc)
+        return connection.local_candidates if connection is not None else []
+
+    def _state_changed(self) -> None:
+        state = self._pc.connectionState
+        if self.opened.done() or state not in ("failed", "closed"):
+            return
+        dtls = self._pc.sctp.transport if self._pc.sctp is not None else None
+        if dtls is not None and dtls.encrypted and dtls.state == "failed":
+            self.opened.set_exception(
+                PeerIdentityError(
+                    "whoever answers at the other end has another certificate than the one whose "
+                    "fingerprint was signed (RFC 8122): somebody sits between"
+                )
+            )
+        else:
+            self.opened.set_exception(PeerConnectError(f"no connection: {self.describe()}"))
+
+    def _channel_arrived(self, channel: RTCDataChannel) -> None:
+        usable = channel.ordered and channel.maxRetransmits is None and channel.maxPacketLifeTime is None
+        if channel.label != DATA_CHANNEL_LABEL or not usable or self.opened.done():
+            channel.close()
+            return
+        self._channel_opened(Channel(channel))
+
+    def _channel_opened(self, channel: Channel) -> None:
+        if not self.opened.done():
+            self.opened.set_result(channel)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _check_description(sdp: str) -> None:
+    """Accept one DataChannel and nothing else: no media codec of ours is to meet a stranger's input."""
+    media = [line for line in sdp.splitlines() if line.startswith("m=")]
+    if len(media) != 1 or not media[0].startswith("m=application "):
+        raise MalformedMessageError(
+            "the SDP must hold exactly one m=application section", field="payload.sdp"
+        )
+    if "a=fingerprint:" not in sdp:
+        raise MalformedMessageError("the SDP names no DTLS fingerprint", field="payload.sdp")
+
+
+def _ice_server(server: RTCIceServer | Mapping[str, Any]) -> RTCIceServer:
+    if isinstance(server, RTCIceServer):
+        return server
+    return RTCIceServer(
+        urls=server["urls"], username=server.get("username"), credential=server.get("credential")
+    )
+
+
+def _address(address: tuple[str, int]) -> str:
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _list(candidates: Sequence[Any]) -> str:
+    return ", ".join(f"{_address((c.host, c.port))} {c.type}" for c in candidates) or "none"

@@ -1,0 +1,404 @@
+"""From a DID to an open connection: OFFER, ANSWER, ICE_CANDIDATE and ERROR by way of an untrusted gateway.
+
+There is at most one attempt for each other agent. It belongs to whoever waits for it, whichever side's offer
+it comes of. When both sides offer at once (glare), the offer of the lower DID wins: its side ignores the
+other's, and the other side drops its own and answers. So both see one connection.
+
+    connect() ──▶ offering ──ANSWER──▶ opening ──▶ opened
+                     │ OFFER of a lower DID   ▲
+                     ▼                        │
+    OFFER ─────▶ answering ──────────────────┘
+
+A message that is lost with a gateway is offered again: a second OFFER replaces the first at the other side.
+An established connection is replaced only by one that has opened, so an old OFFER that somebody delayed
+breaks nothing.
+
+What is received here was verified before: the signature, that it is for this agent, that it is new.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, Generic, TypeVar
+
+from aiconexus.client.socket import short_did
+from aiconexus.core.candidates import parse_candidate
+from aiconexus.core.channel import Channel
+from aiconexus.core.peer_connection import EARLY_CANDIDATES_MAX, PeerConnection
+from aiconexus.protocol.errors import (
+    AIConexusError,
+    ErrorCode,
+    InvalidSignatureError,
+    MalformedMessageError,
+    MessageError,
+    PeerConnectError,
+    PeerError,
+    PeerIdentityError,
+    remote_error,
+)
+from aiconexus.protocol.limits import CONNECT_TIMEOUT_SECONDS
+from aiconexus.protocol.models import (
+    AnswerPayload,
+    ErrorPayload,
+    IceCandidatePayload,
+    Message,
+    OfferPayload,
+    Payload,
+)
+from aiconexus.protocol.serialization import loads
+
+ATTEMPTS_MAX: Final = 128  # at the same time; each costs 120 KB, a descriptor and 30 ms of one core
+EARLY_SENDERS_MAX: Final = 64  # agents whose candidates wait for their OFFER
+OFFERS_MAX: Final = 5  # of one attempt, where messages get lost
+CONTEST_SECONDS: Final = 2.0  # for the other side of a glare to answer, before it is offered again
+
+_log: Final = logging.getLogger("aiconexus.core")
+
+Opened = TypeVar("Opened")
+
+
+class _Attempt(Generic[Opened]):
+    """One way to a connection with one agent.
+
+    Attributes:
+        result: What `Signaling.connect` waits for.
+        pc: The connection in the making.
+        is_offering: Whether it is this side's offer that counts.
+        is_answered: Whether the other side has answered it.
+        is_contested: Whether the other side has offered too, and lost.
+        waiting: How many `connect()` wait for it.
+        signal: The payload and `correlation_id` that the other side must get, once it is known.
+        sent_id: Id of the last message that carried it.
+    """
+
+    def __init__(self, did: str) -> None:
+        self.did: Final = did
+        self.result: Final[asyncio.Future[Opened]] = asyncio.get_running_loop().create_future()
+        # Nobody may be waiting when it fails: that is no fault.
+        self.result.add_done_callback(lambda result: result.cancelled() or result.exception())
+        self.waiting = 0
+        self.offers = 0
+        self.task: asyncio.Task[None] | None = None
+
+    def begin(self, pc: PeerConnection, *, is_offering: bool) -> None:
+        """Forget what came before: this connection counts now."""
+        self.pc = pc
+        self.is_offering = is_offering
+        self.is_answered = False
+        self.is_contested = False
+        self.signal: tuple[Payload, str | None] | None = None
+        self.sent_id: str | None = None
+        self.is_sending = False
+        self.answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def describe(self) -> str:
+        """Tell in words how far it came and what to do."""
+        if not self.is_offering:
+            stage = "its offer was answered, but the connection did not open"
+        elif self.sent_id is None or self.is_sending:
+            stage = "the OFFER could not be sent yet; is the gateway there?"
+        elif not self.is_answered:
+            stage = "it has not answered the OFFER; it may be busy, or an ANSWER was lost: try again"
+        else:
+            stage = "it has answered, but no path was found; behind two NATs give ice_servers with TURN"
+        return f"{stage} ({self.pc.describe()})"
+
+
+class Signaling(Generic[Opened]):
+    """The connection attempts of one agent.
+
+    Args:
+        did: Of this agent.
+        gateway: URL, for error texts.
+        send: Signs and sends a message by the gateway; may wait for a gateway that is away.
+        new_connection: Makes a PeerConnection.
+        opened: Is given every connection that has opened; what it returns is what `connect` returns.
+    """
+
+    def __init__(
+        self,
+        did: str,
+        gateway: str,
+        send: Callable[[Message], Awaitable[object]],
+        new_connection: Callable[[], PeerConnection],
+        opened: Callable[[str, PeerConnection, Channel], Opened],
+    ) -> None:
+        self._did = did
+        self._gateway = gateway
+        self._send = send
+        self._new_connection = new_connection
+        self._opened = opened
+        self._attempts: dict[str, _Attempt[Opened]] = {}
+        self._early: OrderedDict[str, list[IceCandidatePayload]] = OrderedDict()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closing: set[asyncio.Task[None]] = set()  # connections; not to be cancelled
+
+    async def connect(self, did: str, *, timeout: float) -> Opened:
+        """Open a connection with `did`, or wait for the one that is being opened.
+
+        Raises:
+            UnknownAgentError: It is not online.
+            PeerRefusedError: It takes no connection.
+            PeerIdentityError: Somebody else answered for it.
+            PeerConnectError: No connection in `timeout` seconds; it says what was tried.
+            GatewayError: The gateway cannot be asked.
+        """
+        attempt = self._attempts.get(did)
+        if attempt is None:
+            attempt = self._attempts[did] = _Attempt(did)
+            self._offer(attempt)
+        attempt.waiting += 1
+        try:
+            await asyncio.wait({attempt.result}, timeout=timeout)
+            if attempt.result.done():
+                return attempt.result.result()
+            text = f"no connection to {short_did(did)} in {timeout:g} s: {attempt.describe()}"
+            raise PeerConnectError(text, did)
+        finally:
+            attempt.waiting -= 1
+            # The other side's wish to connect is not ours to give up.
+            if not attempt.waiting and attempt.is_offering and not attempt.result.done():
+                self._end(attempt, PeerConnectError("nobody waits for it any more", did))
+
+    async def close(self) -> None:
+        """Give up all attempts."""
+        for attempt in list(self._attempts.values()):
+            self._end(attempt, PeerConnectError("this agent was closed", attempt.did))
+        for task in self._tasks:
+            task.cancel()
+        while tasks := self._tasks | self._closing:
+            await asyncio.wait(tasks)
+
+    # --- what arrives ---------------------------------------------------------------------------
+
+    def receive(self, message: Message) -> None:
+        """Take a verified OFFER, ANSWER, ICE_CANDIDATE or ERROR."""
+        match message.payload:
+            case OfferPayload():
+                self._receive_offer(message)
+            case AnswerPayload() as answer:
+                self._receive_answer(message, answer)
+            case IceCandidatePayload() as candidate:
+                self._receive_candidate(message, candidate)
+            case ErrorPayload() as error:
+                self._receive_error(message, error)
+
+    def rejected(self, error: MessageError, data: str | bytes) -> None:
+        """Take note of a message that did not verify: it may be the ANSWER that somebody waits for."""
+        if not isinstance(error, InvalidSignatureError):
+            return
+        try:
+            attempt = self._attempt_of(loads(data).get("correlation_id"))
+        except MalformedMessageError:
+            return
+        if attempt is not None and attempt.is_offering and not attempt.is_answered:
+            text = f"what came in answer to the OFFER is not from {short_did(attempt.did)}: {error}"
+            self._end(attempt, PeerIdentityError(text, attempt.did))
+
+    def gateway_returned(self) -> None:
+        """Signal again what may have got lost with the connection to the gateway."""
+        for attempt in list(self._attempts.values()):
+            self._signal_again(attempt)
+
+    def _receive_offer(self, offer: Message) -> None:
+        did = offer.from_
+        attempt = self._attempts.get(did)
+        if attempt is None:
+            if len(self._attempts) >= ATTEMPTS_MAX:
+                self._reply(offer, ErrorPayload.for_cause("busy"))
+                return
+            attempt = self._attempts[did] = _Attempt(did)
+        elif attempt.is_offering and not attempt.is_answered and self._did < did:
+            # Glare, and ours wins. Should the other side never have got ours (it was started anew since),
+            # it waits for nothing: offer again.
+            if not attempt.is_contested:
+                attempt.is_contested = True
+                asyncio.get_running_loop().call_later(CONTEST_SECONDS, self._signal_again, attempt)
+            return
+        self._answer(attempt, offer)
+
+    def _receive_answer(self, message: Message, answer: AnswerPayload) -> None:
+        attempt = self._attempt_of(message.correlation_id)
+        if attempt is None or not attempt.is_offering or attempt.is_answered:
+            _log.debug("an ANSWER of %s is not waited for", message.from_)
+        elif message.from_ != attempt.did:
+            text = f"{message.from_} answered the OFFER to {attempt.did}"
+            self._end(attempt, PeerIdentityError(text, attempt.did))
+        else:
+            attempt.is_answered = True
+            attempt.answer.set_result(answer.sdp)
+
+    def _receive_candidate(self, message: Message, candidate: IceCandidatePayload) -> None:
+        attempt = self._attempts.get(message.from_)
+        try:
+            if candidate.candidate:
+                parse_candidate(candidate.candidate)
+            if attempt is not None:
+                attempt.pc.add_ice_candidate(candidate)
+                return
+        except MalformedMessageError as error:
+            self._reply(message, ErrorPayload.for_error(error))
+            return
+        # Its OFFER may be on the way.
+        early = self._early.setdefault(message.from_, [])
+        if len(early) < EARLY_CANDIDATES_MAX:
+            early.append(candidate)
+        if len(self._early) > EARLY_SENDERS_MAX:
+            self._early.popitem(last=False)
+
+    def _receive_error(self, message: Message, payload: ErrorPayload) -> None:
+        attempt = self._attempt_of(message.correlation_id)
+        if attempt is None:
+            _log.debug("an ERROR that nobody waits for: %s", payload.message)
+            return
+        name = payload.details.name if payload.details is not None else None
+        # Unconfirmed: it may have arrived. Contested: the other side is there, it has just offered.
+        unknown = payload.code is ErrorCode.UNKNOWN_AGENT
+        if attempt.offers < OFFERS_MAX and (name == "unconfirmed" or (unknown and attempt.is_contested)):
+            self._signal_again(attempt)
+            return
+        self._end(attempt, self._error_of(attempt.did, payload, name))
+
+    def _error_of(self, did: str, payload: ErrorPayload, name: str | None) -> AIConexusError:
+        details = payload.details.model_dump(exclude_none=True) if payload.details is not None else None
+        if payload.code is ErrorCode.INVALID_SIGNATURE and name != "stale_timestamp":
+            text = f"{short_did(did)} refused the OFFER, it was altered on its way: {payload.message}"
+            return PeerIdentityError(text, did)
+        if payload.code is ErrorCode.UNKNOWN_AGENT:
+            return remote_error(
+                payload.code, f"{short_did(did)} is not online (asked {self._gateway})", details
+            )
+        return remote_error(payload.code, f"{short_did(did)}: {payload.message}", details)
+
+    # --- attempts -------------------------------------------------------------------------------
+
+    def _offer(self, attempt: _Attempt[Opened]) -> None:
+        self._begin(attempt, is_offering=True)
+
+        async def negotiate() -> None:
+            sdp = await attempt.pc.create_offer()
+            attempt.signal = OfferPayload(sdp=sdp), None
+            try:
+                await self._signal(attempt)
+            except MalformedMessageError as error:
+                text = f"the OFFER cannot be sent: {error}; choose fewer host_addresses"
+                raise PeerConnectError(text) from error
+            answer = await attempt.answer
+            try:
+                await attempt.pc.accept_answer(answer)
+            except MalformedMessageError as error:
+                raise PeerConnectError(f"its ANSWER cannot be used: {error}") from error
+
+        attempt.task = self._spawn(self._open(attempt, negotiate))
+
+    def _answer(self, attempt: _Attempt[Opened], offer: Message) -> None:
+        self._begin(attempt, is_offering=False)
+        payload = offer.payload
+        assert isinstance(payload, OfferPayload)
+        pc = attempt.pc
+
+        async def negotiate() -> None:
+            try:
+                sdp = await pc.create_answer(payload.sdp)
+            except MalformedMessageError as error:
+                self._reply(offer, ErrorPayload.for_error(error))
+                raise PeerConnectError(f"its OFFER cannot be used: {error}") from error
+            attempt.signal = AnswerPayload(sdp=sdp), offer.id
+            await self._signal(attempt)
+
+        def expire() -> None:
+            if attempt.pc is pc and not attempt.result.done():
+                self._end(attempt, PeerConnectError(attempt.describe()))
+
+        asyncio.get_running_loop().call_later(CONNECT_TIMEOUT_SECONDS, expire)
+        attempt.task = self._spawn(self._open(attempt, negotiate))
+
+    def _begin(self, attempt: _Attempt[Opened], *, is_offering: bool) -> None:
+        if attempt.task is not None:
+            attempt.task.cancel()
+            self._spawn(attempt.pc.close(), self._closing)
+        attempt.begin(self._new_connection(), is_offering=is_offering)
+        for candidate in self._early.pop(attempt.did, []):
+            attempt.pc.add_ice_candidate(candidate)
+
+    async def _open(self, attempt: _Attempt[Opened], negotiate: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await negotiate()
+            channel = await asyncio.shield(attempt.pc.opened)
+        except PeerError as error:
+            error.did = attempt.did
+            error.args = (f"{short_did(attempt.did)}: {error}",)
+            self._end(attempt, error)
+        except AIConexusError as error:
+            self._end(attempt, error)
+        except Exception as error:
+            _log.exception("the connection with %s failed", attempt.did)
+            text = f"{short_did(attempt.did)}: {type(error).__name__}: {error}"
+            self._end(attempt, PeerConnectError(text, attempt.did))
+        else:
+            del self._attempts[attempt.did]
+            attempt.result.set_result(self._opened(attempt.did, attempt.pc, channel))
+
+    def _end(self, attempt: _Attempt[Opened], error: AIConexusError) -> None:
+        if attempt.result.done():
+            return
+        _log.debug("no connection with %s: %s", attempt.did, error)
+        del self._attempts[attempt.did]
+        attempt.result.set_exception(error)
+        if attempt.task is not None and attempt.task is not asyncio.current_task():
+            attempt.task.cancel()
+        self._spawn(attempt.pc.close(), self._closing)
+
+    def _attempt_of(self, message_id: object) -> _Attempt[Opened] | None:
+        """Return the attempt whose last OFFER or ANSWER has this id."""
+        if not isinstance(message_id, str):
+            return None
+        found = (a for a in self._attempts.values() if a.sent_id == message_id.lower())
+        return next(found, None)
+
+    # --- messages -------------------------------------------------------------------------------
+
+    async def _signal(self, attempt: _Attempt[Opened]) -> None:
+        assert attempt.signal is not None
+        payload, correlation_id = attempt.signal
+        message = Message.create(self._did, attempt.did, payload, correlation_id=correlation_id)
+        attempt.sent_id = message.id
+        attempt.offers += 1
+        attempt.is_sending = True
+        try:
+            await self._send(message)
+        finally:
+            attempt.is_sending = False
+
+    def _signal_again(self, attempt: _Attempt[Opened]) -> None:
+        if attempt.result.done() or attempt.is_answered or attempt.is_sending or attempt.signal is None:
+            return
+
+        async def signal() -> None:
+            try:
+                await self._signal(attempt)
+            except AIConexusError as error:
+                self._end(attempt, error)
+
+        self._spawn(signal())
+
+    def _reply(self, message: Message, payload: ErrorPayload) -> None:
+        async def reply() -> None:
+            try:
+                await self._send(message.reply(payload))
+            except AIConexusError as error:
+                _log.debug("%s was not told that it is refused: %s", message.from_, error)
+
+        self._spawn(reply())
+
+    def _spawn(
+        self, coroutine: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]] | None = None
+    ) -> asyncio.Task[None]:
+        tasks = self._tasks if tasks is None else tasks
+        task = asyncio.ensure_future(coroutine)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        return task
