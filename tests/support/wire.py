@@ -256,7 +256,7 @@ class Agent(RawClient):
     def candidate(self, to: str, number: int) -> bytes:
         return self.message(to, IceCandidatePayload(candidate=f"candidate:{number}"))
 
-    def envelope(self, to: str, **changed: Any) -> dict[str, Any]:
+    def envelope(self, to: str, /, **changed: Any) -> dict[str, Any]:
         """Return an OFFER's envelope to spoil: `changed` replaces fields, `...` removes them."""
         envelope = json.loads(self.offer(to))
         envelope.update({name.rstrip("_"): value for name, value in changed.items()})
