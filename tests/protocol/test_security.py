@@ -583,6 +583,40 @@ def test_full_guard_refuses_what_is_not_newer_than_the_forgotten():
     guard.accept(bare(0.5, 9), NOW)
 
 
+def test_full_guard_forgets_those_who_sent_the_most():
+    guard = ReplayGuard(capacity=1000)
+    guard.accept(bare(-100, 1, B.did), NOW)
+    # Stamped as late as can be: were there one floor for all, it would shut everybody out for minutes.
+    for number in range(5000):
+        guard.accept(bare(119 + number / 10_000, number, A.did), NOW)
+    assert len(guard) <= 1000
+    with pytest.raises(ReplayedMessageError):
+        guard.accept(bare(-100, 1, B.did), NOW)
+    guard.accept(bare(-99, 2, B.did), NOW)
+    guard.accept(bare(-119, 1, C.did), NOW)
+    with pytest.raises(StaleMessageError):
+        guard.accept(bare(119, 0, A.did), NOW)
+
+
+def test_guard_that_is_full_of_single_messages_forgets_the_oldest():
+    guard = ReplayGuard(capacity=8)
+    for number in range(50):
+        guard.accept(bare(number, 0, f"sender {number}"), NOW)
+    assert len(guard) == 8
+    for number in range(50):
+        with pytest.raises((StaleMessageError, ReplayedMessageError)):
+            guard.accept(bare(number, 0, f"sender {number}"), NOW)
+    guard.accept(bare(43.5, 0, "somebody new"), NOW)
+
+
+def test_full_guard_keeps_up_with_a_sender_in_order():
+    guard = ReplayGuard(capacity=16)
+    for number in range(500):
+        guard.accept(bare(number / 10, number), NOW)
+        with pytest.raises(ReplayedMessageError):
+            guard.accept(bare(number / 10, number), NOW)
+
+
 def test_clock_that_is_set_back_lets_no_replay_in():
     guard = ReplayGuard()
     guard.accept(bare(0), NOW)

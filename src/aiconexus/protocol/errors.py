@@ -88,7 +88,7 @@ def _causes() -> dict[str, Cause]:
         Cause(103, "lone_surrogate", malformed, "a \\u escape names half a surrogate pair"),
         Cause(104, "too_deep", malformed, "the message nests more than 32 levels deep"),
         Cause(105, "too_large", malformed, "the message is larger than 65536 bytes"),
-        Cause(106, "duplicate_key", malformed, "a key stands twice in the envelope"),
+        Cause(106, "duplicate_key", malformed, "a key stands twice in one object"),
         Cause(107, "escaped_key", malformed, "an envelope key is written with an escape"),
         Cause(108, "escaped_value", malformed, "this field must be written without escapes"),
         Cause(109, "unknown_field", malformed, "the envelope has no such field; new ones go into ext"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import binascii
-import heapq
+import math
 import os
 import stat
 import tempfile
@@ -271,23 +271,42 @@ def verify_envelope(envelope: dict[str, Any]) -> None:
         raise InvalidSignatureError(field="signature")
 
 
+class _Sender:
+    """What a ReplayGuard knows of one sender: moments by id, and the newest moment it had to forget early."""
+
+    __slots__ = ("floor", "seen")
+
+    def __init__(self) -> None:
+        self.seen: dict[str, float] = {}
+        self.floor = float("-inf")
+
+    def keep_newest(self, count: int) -> None:
+        """Forget all but the `count` newest messages; at least one is kept."""
+        forgotten = sorted(self.seen, key=self.seen.__getitem__)[:-count]
+        self.floor = max(self.floor, self.seen[forgotten[-1]])
+        for id_ in forgotten:
+            del self.seen[id_]
+
+
 class ReplayGuard:
     """Remembers the ids that were accepted for as long as their timestamps would pass, and refuses them.
 
-    Bounded: when it is full it forgets the oldest message. Whatever it forgets, it refuses from then on
-    every message that is not newer: neither a full guard nor a clock that is set back lets a replay in.
+    Bounded: when it is full, those who sent the most are forgotten first. Whatever is forgotten, nothing
+    that is not newer is accepted from its sender afterwards: neither a full guard nor a clock that is set
+    back lets a replay in, and who floods a guard shuts out himself and nobody else.
     """
 
     def __init__(self, window: float = CLOCK_SKEW_SECONDS, capacity: int = REPLAY_GUARD_CAPACITY) -> None:
         """Args are the accepted distance of a timestamp from now in seconds, and the ids remembered."""
         self.window = window
         self.capacity = capacity
-        self._seen: set[tuple[str, str]] = set()
-        self._by_age: list[tuple[float, tuple[str, str]]] = []
-        self._floor = float("-inf")
+        self._senders: dict[str, _Sender] = {}
+        self._count = 0
+        self._floor = float("-inf")  # for all senders
+        self._swept_at = float("-inf")
 
     def __len__(self) -> int:
-        return len(self._seen)
+        return self._count
 
     def accept(self, message: Message, now: float | None = None) -> None:
         """Remember a message whose signature was verified.
@@ -302,27 +321,75 @@ class ReplayGuard:
         """
         now = time.time() if now is None else now
         moment = message.timestamp.timestamp()
-        if abs(moment - now) > self.window or moment <= self._floor:
+        if abs(moment - now) > self.window:
             raise StaleMessageError(
                 f"the message is {now - moment:+.0f} s old; at most ±{self.window:.0f} s are accepted: "
                 "check the clocks of both machines",
                 field="timestamp",
                 message_id=message.id,
             )
-        while self._by_age and self._by_age[0][0] < now - self.window:
-            self._forget_oldest()
+        sender = self._senders.get(message.from_)
+        if moment <= (self._floor if sender is None else max(self._floor, sender.floor)):
+            raise StaleMessageError(
+                "the message is not newer than others that had to be forgotten: send it anew",
+                field="timestamp",
+                message_id=message.id,
+            )
         # UUIDs compare without regard to case (RFC 9562 section 4).
-        key = (message.from_, message.id.lower())
-        if key in self._seen:
+        id_ = message.id.lower()
+        if sender is not None and id_ in sender.seen:
             raise ReplayedMessageError(field="id", message_id=message.id)
-        self._seen.add(key)
-        heapq.heappush(self._by_age, (moment, key))
-        if len(self._seen) > self.capacity:
-            self._forget_oldest()
+        if not self._swept_at <= now < self._swept_at + self.window:
+            self._sweep(now)
+        if self._count >= self.capacity:
+            self._sweep(now)
+            self._make_room(self.capacity - max(1, self.capacity // 8))
+        self._senders.setdefault(message.from_, _Sender()).seen[id_] = moment
+        self._count += 1
 
-    def _forget_oldest(self) -> None:
-        self._floor, key = heapq.heappop(self._by_age)
-        self._seen.discard(key)
+    def _sweep(self, now: float) -> None:
+        """Forget what is too old to be accepted again, while the clock goes on as it should."""
+        self._swept_at = now
+        self._forget_until(now - self.window)
+
+    def _forget_until(self, end: float) -> None:
+        """Forget what is older than `end`, of all senders."""
+        for did, sender in list(self._senders.items()):
+            for id_, moment in list(sender.seen.items()):
+                if moment < end:
+                    del sender.seen[id_]
+                    self._floor = max(self._floor, moment)
+            if not sender.seen:
+                # Its newest message was forgotten just now, so the common floor is above its own.
+                del self._senders[did]
+        self._recount()
+
+    def _make_room(self, room: int) -> None:
+        """Forget until `room` or fewer are remembered: the oldest of those who sent the most."""
+        if self._count <= room:
+            return
+        share = _fair_share([len(sender.seen) for sender in self._senders.values()], room)
+        for sender in self._senders.values():
+            if len(sender.seen) > share:
+                sender.keep_newest(share)
+        self._recount()
+        if self._count > room:  # one message each of too many senders
+            moments = sorted(moment for sender in self._senders.values() for moment in sender.seen.values())
+            self._forget_until(math.nextafter(moments[self._count - room - 1], math.inf))
+
+    def _recount(self) -> None:
+        self._count = sum(len(sender.seen) for sender in self._senders.values())
+
+
+def _fair_share(sizes: list[int], room: int) -> int:
+    """Return how many each may keep so that all together fit into `room`; at least one."""
+    sizes.sort()
+    for position, size in enumerate(sizes):
+        share = room // (len(sizes) - position)
+        if size > share:
+            return max(1, share)
+        room -= size
+    return max(1, sizes[-1])
 
 
 def verify_message(
