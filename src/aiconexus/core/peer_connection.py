@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -32,6 +33,8 @@ from aiconexus.core.channel import Channel
 from aiconexus.protocol.errors import MalformedMessageError, PeerConnectError, PeerIdentityError
 from aiconexus.protocol.limits import DATA_CHANNEL_LABEL
 from aiconexus.protocol.models import IceCandidatePayload
+
+_DATA_CHANNEL_SECTION: Final = re.compile(r"m=application \d+ \S*DTLS/SCTP .+")  # RFC 8841 section 4
 
 _log: Final = logging.getLogger("aiconexus.core")
 
@@ -253,7 +256,7 @@ class PeerConnection:
 def _check_description(sdp: str) -> None:
     """Accept one DataChannel and nothing else: no media codec of ours is to meet a stranger's input."""
     media = [line for line in sdp.splitlines() if line.startswith("m=")]
-    if len(media) != 1 or not media[0].startswith("m=application "):
+    if len(media) != 1 or not _DATA_CHANNEL_SECTION.fullmatch(media[0]):
         raise MalformedMessageError(
             "the SDP must hold exactly one m=application section", field="payload.sdp"
         )

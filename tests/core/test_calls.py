@@ -1,0 +1,403 @@
+"""The state machine alone: two of them, and the texts that go from one to the other."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from typing import Any
+
+import pytest
+
+from aiconexus.core.calls import (
+    Answered,
+    Calls,
+    CancelArrived,
+    DoneArrived,
+    ExecutionArrived,
+    Failed,
+    IntentArrived,
+    Left,
+    Refused,
+    Reply,
+)
+from aiconexus.core.intents import Quote
+from aiconexus.protocol import DIDKey, ErrorCode, IntentPayload, Message, MessageType, OfferPayload, decode
+from aiconexus.protocol.errors import (
+    CallCancelledError,
+    CallError,
+    CallTimeoutError,
+    CapabilityError,
+    InvalidArgumentsError,
+    PeerIdentityError,
+    RemoteError,
+    UnknownCapabilityError,
+)
+from aiconexus.protocol.limits import DATA_MESSAGE_MAX_BYTES
+from aiconexus.protocol.security import sign_message, verify_envelope
+from aiconexus.protocol.serialization import encode
+
+ALICE, BOB, EVE = (DIDKey.from_seed(bytes([seed]) * 32) for seed in (1, 2, 3))
+
+
+@pytest.fixture
+def alice() -> Calls:
+    return Calls(ALICE, BOB.did)
+
+
+@pytest.fixture
+def bob() -> Calls:
+    return Calls(BOB, ALICE.did)
+
+
+def ask(alice: Calls, bob: Calls, capability: str = "add", **args: Any) -> str:
+    """Let Alice's EXEC_REQUEST arrive at Bob; return its id."""
+    id_, text = alice.execute(capability, args, 30.0)
+    event = bob.receive(text)
+    assert isinstance(event, ExecutionArrived)
+    assert event.id == id_
+    return id_
+
+
+def edited(text: str, **fields: Any) -> str:
+    return json.dumps({**json.loads(text), **fields})
+
+
+# --- executions --------------------------------------------------------------------------------
+
+
+def test_execution_is_signed_both_ways_and_ends_in_its_result(alice: Calls, bob: Calls) -> None:
+    id_, text = alice.execute("add", {"a": 1}, 2.5)
+    verify_envelope(json.loads(text))
+    assert bob.receive(text) == ExecutionArrived(id_, "add", {"a": 1}, 2.5)
+    assert alice.open == 1
+    answer = bob.succeed(id_, {"sum": 2}, 0.0123)
+    assert answer is not None
+    verify_envelope(json.loads(answer))
+    assert json.loads(answer)["payload"]["execution_time_ms"] == 12
+    assert alice.receive(answer) == Answered(id_, {"sum": 2})
+    assert alice.open == 0
+
+
+def test_python_values_travel_as_json(alice: Calls, bob: Calls) -> None:
+    _, text = alice.execute("plan", {"day": date(2026, 1, 12), "tags": ("a", "b")}, 1.0)
+    event = bob.receive(text)
+    assert isinstance(event, ExecutionArrived)
+    assert event.args == {"day": "2026-01-12", "tags": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("unknown_capability", UnknownCapabilityError),
+        ("invalid_arguments", InvalidArgumentsError),
+        ("capability_error", CapabilityError),
+        ("timeout", CallTimeoutError),
+        ("cancelled", CallCancelledError),
+        ("busy", CallError),
+        ("of a later version", CallError),
+    ],
+)
+def test_every_failure_has_its_class(alice: Calls, bob: Calls, name: str, kind: type[CallError]) -> None:
+    id_ = ask(alice, bob)
+    answer = bob.fail(id_, name, "the reason")
+    assert answer is not None
+    failed = alice.receive(answer)
+    assert isinstance(failed, Failed)
+    assert type(failed.error) is kind
+    assert str(failed.error) == "the reason"
+    assert failed.error.capability == "add"
+
+
+def test_request_has_exactly_one_answer(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    assert bob.succeed(id_, 1, 0.0) is not None
+    assert bob.succeed(id_, 2, 0.0) is None
+    assert bob.fail(id_, "timeout", "too late") is None
+
+
+def test_second_answer_is_ignored(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    first = bob.succeed(id_, 1, 0.0)
+    assert first is not None
+    second = edited(first, id="00000000-0000-4000-8000-000000000001")
+    unsigned = Message.model_validate({**json.loads(second), "signature": None})
+    alice.receive(first)
+    assert alice.receive(encode(sign_message(unsigned, BOB)).decode()) is None
+
+
+def test_progress_is_no_end(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    final = bob.succeed(id_, 1, 0.0)
+    assert final is not None
+    progress = json.loads(final)
+    progress["id"] = "00000000-0000-4000-8000-000000000002"
+    progress["payload"] = {"status": "progress", "result": 0.5}
+    del progress["signature"]
+    assert alice.receive(json.dumps(progress)) is None
+    assert alice.receive(final) == Answered(id_, 1)
+
+
+def test_result_that_is_too_large_becomes_an_error(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    answer = bob.succeed(id_, "x" * DATA_MESSAGE_MAX_BYTES, 0.0)
+    assert answer is not None
+    failed = alice.receive(answer)
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, CapabilityError)
+    assert f"at most {DATA_MESSAGE_MAX_BYTES} can be sent" in str(failed.error)
+
+
+@pytest.mark.parametrize("value", [2**60, float("nan"), "\ud800"])
+def test_result_without_canonical_form_becomes_an_error(alice: Calls, bob: Calls, value: Any) -> None:
+    id_ = ask(alice, bob)
+    answer = bob.succeed(id_, value, 0.0)
+    assert answer is not None
+    failed = alice.receive(answer)
+    assert isinstance(failed, Failed)
+    assert "the result cannot be sent" in str(failed.error)
+
+
+@pytest.mark.parametrize("value", ["x" * DATA_MESSAGE_MAX_BYTES, 2**60, float("inf"), "\ud800", object()])
+def test_arguments_that_cannot_be_sent_are_refused_at_the_caller(alice: Calls, value: Any) -> None:
+    with pytest.raises(InvalidArgumentsError, match="the arguments cannot be sent"):
+        alice.execute("add", {"a": value}, 1.0)
+    assert alice.open == 0
+
+
+def test_text_of_an_exception_may_hold_anything(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    answer = bob.fail(id_, "capability_error", "no such file: \udcff" + "x" * 10_000)
+    assert answer is not None
+    failed = alice.receive(answer)
+    assert isinstance(failed, Failed)
+    assert str(failed.error).startswith("no such file: \\udcff")
+    assert len(str(failed.error)) < 5_000
+
+
+def test_peer_that_asks_for_too_much_is_told_busy(alice: Calls) -> None:
+    bob = Calls(BOB, ALICE.did, executions_max=2)
+    ids = [ask(alice, bob) for _ in range(2)]
+    id_, text = alice.execute("add", {}, 1.0)
+    reply = bob.receive(text)
+    assert isinstance(reply, Reply)
+    failed = alice.receive(reply.text)
+    assert isinstance(failed, Failed)
+    assert failed.id == id_
+    assert "busy" in str(failed.error)
+    bob.succeed(ids[0], 1, 0.0)
+    ask(alice, bob)  # there is room again
+
+
+# --- cancel ------------------------------------------------------------------------------------
+
+
+def test_abandoned_execution_is_cancelled_there(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    cancel = alice.abandon(id_)
+    assert cancel is not None
+    assert bob.receive(cancel) == CancelArrived(id_)
+    answer = bob.fail(id_, "cancelled", "the caller cancelled")
+    assert answer is not None
+    assert json.loads(answer)["payload"]["status"] == "cancelled"
+    assert alice.receive(answer) is None
+
+
+def test_cancel_that_crosses_the_answer_is_ignored(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    answer, cancel = bob.succeed(id_, 1, 0.0), alice.abandon(id_)
+    assert answer is not None
+    assert cancel is not None
+    assert bob.receive(cancel) is None
+    assert alice.receive(answer) is None
+
+
+def test_what_is_answered_is_not_cancelled(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    answer = bob.succeed(id_, 1, 0.0)
+    assert answer is not None
+    alice.receive(answer)
+    assert alice.abandon(id_) is None
+
+
+# --- intents -----------------------------------------------------------------------------------
+
+
+def test_intent_is_answered_by_a_quote(alice: Calls, bob: Calls) -> None:
+    id_, text = alice.ask(IntentPayload(query="translate this", context={"to": "fr"}))
+    event = bob.receive(text)
+    assert isinstance(event, IntentArrived)
+    assert (event.intent.sender, event.intent.query) == (ALICE.did, "translate this")
+    assert event.intent.context == {"to": "fr"}
+    quote = Quote(status="understood", required_input=["text"], cost="0.50 EUR")
+    answer = bob.quote(id_, quote)
+    assert answer is not None
+    verify_envelope(json.loads(answer))
+    assert alice.receive(answer) == Answered(id_, quote)
+    assert bob.quote(id_, quote) is None
+
+
+def test_intent_that_failed_is_answered_by_an_error(alice: Calls, bob: Calls) -> None:
+    id_, text = alice.ask(IntentPayload(task="translate"))
+    bob.receive(text)
+    answer = bob.fail(id_, "capability_error", "ValueError: no")
+    assert answer is not None
+    failed = alice.receive(answer)
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, RemoteError)
+    assert (failed.error.code, str(failed.error)) == (ErrorCode.INTERNAL_ERROR, "ValueError: no")
+
+
+def test_intent_that_asks_nothing_is_refused(alice: Calls, bob: Calls) -> None:
+    _, text = alice.ask(IntentPayload(status="understood"))
+    refused = bob.receive(text)
+    assert isinstance(refused, Refused)
+    assert refused.error.cause.name == "invalid_payload"
+
+
+# --- what must be refused ------------------------------------------------------------------------
+
+
+def refusal(calls: Calls, text: str | bytes) -> tuple[str, str | None]:
+    """Return cause and `correlation_id` of the ERROR that answers `text`."""
+    refused = calls.receive(text)
+    assert isinstance(refused, Refused)
+    assert refused.reply is not None
+    error = decode(refused.reply)
+    assert error.type is MessageType.ERROR
+    assert (error.from_, error.to) == (BOB.did, ALICE.did)
+    return refused.error.cause.name, error.correlation_id
+
+
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        ("", "not_json"),
+        ("hello", "not_json"),
+        ("[]", "not_object"),
+        ("{}", "missing_field"),
+        (b"{}", "binary_frame"),
+        ("x" * (DATA_MESSAGE_MAX_BYTES + 1), "too_large"),
+        ('{"type": ["ERROR"], "payload": {"status": []}}', "missing_field"),
+        ('{"type": "EXEC_RESPONSE", "payload": {"status": ["success"]}}', "missing_field"),
+        ("[" * 5000 + "]" * 5000, "too_deep"),
+    ],
+)
+def test_garbage_is_answered_by_an_error(bob: Calls, data: str | bytes, cause: str) -> None:
+    found, correlation_id = refusal(bob, data)
+    assert found == cause
+    assert correlation_id is None
+
+
+def test_error_names_the_message_that_it_refuses(alice: Calls, bob: Calls) -> None:
+    id_, text = alice.execute("add", {}, 1.0)
+    assert refusal(bob, edited(text, type="NOISE")) == ("unknown_type", id_)
+    assert refusal(bob, edited(text, id="x" * 36)) == ("bad_id", None)
+
+
+def test_unsigned_request_is_refused(alice: Calls, bob: Calls) -> None:
+    id_, text = alice.execute("add", {}, 1.0)
+    assert refusal(bob, edited(text, signature=None)) == ("missing_signature", id_)
+
+
+def test_altered_request_is_refused(alice: Calls, bob: Calls) -> None:
+    id_, text = alice.execute("pay", {"amount": 1}, 1.0)
+    altered = edited(text, payload={"args": {"amount": 1_000}, "timeout_ms": 1_000})
+    assert refusal(bob, altered) == ("bad_signature", id_)
+
+
+def test_request_of_a_third_agent_is_refused(bob: Calls) -> None:
+    eve = Calls(EVE, BOB.did)
+    id_, text = eve.execute("add", {}, 1.0)
+    assert refusal(bob, text) == ("wrong_sender", id_)
+
+
+def test_request_to_a_third_agent_is_refused(bob: Calls) -> None:
+    alice_to_eve = Calls(ALICE, EVE.did)
+    id_, text = alice_to_eve.execute("add", {}, 1.0)
+    assert refusal(bob, text) == ("wrong_recipient", id_)
+
+
+def test_request_that_comes_twice_is_refused(alice: Calls, bob: Calls) -> None:
+    id_, text = alice.execute("add", {}, 1.0)
+    assert isinstance(bob.receive(text), ExecutionArrived)
+    assert refusal(bob, text) == ("replayed", id_)
+    # Upper case is the same UUID; the signature covers it, so Alice herself must have sent it.
+    shouted = Message.model_validate({**json.loads(text), "id": id_.upper(), "signature": None})
+    assert refusal(bob, encode(sign_message(shouted, ALICE)).decode()) == ("replayed", id_.upper())
+
+
+def test_request_without_capability_is_refused(alice: Calls, bob: Calls) -> None:
+    id_, text = alice.execute("add", {}, 1.0)
+    nameless = Message.model_validate({**json.loads(text), "ext": {}, "signature": None})
+    assert refusal(bob, encode(sign_message(nameless, ALICE)).decode()) == ("invalid_ext", id_)
+
+
+def test_signaling_has_no_place_on_the_channel(bob: Calls) -> None:
+    offer = Message.create(ALICE.did, BOB.did, OfferPayload(sdp="v=0"))
+    assert refusal(bob, encode(offer).decode()) == ("unexpected_type", offer.id)
+
+
+@pytest.mark.parametrize("changes", [{"payload": {}}, {"from": EVE.did}, {"version": "2.0"}])
+def test_error_is_never_answered_by_an_error(alice: Calls, bob: Calls, changes: dict[str, Any]) -> None:
+    refused = bob.receive("garbage")
+    assert isinstance(refused, Refused)
+    assert refused.reply is not None
+    again = alice.receive(edited(refused.reply, **changes))
+    assert isinstance(again, Refused)
+    assert again.reply is None
+
+
+def test_answer_with_a_bad_signature_fails_the_call(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    answer = bob.succeed(id_, "true", 0.0)
+    assert answer is not None
+    refused = alice.receive(edited(answer, payload={"status": "success", "result": "false"}))
+    assert isinstance(refused, Refused)
+    assert refused.failed is not None
+    assert refused.failed.id == id_
+    assert isinstance(refused.failed.error, PeerIdentityError)
+    assert alice.receive(answer) is None  # it is over
+
+
+def test_error_of_the_peer_fails_the_call_that_it_names(alice: Calls, bob: Calls) -> None:
+    id_, text = alice.execute("add", {}, 1.0)
+    refused = bob.receive(edited(text, signature=None))
+    assert isinstance(refused, Refused)
+    assert refused.reply is not None
+    failed = alice.receive(refused.reply)
+    assert isinstance(failed, Failed)
+    assert failed.id == id_
+    assert isinstance(failed.error, RemoteError)
+    assert failed.error.name == "missing_signature"
+
+
+# --- ping, done, goodbye -------------------------------------------------------------------------
+
+
+def test_ping_is_answered_by_pong_with_its_sequence(alice: Calls, bob: Calls) -> None:
+    id_, text = alice.ping()
+    reply = bob.receive(edited(text, payload={"sequence": 7}))
+    assert isinstance(reply, Reply)
+    assert json.loads(reply.text)["payload"] == {"sequence": 7}
+    assert alice.open == 0  # a PING is no reason to keep a connection
+    assert alice.receive(reply.text) == Answered(id_, False)
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_done_is_asked_and_answered(alice: Calls, bob: Calls, is_done: bool) -> None:
+    id_, text = alice.ping(is_done=True)
+    event = bob.receive(text, is_done=is_done)
+    assert isinstance(event, DoneArrived)
+    assert event.is_done is is_done
+    assert alice.receive(event.reply) == Answered(id_, is_done)
+
+
+def test_peer_that_does_not_know_done_keeps_the_connection(alice: Calls, bob: Calls) -> None:
+    id_, text = alice.ping(is_done=True)
+    event = bob.receive(text, is_done=True)
+    assert isinstance(event, DoneArrived)
+    assert alice.receive(edited(event.reply, ext={})) == Answered(id_, False)
+
+
+def test_goodbye_says_why(alice: Calls, bob: Calls) -> None:
+    assert bob.receive(alice.leave("done for today")) == Left("done for today")

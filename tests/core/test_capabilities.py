@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Annotated, Any
+
+import pytest
+from pydantic import BaseModel, Field
+
+from aiconexus.core.capabilities import capabilities_of, capability
+from aiconexus.protocol.errors import CapabilityError, InvalidArgumentsError
+
+
+class Clause(BaseModel):
+    text: str
+    page: int = Field(ge=1)
+
+
+class Notary:
+    @capability(tags=["legal"], version="2.1", metadata={"languages": ["en"]})
+    async def extract(self, text: str, kinds: list[str], limit: int = 10) -> list[Clause]:
+        """Return the clauses
+        of a contract.
+
+        Not announced: how it is done.
+        """
+        return [Clause(text=text, page=1) for _ in kinds[:limit]]
+
+    @capability
+    async def when(self, at: datetime, note: Annotated[str, Field(max_length=5)] = "") -> datetime:
+        return at
+
+    @capability(name="Echo!", description="As it is.")
+    async def echo(self, value: Any, **more: int) -> Any:
+        return more or value
+
+    @capability
+    async def broken(self) -> int:
+        return "many"  # type: ignore[return-value]
+
+    async def private(self) -> None: ...
+
+    def __repr__(self) -> str:
+        raise AssertionError("a subclass may not be ready for its repr yet")
+
+
+def test_schema_comes_from_the_hints() -> None:
+    extract = capabilities_of(Notary())["extract"].announced
+    assert extract.description == "Return the clauses of a contract."
+    assert (extract.tags, extract.version, extract.metadata) == (["legal"], "2.1", {"languages": ["en"]})
+    assert extract.input == {
+        "type": "object",
+        "properties": {
+            "text": {"type": "string"},
+            "kinds": {"type": "array", "items": {"type": "string"}},
+            "limit": {"type": "integer", "default": 10},
+        },
+        "required": ["text", "kinds"],
+        "additionalProperties": False,
+    }
+    assert extract.output is not None
+    assert extract.output["items"] == {"$ref": "#/$defs/Clause"}
+
+
+def test_only_decorated_methods_are_announced_in_the_order_of_their_definition() -> None:
+    assert list(capabilities_of(Notary())) == ["extract", "when", "Echo!", "broken"]
+
+
+def test_subclass_adds_replaces_and_withdraws() -> None:
+    class Special(Notary):
+        @capability
+        async def more(self) -> None: ...
+
+        @capability(version="3")
+        async def when(self, at: str) -> str:  # type: ignore[override]
+            return at
+
+        async def broken(self) -> int:
+            return 1
+
+    found = capabilities_of(Special())
+    assert list(found) == ["extract", "when", "Echo!", "more"]
+    assert found["when"].announced.version == "3"
+
+
+async def test_arguments_are_checked_and_defaults_are_the_methods_own() -> None:
+    extract = capabilities_of(Notary())["extract"]
+    result = await extract.call({"text": "a", "kinds": ["x"] * 12})
+    assert extract.serialize(result) == [{"text": "a", "page": 1}] * 10
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "text"),
+    [
+        ("extract", {"text": "a"}, "kinds: Missing required argument"),
+        ("extract", {"text": 5, "kinds": []}, "text: Input should be a valid string"),
+        ("extract", {"text": "a", "kinds": "x"}, "kinds: Input should be a valid"),
+        ("extract", {"text": "a", "kinds": [], "limit": "3"}, "limit: Input should be a valid integer"),
+        ("extract", {"text": "a", "kinds": [], "limit": True}, "limit: Input should be a valid integer"),
+        ("extract", {"text": "a", "kinds": [], "self": 1}, "self: Unexpected keyword argument"),
+        ("extract", {"text": "a", "kinds": [], "colour": 1}, "colour: Unexpected keyword argument"),
+        ("when", {"at": "tomorrow"}, "at: Input should be a valid datetime"),
+        ("when", {"at": "2026-01-12T10:00:00Z", "note": "too long"}, "note: String should have at most 5"),
+    ],
+)
+def test_argument_that_does_not_fit_is_named(name: str, args: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidArgumentsError, match=text):
+        capabilities_of(Notary())[name].call(args)
+
+
+async def test_json_forms_become_python_values_and_back() -> None:
+    when = capabilities_of(Notary())["when"]
+    result = await when.call({"at": "2026-01-12T10:00:00Z"})
+    assert isinstance(result, datetime)
+    assert when.serialize(result) == "2026-01-12T10:00:00Z"
+
+
+async def test_free_arguments_are_checked_too() -> None:
+    echo = capabilities_of(Notary())["Echo!"]
+    assert await echo.call({"value": 1, "x": 2}) == {"x": 2}
+    with pytest.raises(InvalidArgumentsError, match="x: Input should be a valid integer"):
+        echo.call({"value": 1, "x": "2"})
+
+
+async def test_result_that_breaks_its_promise_is_an_error() -> None:
+    broken = capabilities_of(Notary())["broken"]
+    with pytest.raises(CapabilityError, match="the result is not what the capability promises"):
+        broken.serialize(await broken.call({}))
+
+
+def test_result_without_json_form_is_an_error() -> None:
+    with pytest.raises(CapabilityError, match="no JSON form"):
+        capabilities_of(Notary())["Echo!"].serialize(object())
+
+
+def _sync(self: object) -> None: ...
+
+
+async def _positional(self: object, a: int, /) -> None: ...
+
+
+async def _variadic(self: object, *values: int) -> None: ...
+
+
+async def _deadline(self: object, timeout: float) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        (_sync, "not an async method"),
+        (_positional, "arguments travel by name"),
+        (_variadic, "arguments travel by name"),
+        (_deadline, "is the deadline of Peer.execute"),
+    ],
+)
+def test_method_that_others_could_not_call_is_refused(method: Callable[..., Any], text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        capability(method)
+
+
+def test_hint_without_json_schema_is_refused_with_the_name_of_the_capability() -> None:
+    class Odd:
+        @capability
+        async def odd(self, event: Callable[[], None]) -> None: ...
+
+    with pytest.raises(TypeError, match="capability odd: no JSON Schema"):
+        capabilities_of(Odd())
+
+
+def test_two_capabilities_of_one_name_are_refused() -> None:
+    class Twice:
+        @capability(name="same")
+        async def one(self) -> None: ...
+
+        @capability(name="same")
+        async def two(self) -> None: ...
+
+    with pytest.raises(ValueError, match="two capabilities of the name 'same'"):
+        capabilities_of(Twice())
+
+
+def test_more_capabilities_than_the_gateway_keeps_are_refused() -> None:
+    def make(index: int) -> Callable[..., Any]:
+        @capability(name=f"c{index}")
+        async def method(self: object) -> None: ...
+
+        return method
+
+    many = type("Many", (), {f"c{index}": make(index) for index in range(33)})
+    with pytest.raises(ValueError, match="Many announces 33 capabilities"):
+        capabilities_of(many())
+
+
+def test_long_description_is_cut() -> None:
+    class Talker:
+        @capability(description=None)
+        async def talk(self) -> None: ...
+
+    Talker.talk.__doc__ = "word " * 1_000
+    description = capabilities_of(Talker())["talk"].announced.description
+    assert len(description) == 1_024
+    assert description.endswith("…")

@@ -1,0 +1,126 @@
+"""Agents that are connected without a gateway: a switchboard hands their signed messages over.
+
+Everything else is the product: signing, verifying, signaling, aiortc on 127.0.0.1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from aiconexus.core import Agent, Intent, Quote, capability
+from aiconexus.protocol import (
+    DIDKey,
+    ErrorPayload,
+    Message,
+    MessageError,
+    ReplayGuard,
+    sign_message,
+    verify_message,
+)
+
+
+class Switchboard:
+    """Delivers between the agents that it knows, each message in a loop pass of its own.
+
+    `alter` may change the bytes of a message, or drop it by returning None.
+    """
+
+    def __init__(self) -> None:
+        self.agents: dict[str, Agent] = {}
+        self.guards: dict[str, ReplayGuard] = {}
+        self.sent: list[Message] = []
+        self.key = DIDKey.generate()
+        self.alter: Callable[[Message], bytes | None] = lambda message: message.wire
+
+    def add(self, agent: Agent) -> None:
+        self.agents[agent.did] = agent
+        self.guards[agent.did] = ReplayGuard()
+
+    async def send(self, key: DIDKey, message: Message) -> None:
+        message = sign_message(message, key)
+        self.sent.append(message)
+        data = self.alter(message)
+        if data is not None:
+            asyncio.get_running_loop().call_soon(self.deliver, message, data)
+
+    def deliver(self, message: Message, data: bytes) -> None:
+        receiver = self.agents.get(message.to)
+        if receiver is None:
+            refusal = ErrorPayload.for_cause("not_online")
+            reply = Message.create(self.key.did, message.from_, refusal, correlation_id=message.id)
+            self.agents[message.from_]._signaling.receive(reply)
+            return
+        try:
+            verified = verify_message(data, recipient=receiver.did, guard=self.guards[receiver.did])
+        except MessageError as error:
+            receiver._signaling.rejected(error, data)
+        else:
+            receiver._signaling.receive(verified)
+
+
+class Local(Agent):
+    """An agent at a switchboard instead of a gateway."""
+
+    def __init__(self, switchboard: Switchboard, **options: Any) -> None:
+        options.setdefault("host_addresses", ["127.0.0.1"])
+        super().__init__("ws://127.0.0.1:1/ws", **options)
+        self._switchboard = switchboard
+        self._signaling._send = self._hand_over
+        switchboard.add(self)
+
+    async def _hand_over(self, message: Message) -> None:
+        await self._switchboard.send(self._key, message)
+
+    async def _connect(self, did: str, timeout: float) -> Any:
+        # GatewayClient.state would be DISCONNECTED.
+        peer = self._peers.get(did)
+        if peer is None or (await peer.settled()).value != "open":
+            peer = await self._signaling.connect(did, timeout=timeout)
+        peer.hold()
+        return peer
+
+    async def start(self) -> None:
+        """There is no gateway to register with."""
+
+
+class Workshop(Local):
+    """Has a capability for each way a call can go."""
+
+    def __init__(self, switchboard: Switchboard, **options: Any) -> None:
+        super().__init__(switchboard, **options)
+        self.started = asyncio.Event()
+        self.release = asyncio.Event()
+        self.cancelled = asyncio.Event()
+        self.lost: asyncio.Queue[str] = asyncio.Queue()
+
+    @capability
+    async def add(self, a: int, b: int = 1) -> int:
+        return a + b
+
+    @capability
+    async def echo(self, value: object) -> Any:
+        return value
+
+    @capability
+    async def fail(self, text: str) -> None:
+        raise ValueError(text)
+
+    @capability
+    async def wait(self) -> str:
+        self.started.set()
+        try:
+            await self.release.wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        return "released"
+
+    async def on_intent(self, intent: Intent) -> Quote:
+        if intent.query == "fail":
+            raise RuntimeError("no idea")
+        return Quote(status=f"{intent.query or intent.task}", required_input=["text"], cost="0.50 EUR")
+
+    async def on_peer_lost(self, peer: object, reason: str) -> None:
+        self.lost.put_nowait(reason)
