@@ -7,9 +7,10 @@ import logging
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+from scripted_gateway import ScriptedGateway, Visit
 from websockets.asyncio.server import serve
 
 from aiconexus.client import Backoff, ClientState, GatewayClient
@@ -32,9 +33,6 @@ from aiconexus.protocol.errors import (
     RegistrationError,
 )
 from aiconexus.protocol.limits import MESSAGE_MAX_BYTES
-
-if TYPE_CHECKING:
-    from conftest import ScriptedGateway, Visit
 
 
 async def test_session_holds_what_the_gateway_granted(

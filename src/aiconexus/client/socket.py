@@ -820,5 +820,5 @@ def _call(handler: Callable[..., T], *arguments: object) -> T | None:
     try:
         return handler(*arguments)
     except Exception:
-        _log.exception("a handler failed")
+        _log.exception("the handler %r failed", handler)
         return None

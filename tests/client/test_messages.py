@@ -1,0 +1,502 @@
+"""Sending, requests and their answers, handlers, the queue."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from scripted_gateway import ScriptedGateway, Visit
+
+from aiconexus.client import ClientState, GatewayClient, short_did, socket
+from aiconexus.protocol import (
+    AnswerPayload,
+    DIDKey,
+    DiscoverPayload,
+    ErrorCode,
+    ErrorPayload,
+    IceCandidatePayload,
+    IntentPayload,
+    InvalidSignatureError,
+    MalformedMessageError,
+    Message,
+    MessageType,
+    OfferPayload,
+    PingPayload,
+    PresencePayload,
+    sign_message,
+)
+from aiconexus.protocol.errors import (
+    GatewayUnreachableError,
+    NotConnectedError,
+    PeerRefusedError,
+    RemoteTimeoutError,
+    StaleMessageError,
+    UnknownAgentError,
+)
+
+Register = Callable[[], Awaitable[Visit]]
+Offer = Callable[..., Message]
+
+
+@pytest.fixture
+def to_other(key: DIDKey, other: DIDKey) -> Message:
+    """An OFFER from our agent to the other one."""
+    return Message.create(key.did, other.did, OfferPayload(sdp="v=0"))
+
+
+# --- sending ---------------------------------------------------------------------------------------
+
+
+async def test_send_signs_and_returns_what_was_sent(
+    gateway: ScriptedGateway, client: GatewayClient, registered: Register, to_other: Message
+) -> None:
+    await registered()
+    sent = await client.send(to_other)
+    arrived = await gateway.message()  # which checks the signature
+    assert sent.wire == arrived.wire
+    assert client.stats.sent == 1
+
+
+async def test_message_that_is_signed_already_keeps_its_bytes(
+    gateway: ScriptedGateway, client: GatewayClient, registered: Register, to_other: Message, key: DIDKey
+) -> None:
+    await registered()
+    signed = sign_message(to_other, key)
+    assert await client.send(signed) is signed
+    assert (await gateway.message()).wire == signed.wire
+
+
+async def test_nothing_leaves_that_its_receiver_would_refuse(
+    gateway: ScriptedGateway, client: GatewayClient, registered: Register, to_other: Message, key: DIDKey
+) -> None:
+    await registered()
+    thief = DIDKey.generate()
+    too_large = to_other.model_copy(update={"payload": OfferPayload(sdp="v" * 66_000)})
+    candidate = IceCandidatePayload.model_construct(candidate="", sdp_mline_index=-1)
+    unchecked = to_other.model_copy(update={"type": MessageType.ICE_CANDIDATE, "payload": candidate})
+    bad_id = to_other.model_copy(update={"id": "1"})
+    altered = sign_message(to_other, key).model_copy(update={"payload": OfferPayload(sdp="v=1")})
+    old = sign_message(to_other.model_copy(update={"timestamp": to_other.timestamp.replace(year=2020)}), key)
+    intent = Message.create(key.did, to_other.to, IntentPayload(query="?"))
+    for message, error, name in (
+        (to_other.model_copy(update={"from_": thief.did}), InvalidSignatureError, "wrong_sender"),
+        (
+            sign_message(to_other.model_copy(update={"from_": thief.did}), thief),
+            InvalidSignatureError,
+            "wrong_sender",
+        ),
+        (too_large, MalformedMessageError, "too_large"),
+        (unchecked, MalformedMessageError, "invalid_payload"),
+        (bad_id, MalformedMessageError, "bad_id"),
+        (altered, InvalidSignatureError, "bad_signature"),
+        (old, StaleMessageError, "stale_timestamp"),
+        (intent, MalformedMessageError, "data_plane_only"),
+    ):
+        with pytest.raises(error) as caught:
+            await client.send(message)
+        assert caught.value.cause.name == name
+        with pytest.raises(error):
+            await client.request(message)
+    assert client.stats.sent == 0
+    await client.ping()
+    assert gateway.inbox.empty()
+
+
+async def test_limit_of_the_gateway_is_obeyed(
+    gateway: ScriptedGateway, client: GatewayClient, to_other: Message
+) -> None:
+    async def strict(visit: Visit) -> None:
+        challenge = visit.challenge()
+        await visit.send(
+            challenge.model_copy(update={"ext": {**challenge.ext, "limits": {"message_max_bytes": 300}}})
+        )
+        await visit.answer(await visit.read())
+        await visit.serve()
+
+    gateway.scripts.append(strict)
+    await client.register()
+    with pytest.raises(MalformedMessageError, match="at most 300"):
+        await client.send(to_other)
+
+
+# --- requests --------------------------------------------------------------------------------------
+
+
+async def test_request_returns_the_answer_and_the_queue_gets_the_rest(
+    gateway: ScriptedGateway,
+    client: GatewayClient,
+    registered: Register,
+    to_other: Message,
+    other: DIDKey,
+    offer: Offer,
+) -> None:
+    visit = await registered()
+    asking = asyncio.create_task(client.request(to_other))
+    question = await gateway.message()
+    await visit.send(offer("unasked"), other)
+    await visit.send(question.reply(AnswerPayload(sdp="v=1")), other)
+    assert (await asking).payload == AnswerPayload(sdp="v=1")
+    assert (await client.receive(timeout=5)).payload == OfferPayload(sdp="unasked")
+
+
+async def test_requests_run_side_by_side(
+    gateway: ScriptedGateway, client: GatewayClient, registered: Register, key: DIDKey, other: DIDKey
+) -> None:
+    visit = await registered()
+    asking = [
+        asyncio.create_task(client.request(Message.create(key.did, other.did, OfferPayload(sdp=str(number)))))
+        for number in range(50)
+    ]
+    questions = [await gateway.message() for _ in asking]
+    for question in reversed(questions):
+        await visit.send(question.reply(AnswerPayload(sdp=question.payload.sdp)), other)  # type: ignore[attr-defined]
+    answers = await asyncio.gather(*asking)
+    assert [answer.payload.sdp for answer in answers] == [str(number) for number in range(50)]  # type: ignore[attr-defined]
+
+
+async def test_agent_that_is_not_online_is_named(
+    gateway: ScriptedGateway, client: GatewayClient, registered: Register, to_other: Message
+) -> None:
+    visit = await registered()
+    asking = asyncio.create_task(client.request(to_other))
+    question = await gateway.message()
+    await visit.send_unsigned(ErrorPayload.for_cause("not_online", field="to"), question.id)
+    with pytest.raises(UnknownAgentError) as caught:
+        await asking
+    assert str(caught.value) == f"{short_did(to_other.to)} is not online (asked {gateway.url})"
+    assert (caught.value.name, caught.value.temporary) == ("not_online", True)
+
+
+async def test_other_causes_keep_their_words(
+    gateway: ScriptedGateway, client: GatewayClient, registered: Register, to_other: Message, other: DIDKey
+) -> None:
+    visit = await registered()
+    asking = asyncio.create_task(client.request(to_other))
+    await visit.send_unsigned(ErrorPayload.for_cause("away_full"), (await gateway.message()).id)
+    with pytest.raises(
+        UnknownAgentError, match=r"cannot be reached: the agent is away and its queue is full"
+    ):
+        await asking
+
+    again = to_other.model_copy(update={"id": "00000000-0000-4000-8000-000000000000"})
+    asking = asyncio.create_task(client.request(again))
+    await visit.send((await gateway.message()).reply(ErrorPayload.for_cause("busy")), other)
+    with pytest.raises(
+        PeerRefusedError, match=r"did:key:z6Mk….. refused OFFER: the agent takes no more"
+    ) as caught:
+        await asking
+    assert caught.value.code is ErrorCode.CONNECTION_REFUSED
+
+
+async def test_unanswered_request_names_who_did_not_answer(
+    gateway: ScriptedGateway, client: GatewayClient, registered: Register, to_other: Message, other: DIDKey
+) -> None:
+    visit = await registered()
+    with pytest.raises(
+        RemoteTimeoutError, match=r"did:key:z6Mk….. did not answer OFFER within 0.05 s"
+    ) as caught:
+        await client.request(to_other, timeout=0.05)
+    assert isinstance(caught.value, TimeoutError)
+    question = await gateway.message()
+    await visit.send(question.reply(AnswerPayload(sdp="late")), other)
+    assert (await client.receive(timeout=5)).correlation_id == to_other.id
+
+    discover = Message.create(client.did, gateway.key.did, DiscoverPayload())
+    with pytest.raises(GatewayUnreachableError, match="the gateway ws://"):
+        await client.request(discover, timeout=0.05)
+
+
+async def test_nobody_else_can_answer(
+    gateway: ScriptedGateway, client: GatewayClient, registered: Register, to_other: Message, other: DIDKey
+) -> None:
+    visit = await registered()
+    asking = asyncio.create_task(client.request(to_other))
+    question = await gateway.message()
+    stranger = DIDKey.generate()
+    forged = Message.create(stranger.did, client.did, AnswerPayload(sdp="evil"), correlation_id=question.id)
+    refusal = Message.create(
+        stranger.did, client.did, ErrorPayload.for_cause("declined"), correlation_id=question.id
+    )
+    await visit.send(forged, stranger)
+    await visit.send(refusal, stranger)
+    assert (await client.receive(timeout=5)).from_ == stranger.did
+    assert (await client.receive(timeout=5)).from_ == stranger.did
+    assert not asking.done()
+    await visit.send(question.reply(AnswerPayload(sdp="v=1")), other)
+    assert (await asking).payload == AnswerPayload(sdp="v=1")
+
+
+async def test_answer_of_the_gateway_is_signed_unless_it_is_an_error(
+    gateway: ScriptedGateway, client: GatewayClient, registered: Register
+) -> None:
+    visit = await registered()
+    asking = asyncio.create_task(
+        client.request(Message.create(client.did, gateway.key.did, DiscoverPayload()))
+    )
+    question = await gateway.message()
+    page = PresencePayload(agents=[{"did": client.did}])
+    await visit.send_unsigned(page, question.id)
+    await visit.send(question.reply(page))
+    assert (await asking).payload == page
+    assert client.stats.rejected == 1
+
+
+async def test_cancelled_request_is_forgotten(
+    gateway: ScriptedGateway, client: GatewayClient, registered: Register, to_other: Message
+) -> None:
+    await registered()
+    asking = asyncio.create_task(client.request(to_other))
+    await gateway.message()
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    asking = asyncio.create_task(client.request(to_other))  # the same id is free again
+    await gateway.message()
+    with pytest.raises(ValueError, match="waiting already"):
+        await client.request(to_other)
+    await client.close()
+    with pytest.raises(NotConnectedError, match="the client left"):
+        await asking
+
+
+async def test_ping_measures_the_round_trip(client: GatewayClient, registered: Register) -> None:
+    await registered()
+    assert 0 < await client.ping() < 5
+
+
+async def test_ping_of_the_gateway_is_answered(
+    gateway: ScriptedGateway, client: GatewayClient, registered: Register
+) -> None:
+    visit = await registered()
+    await visit.send_unsigned(PingPayload(sequence=7))
+    pong = await gateway.message()
+    assert (pong.type, pong.to) == (MessageType.PONG, gateway.key.did)
+    assert pong.payload.sequence == 7  # type: ignore[attr-defined]
+
+
+# --- handlers --------------------------------------------------------------------------------------
+
+
+async def test_handler_takes_its_type_from_the_queue_until_it_is_taken_off(
+    client: GatewayClient, registered: Register, offer: Offer, other: DIDKey
+) -> None:
+    visit = await registered()
+    offers: asyncio.Queue[Message] = asyncio.Queue()
+    remove = client.on(MessageType.OFFER, offers.put_nowait)
+    candidate = Message.create(other.did, client.did, IceCandidatePayload(candidate=""))
+    await visit.send(offer("one"), other)
+    await visit.send(candidate, other)
+    assert (await client.receive(timeout=5)).type is MessageType.ICE_CANDIDATE
+    assert offers.get_nowait().payload == OfferPayload(sdp="one")
+    remove()
+    await visit.send(offer("two"), other)
+    assert (await client.receive(timeout=5)).payload == OfferPayload(sdp="two")
+    assert offers.empty()
+
+
+async def test_fault_of_a_handler_harms_nothing(
+    client: GatewayClient, registered: Register, offer: Offer, other: DIDKey, caplog: pytest.LogCaptureFixture
+) -> None:
+    visit = await registered()
+    seen: asyncio.Queue[Message] = asyncio.Queue()
+
+    def broken(message: Message) -> None:
+        raise RuntimeError("broken at once")
+
+    async def broken_later(message: Message) -> None:
+        raise RuntimeError("broken later")
+
+    client.on(MessageType.OFFER, broken)
+    client.on(MessageType.OFFER, broken_later)
+    client.on(MessageType.OFFER, seen.put_nowait)
+    for sdp in ("one", "two"):
+        await visit.send(offer(sdp), other)
+        assert (await asyncio.wait_for(seen.get(), 5)).payload == OfferPayload(sdp=sdp)
+    await client.ping()
+    assert caplog.text.count("RuntimeError: broken at once") == 2
+    assert caplog.text.count("RuntimeError: broken later") == 2
+    assert client.state is ClientState.REGISTERED
+
+
+async def test_handler_may_ask_and_wait_while_others_run(
+    gateway: ScriptedGateway, client: GatewayClient, registered: Register, offer: Offer, other: DIDKey
+) -> None:
+    visit = await registered()
+    started: list[str] = []
+    done = asyncio.Event()
+
+    async def ask_back(message: Message) -> None:
+        started.append(message.payload.sdp)  # type: ignore[attr-defined]
+        await client.request(message.reply(OfferPayload(sdp="back")))
+        done.set()
+
+    client.on(MessageType.OFFER, ask_back)
+    await visit.send(offer("one"), other)
+    await visit.send(offer("two"), other)
+    first, second = await gateway.message(), await gateway.message()
+    assert started == ["one", "two"]
+    await visit.send(second.reply(AnswerPayload(sdp="v=1")), other)
+    await asyncio.wait_for(done.wait(), 5)
+    assert first.correlation_id != second.correlation_id
+
+
+async def test_close_cancels_running_handlers(
+    client: GatewayClient, registered: Register, offer: Offer, other: DIDKey
+) -> None:
+    visit = await registered()
+    running, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def endless(message: Message) -> None:
+        running.set()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            cancelled.set()
+
+    client.on(MessageType.OFFER, endless)
+    await visit.send(offer(), other)
+    await running.wait()
+    await client.close()
+    assert cancelled.is_set()
+
+
+async def test_handler_may_close_the_client(
+    client: GatewayClient, registered: Register, offer: Offer, other: DIDKey
+) -> None:
+    visit = await registered()
+    after = asyncio.Event()
+
+    async def enough(message: Message) -> None:
+        await client.close()
+        after.set()
+
+    client.on(MessageType.OFFER, enough)
+    await visit.send(offer(), other)
+    assert [message async for message in client] == []
+    await asyncio.wait_for(after.wait(), 5)
+
+
+async def test_refusal_of_a_sent_message_reaches_the_error_handler(
+    gateway: ScriptedGateway, client: GatewayClient, registered: Register, to_other: Message
+) -> None:
+    visit = await registered()
+    errors: asyncio.Queue[Message] = asyncio.Queue()
+    remove = client.on(MessageType.ERROR, errors.put_nowait)
+    sent = await client.send(to_other)
+    await visit.send_unsigned(ErrorPayload.for_cause("not_online"), sent.id)
+    assert (await asyncio.wait_for(errors.get(), 5)).correlation_id == sent.id
+    remove()
+    await visit.send_unsigned(ErrorPayload.for_cause("not_online"), sent.id)
+    assert (await client.receive(timeout=5)).correlation_id == sent.id
+
+
+# --- the queue -------------------------------------------------------------------------------------
+
+
+async def test_full_queue_refuses_and_tells_the_sender(
+    gateway: ScriptedGateway,
+    client: GatewayClient,
+    registered: Register,
+    offer: Offer,
+    other: DIDKey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(socket, "INBOX_MAX_MESSAGES", 2)
+    visit = await registered()
+    messages = [offer(str(number)) for number in range(4)]
+    for message in messages:
+        await visit.send(message, other)
+    for message in messages[2:]:
+        refusal = await gateway.message()
+        assert refusal.to == other.did
+        assert refusal.correlation_id == message.id
+        assert refusal.payload == ErrorPayload.for_cause("slow_consumer")
+    # Nor does it stall anything else: the gateway answers, and so does the other agent.
+    await client.ping()
+    await visit.send(
+        messages[3]
+        .reply(ErrorPayload.for_cause("busy"))
+        .model_copy(update={"from_": other.did, "to": client.did}),
+        other,
+    )
+    await client.ping()
+    assert gateway.inbox.empty()  # an ERROR is never answered, not even where it is lost
+    assert client.stats.refused == 3
+    assert [(await client.receive()).id for _ in range(2)] == [message.id for message in messages[:2]]
+    # The refusal could not be delivered: that is no news for the application.
+    await visit.send_unsigned(ErrorPayload.for_cause("not_online"), refusal.id)
+    await client.ping()
+    with pytest.raises(TimeoutError):
+        await client.receive(timeout=0)
+
+
+async def test_busy_handlers_refuse_too(
+    gateway: ScriptedGateway,
+    client: GatewayClient,
+    registered: Register,
+    offer: Offer,
+    other: DIDKey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(socket, "HANDLERS_MAX", 1)
+    visit = await registered()
+    ready: asyncio.Queue[Message] = asyncio.Queue()
+    release = asyncio.Event()
+
+    async def slow(message: Message) -> None:
+        ready.put_nowait(message)
+        await release.wait()
+
+    client.on(MessageType.OFFER, slow)
+    await visit.send(offer("one"), other)
+    await visit.send(offer("two"), other)
+    assert (await gateway.message()).payload == ErrorPayload.for_cause("slow_consumer")
+    release.set()
+    assert ready.qsize() == 1
+    await client.ping()
+    await visit.send(offer("three"), other)
+    await ready.get()
+    assert (await asyncio.wait_for(ready.get(), 5)).payload == OfferPayload(sdp="three")
+
+
+async def test_receive_waits_no_longer_than_its_timeout(client: GatewayClient, registered: Register) -> None:
+    await registered()
+    with pytest.raises(TimeoutError, match=r"within 0\.05 s"):
+        await client.receive(timeout=0.05)
+
+
+async def test_several_readers_share_the_queue(
+    client: GatewayClient, registered: Register, offer: Offer, other: DIDKey
+) -> None:
+    visit = await registered()
+    readers = [asyncio.create_task(client.receive(timeout=5)) for _ in range(3)]
+    for number in range(3):
+        await visit.send(offer(str(number)), other)
+    got = await asyncio.gather(*readers)
+    assert sorted(message.payload.sdp for message in got) == ["0", "1", "2"]  # type: ignore[attr-defined]
+
+
+async def test_cancelled_reader_loses_no_message(
+    client: GatewayClient, registered: Register, offer: Offer, other: DIDKey
+) -> None:
+    visit = await registered()
+    reader = asyncio.create_task(client.receive())
+    await asyncio.gather(asyncio.create_task(client.ping()))
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    await visit.send(offer(), other)
+    await client.receive(timeout=5)
+
+
+async def test_iteration_ends_after_close_when_the_queue_is_empty(
+    client: GatewayClient, registered: Register, offer: Offer, other: DIDKey
+) -> None:
+    visit = await registered()
+    await visit.send(offer("one"), other)
+    await client.ping()
+    await client.close()
+    assert [message.payload async for message in client] == [OfferPayload(sdp="one")]
+    with pytest.raises(NotConnectedError):
+        await client.receive()
