@@ -71,11 +71,21 @@ class GatewayProcess:
         """SIGKILL: no goodbye to anybody."""
         return self._end(signal.SIGKILL)
 
-    def _end(self, number: signal.Signals) -> int:
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal and do not wait."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        """Wait for its end, which something else caused; return its exit status."""
+        return self._end(None)
+
+    def _end(self, number: signal.Signals | None) -> int:
         if self._process is None:
             return 0
         process, self._process = self._process, None
-        process.send_signal(number)
+        if number is not None:
+            process.send_signal(number)
         try:
             return process.wait(START_SECONDS)
         finally:

@@ -228,6 +228,7 @@ class Agent(RawClient):
         self.hello = self.upgrade()
         self.gateway_did: str = self.hello["from"]
         self.nonce: str = self.hello["ext"]["nonce"]
+        self.register_answer: dict[str, Any] = {}
         self.session = ""
         self.resume_token = ""
         self.resumed = False
@@ -307,6 +308,7 @@ class Agent(RawClient):
         answer = self.receive()
         assert (answer["type"], answer["correlation_id"]) == ("REGISTER", message.id), answer
         verify_envelope(answer)
+        self.register_answer = answer
         self.session = answer["ext"]["session"]
         self.resume_token = answer["ext"]["resume_token"]
         self.resumed = answer["ext"]["resumed"]
