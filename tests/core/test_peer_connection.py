@@ -100,8 +100,8 @@ async def test_close_before_it_opened_ends_the_waiting(connection: Callable[[], 
 async def test_close_during_gathering_leaves_no_socket(connection: Callable[[], PeerConnection]) -> None:
     one = connection()
     offering = asyncio.ensure_future(one.create_offer())
-    while not one._tasks:  # until it gathers
-        await asyncio.sleep(0)  # noqa: ASYNC110 -- a loop pass
+    while not one._tasks:  # noqa: ASYNC110 -- loop passes until it gathers
+        await asyncio.sleep(0)
     offering.cancel()
     await one.close()
     assert one._pc.iceGatheringState == "complete"

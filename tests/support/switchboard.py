@@ -24,7 +24,8 @@ from aiconexus.protocol import (
 class Switchboard:
     """Delivers between the agents that it knows, each message in a loop pass of its own.
 
-    `alter` may change the bytes of a message, or drop it by returning None.
+    `alter` may change the bytes of a message, or drop it by returning None. While `held` is a list,
+    messages wait in it for `release`.
     """
 
     def __init__(self) -> None:
@@ -33,6 +34,8 @@ class Switchboard:
         self.sent: list[Message] = []
         self.key = DIDKey.generate()
         self.alter: Callable[[Message], bytes | None] = lambda message: message.wire
+        self.held: list[tuple[Message, bytes]] | None = None
+        self.waiting: list[tuple[int, asyncio.Event]] = []
 
     def add(self, agent: Agent) -> None:
         self.agents[agent.did] = agent
@@ -41,9 +44,29 @@ class Switchboard:
     async def send(self, key: DIDKey, message: Message) -> None:
         message = sign_message(message, key)
         self.sent.append(message)
+        for count, reached in self.waiting:
+            if len(self.sent) >= count:
+                reached.set()
         data = self.alter(message)
-        if data is not None:
+        if data is not None and self.held is not None:
+            self.held.append((message, data))
+        elif data is not None:
             asyncio.get_running_loop().call_soon(self.deliver, message, data)
+
+    async def sent_count(self, count: int) -> None:
+        """Wait until `count` messages were sent since the beginning."""
+        reached = asyncio.Event()
+        self.waiting.append((count, reached))
+        if len(self.sent) < count:
+            await asyncio.wait_for(reached.wait(), 10)
+
+    def release(self, sender: str) -> None:
+        """Deliver the held messages of `sender`."""
+        assert self.held is not None
+        for message, data in self.held:
+            if message.from_ == sender:
+                self.deliver(message, data)
+        self.held = [(message, data) for message, data in self.held if message.from_ != sender]
 
     def deliver(self, message: Message, data: bytes) -> None:
         receiver = self.agents.get(message.to)

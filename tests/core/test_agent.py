@@ -1,0 +1,142 @@
+"""The class that agents derive from, as far as it needs no gateway."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from switchboard import Local, Switchboard, Workshop
+
+import aiconexus
+from aiconexus import Agent, DIDKey, Intent, Peer, Quote, capability
+from aiconexus.protocol.errors import (
+    CapabilityError,
+    DIDError,
+    GatewayUnreachableError,
+    KeyFilePassphraseError,
+    NotConnectedError,
+    RemoteError,
+)
+
+GATEWAY = "ws://127.0.0.1:1/ws"  # where nobody listens
+
+
+def test_identity_is_new_or_given_or_kept_in_a_file(tmp_path: Path) -> None:
+    assert Agent(GATEWAY).did != Agent(GATEWAY).did
+    key = DIDKey.generate()
+    assert Agent(GATEWAY, key).did == key.did
+    path = tmp_path / "agent.key"
+    assert Agent(GATEWAY, path, passphrase="x").did == Agent(GATEWAY, str(path), passphrase="x").did
+    with pytest.raises(KeyFilePassphraseError):
+        Agent(GATEWAY, path)
+
+
+def test_name_is_that_of_the_class() -> None:
+    class Notary(Agent):
+        """Reads contracts."""
+
+    assert Notary(GATEWAY).name == "Notary"
+    assert repr(Notary(GATEWAY)).endswith(" at ws://127.0.0.1:1/ws>")
+
+
+def test_one_address_is_no_list_of_addresses() -> None:
+    with pytest.raises(TypeError, match="host_addresses is a list"):
+        Agent(GATEWAY, host_addresses="127.0.0.1")
+
+
+async def test_gateway_that_is_not_there() -> None:
+    with pytest.raises(GatewayUnreachableError):
+        async with Agent(GATEWAY):
+            pass
+
+
+async def test_connect_before_start_says_what_to_do() -> None:
+    agent = Agent(GATEWAY)
+    with pytest.raises(NotConnectedError, match="is not registered: use `async with`"):
+        await agent.connect(DIDKey.generate().did)
+    await agent.close()
+
+
+async def test_connect_takes_another_agents_did() -> None:
+    agent = Agent(GATEWAY)
+    with pytest.raises(DIDError):
+        agent.connect("did:web:example.com")
+    with pytest.raises(ValueError, match="does not connect with itself"):
+        agent.connect(agent.did)
+    agent.connect(DIDKey.generate().did)  # nothing happens until it is awaited
+    await agent.close()
+    await agent.close()  # twice is no harm
+
+
+async def test_agent_that_overrides_nothing_understands_nothing(switchboard: Switchboard) -> None:
+    async with Local(switchboard) as plain, Local(switchboard) as other, other.connect(plain.did) as peer:
+        assert await peer.intent("Hello?") == Quote(status="not_understood")
+
+
+async def test_quote_that_is_none_is_an_error(switchboard: Switchboard) -> None:
+    class Careless(Local):
+        async def on_intent(self, intent: Intent) -> Quote:
+            return None  # type: ignore[return-value]
+
+    async with Careless(switchboard) as careless, Local(switchboard) as other:
+        peer = await other.connect(careless.did)
+        with pytest.raises(RemoteError, match="on_intent must return a Quote, not NoneType"):
+            await peer.intent("Hello?")
+
+
+async def test_error_of_a_call_within_a_capability_is_not_taken_for_its_own(
+    switchboard: Switchboard,
+) -> None:
+    class Middleman(Local):
+        @capability
+        async def forward(self, did: str, name: str) -> object:
+            async with self.connect(did) as peer:
+                return await peer.execute(name)
+
+    async with Middleman(switchboard) as middle, Workshop(switchboard) as last, Local(switchboard) as first:
+        peer = await first.connect(middle.did)
+        with pytest.raises(CapabilityError, match="UnknownCapabilityError: no capability 'fly'"):
+            await peer.execute("forward", did=last.did, name="fly")
+
+
+async def test_hooks_see_peers_come_and_go_and_may_fail(
+    switchboard: Switchboard, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[str] = []
+
+    class Watcher(Workshop):
+        async def on_peer(self, peer: Peer) -> None:
+            seen.append(f"came {peer.did}")
+            raise RuntimeError("a mistake")
+
+        async def on_peer_lost(self, peer: object, reason: str) -> None:
+            seen.append(reason)
+            await super().on_peer_lost(peer, reason)
+
+    async with Watcher(switchboard) as watcher, Local(switchboard) as other:
+        async with other.connect(watcher.did) as peer:
+            assert await peer.execute("add", a=1) == 2
+        await watcher.lost.get()
+    assert seen == [f"came {other.did}", "it closed the connection: it is done"]
+    assert "a hook of <Watcher" in caplog.text
+
+
+async def test_closing_says_goodbye_to_all(switchboard: Switchboard) -> None:
+    async with Workshop(switchboard) as one, Workshop(switchboard) as two:
+        async with Local(switchboard) as leaver:
+            await leaver.connect(one.did)
+            await leaver.connect(two.did)
+        assert await one.lost.get() == "it closed the connection: the agent stops"
+        assert await two.lost.get() == "it closed the connection: the agent stops"
+
+
+def test_face_of_the_package() -> None:
+    assert {"Agent", "Intent", "Peer", "Quote", "capability"} <= set(aiconexus.__all__)
+    assert aiconexus.Agent is Agent
+
+
+def test_protocol_alone_does_not_import_aiortc() -> None:
+    code = "import sys, aiconexus.protocol, aiconexus.client; assert 'aiortc' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

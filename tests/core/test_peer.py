@@ -1,0 +1,344 @@
+"""Calls between two connected agents, over a real DataChannel on 127.0.0.1."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from datetime import date
+from typing import Any
+
+import pytest
+from switchboard import Switchboard, Workshop
+
+from aiconexus.core import Peer, PeerState
+from aiconexus.core.calls import EXECUTIONS_MAX, Calls
+from aiconexus.core.keepalive import KeepAlive
+from aiconexus.protocol.errors import (
+    CallError,
+    CallTimeoutError,
+    CapabilityError,
+    InvalidArgumentsError,
+    MalformedMessageError,
+    PeerLostError,
+    RemoteError,
+    UnknownCapabilityError,
+)
+from aiconexus.protocol.limits import DATA_MESSAGE_MAX_BYTES
+
+Pair = tuple[Workshop, Workshop]
+
+
+@pytest.fixture
+async def peer(pair: Pair) -> AsyncIterator[Peer]:
+    """The second agent, as the first sees it."""
+    async with pair[0].connect(pair[1].did) as peer:
+        yield peer
+
+
+async def raw_reply(peer: Peer, text: str | bytes) -> dict[str, Any]:
+    """Send `text` as it is and return what comes back."""
+    loop = asyncio.get_running_loop()
+    reply: asyncio.Future[str | bytes] = loop.create_future()
+    peer._channel.receive(lambda data: None if reply.done() else reply.set_result(data))
+    try:
+        peer._channel._channel.send(text)
+        message: dict[str, Any] = json.loads(await asyncio.wait_for(reply, 10))
+    finally:
+        peer._channel.receive(peer._receive)
+    return message
+
+
+# --- calls -------------------------------------------------------------------------------------
+
+
+async def test_result_comes_back(peer: Peer) -> None:
+    assert await peer.execute("add", a=40, b=2) == 42
+    assert await peer.execute("echo", value={"deep": [1, 2.5, None, "ü", True]}) == {
+        "deep": [1, 2.5, None, "ü", True]
+    }
+    assert await peer.execute("echo", value=date(2026, 1, 12)) == "2026-01-12"
+
+
+async def test_many_calls_at_once_find_their_answers(peer: Peer) -> None:
+    results = await asyncio.gather(*(peer.execute("add", a=number) for number in range(100)))
+    assert results == list(range(1, 101))
+
+
+async def test_both_sides_call_at_once(pair: Pair, peer: Peer) -> None:
+    one, two = pair
+    back = two.peers[one.did]
+    results = await asyncio.gather(
+        *(side.execute("add", a=number) for number in range(20) for side in (peer, back))
+    )
+    assert results == [number + 1 for number in range(20) for _ in range(2)]
+
+
+async def test_largest_message_passes_and_a_larger_one_is_an_error_here(peer: Peer) -> None:
+    fits = "x" * (DATA_MESSAGE_MAX_BYTES - 1_024)
+    assert await peer.execute("echo", value=fits) == fits
+    with pytest.raises(InvalidArgumentsError, match="at most 262144 can be sent"):
+        await peer.execute("echo", value="x" * DATA_MESSAGE_MAX_BYTES)
+    with pytest.raises(MalformedMessageError, match="at most 262144 can be sent"):
+        await peer.intent("x" * DATA_MESSAGE_MAX_BYTES)
+    assert await peer.execute("add", a=1) == 2
+
+
+async def test_intent_and_quote(peer: Peer) -> None:
+    quote = await peer.intent("Draw me a sheep", context={"paper": "A4"})
+    assert (quote.status, quote.required_input, quote.cost) == ("Draw me a sheep", ["text"], "0.50 EUR")
+    assert (await peer.intent(task="draw", params={"what": "sheep"})).status == "draw"
+
+
+async def test_intent_without_content_is_a_type_error(peer: Peer) -> None:
+    with pytest.raises(TypeError, match="needs a query or a task"):
+        await peer.intent()
+    with pytest.raises(MalformedMessageError, match="no JSON form"):
+        await peer.intent("x", context=object())
+
+
+async def test_ping_measures_a_round_trip(peer: Peer) -> None:
+    assert 0 < await peer.ping() < 10
+
+
+# --- each error its class ------------------------------------------------------------------------
+
+
+async def test_unknown_capability_tells_what_there_is(peer: Peer) -> None:
+    with pytest.raises(UnknownCapabilityError, match="no capability 'fly'; there is: add, echo") as caught:
+        await peer.execute("fly")
+    assert caught.value.capability == "fly"
+
+
+async def test_bad_argument_is_named(peer: Peer) -> None:
+    with pytest.raises(InvalidArgumentsError, match=r"^a: Input should be a valid integer$"):
+        await peer.execute("add", a="one")
+    with pytest.raises(InvalidArgumentsError, match=r"^c: Unexpected keyword argument$"):
+        await peer.execute("add", a=1, c=2)
+
+
+async def test_exception_is_an_error_and_the_channel_lives_on(
+    peer: Peer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(CapabilityError, match=r"^ValueError: the page is torn$"):
+        await peer.execute("fail", text="the page is torn")
+    assert await peer.execute("add", a=1) == 2
+    # The traceback stays where it belongs.
+    record = next(record for record in caplog.records if record.exc_info)
+    assert record.getMessage().startswith("fail of <Workshop did:key:")
+
+
+async def test_exception_of_on_intent_is_an_error(peer: Peer) -> None:
+    with pytest.raises(RemoteError, match=r"^RuntimeError: no idea$"):
+        await peer.intent("fail")
+
+
+async def test_timeout_cancels_there_too(pair: Pair, peer: Peer) -> None:
+    with pytest.raises(CallTimeoutError, match=r"no answer from did:key:z6Mk….. in 0\.2 s") as caught:
+        await peer.execute("wait", timeout=0.2)
+    assert isinstance(caught.value, TimeoutError)
+    await asyncio.wait_for(pair[1].cancelled.wait(), 10)
+    assert await peer.execute("add", a=1) == 2
+
+
+async def test_callee_enforces_the_deadline_by_itself(pair: Pair, peer: Peer) -> None:
+    calls = Calls(pair[0]._key, pair[1].did)
+    _, request = calls.execute("wait", {}, 0.1)
+    response = await raw_reply(peer, request)
+    assert response["payload"]["status"] == "error"
+    assert response["payload"]["error"] == "no result in 0.1 s"
+    assert response["payload"]["execution_time_ms"] >= 100
+    assert response["ext"] == {"error": {"name": "timeout"}}
+    assert pair[1].cancelled.is_set()
+
+
+async def test_cancelling_the_caller_cancels_there_too(pair: Pair, peer: Peer) -> None:
+    call = asyncio.ensure_future(peer.execute("wait"))
+    await pair[1].started.wait()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await asyncio.wait_for(pair[1].cancelled.wait(), 10)
+
+
+async def test_cancel_that_comes_with_its_request_is_answered(pair: Pair, peer: Peer) -> None:
+    # Before the capability has run a single step.
+    calls = Calls(pair[0]._key, pair[1].did)
+    id_, request = calls.execute("wait", {}, 10.0)
+    cancel = calls.abandon(id_)
+    assert cancel is not None
+    there = pair[1].peers[pair[0].did]
+    sent = asyncio.ensure_future(raw_reply(peer, calls.ping()[1]))
+    there._receive(request)
+    there._receive(cancel)
+    response = await sent
+    assert response["payload"]["status"] == "cancelled"
+    assert not pair[1].started.is_set()
+
+
+async def test_busy_peer_says_so(pair: Pair, peer: Peer) -> None:
+    running = [asyncio.ensure_future(peer.execute("wait")) for _ in range(EXECUTIONS_MAX)]
+    with pytest.raises(CallError, match=f"busy: {EXECUTIONS_MAX} calls are running"):
+        await asyncio.ensure_future(peer.execute("add", a=1))  # a task, too: it comes behind the others
+    pair[1].release.set()
+    assert await asyncio.gather(*running) == ["released"] * EXECUTIONS_MAX
+    assert await peer.execute("add", a=1) == 2
+
+
+# --- bad input on the channel ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "cause"), [("garbage", "not_json"), (b"\x00\x01", "binary_frame"), ("{}", "missing_field")]
+)
+async def test_bad_input_is_answered_counted_and_harmless(
+    pair: Pair, peer: Peer, data: str | bytes, cause: str
+) -> None:
+    error = await raw_reply(peer, data)
+    assert error["type"] == "ERROR"
+    assert error["payload"]["details"]["name"] == cause
+    assert pair[1].peers[pair[0].did].refused == 1
+    assert await peer.execute("add", a=1) == 2
+
+
+async def test_only_the_first_refusal_is_a_warning(
+    pair: Pair, peer: Peer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "aiconexus.core")
+    for _ in range(3):
+        await raw_reply(peer, "garbage")
+    levels = [record.levelno for record in caplog.records if "is refused" in record.getMessage()]
+    assert levels == [logging.WARNING, logging.DEBUG, logging.DEBUG]
+
+
+async def test_request_that_comes_twice_is_executed_once(pair: Pair, peer: Peer) -> None:
+    calls = Calls(pair[0]._key, pair[1].did)
+    id_, request = calls.execute("add", {"a": 1}, 10.0)
+    assert (await raw_reply(peer, request))["payload"]["result"] == 2
+    error = await raw_reply(peer, request)
+    assert error["payload"]["details"]["name"] == "replayed"
+    assert error["correlation_id"] == id_
+
+
+# --- its end -----------------------------------------------------------------------------------------
+
+
+async def test_goodbye_fails_running_calls_with_its_reason(pair: Pair, peer: Peer) -> None:
+    call = asyncio.ensure_future(peer.execute("wait"))
+    await pair[1].started.wait()
+    await pair[1].peers[pair[0].did].close("out of paper")
+    with pytest.raises(PeerLostError, match="it closed the connection: out of paper") as caught:
+        await call
+    assert caught.value.did == pair[1].did
+    assert await pair[0].lost.get() == "it closed the connection: out of paper"
+    assert await pair[1].lost.get() == "this side closed the connection: out of paper"
+    assert peer.state is PeerState.CLOSED
+    assert not pair[0].peers
+    assert pair[1].cancelled.is_set()
+    with pytest.raises(PeerLostError, match="is not connected: it closed the connection: out of paper"):
+        await peer.execute("add", a=1)
+
+
+async def test_peer_that_falls_silent_is_given_up(pair: Pair, peer: Peer) -> None:
+    there = pair[1].peers[pair[0].did]
+    there._channel.receive(lambda data: None)  # deaf
+    there._timer.cancel()
+    call = asyncio.ensure_future(peer.execute("wait"))
+    peer._keepalive = KeepAlive(asyncio.get_running_loop().time(), interval=0.1, timeout=0.1)
+    peer._check()
+    with pytest.raises(PeerLostError, match="it was silent for 15 s"):
+        await asyncio.wait_for(call, 10)
+    assert not pair[0].peers
+
+
+async def test_connection_that_breaks_without_goodbye_is_noticed(pair: Pair, peer: Peer) -> None:
+    call = asyncio.ensure_future(peer.execute("wait"))
+    await pair[1].started.wait()
+    await pair[1].peers[pair[0].did]._connection.close()
+    with pytest.raises(PeerLostError, match="the connection broke"):
+        await asyncio.wait_for(call, 10)
+
+
+async def test_capability_that_refuses_to_be_cancelled_does_not_hold_up_the_end(
+    switchboard: Switchboard, pair: Pair
+) -> None:
+    two = pair[1]
+    released = asyncio.Event()
+
+    async def stubborn(name: str, args: dict[str, Any]) -> str:
+        two.started.set()
+        try:
+            await released.wait()
+        except asyncio.CancelledError:
+            await released.wait()
+        return "done"
+
+    two._execute = stubborn  # type: ignore[assignment, method-assign]
+    async with pair[0].connect(two.did) as peer:
+        with pytest.raises(CallTimeoutError):
+            await peer.execute("x", timeout=0.1)
+        await two.started.wait()
+    released.set()
+
+
+# --- who needs it --------------------------------------------------------------------------------------
+
+
+async def test_leaving_the_block_closes_on_both_sides(pair: Pair) -> None:
+    one, two = pair
+    async with one.connect(two.did) as peer:
+        assert set(two.peers) == {one.did}
+    assert peer.state is PeerState.CLOSED
+    assert not one.peers
+    assert await two.lost.get() == "it closed the connection: it is done"
+    assert not two.peers
+
+
+async def test_inner_block_leaves_the_connection_to_the_outer(pair: Pair) -> None:
+    one, two = pair
+    async with one.connect(two.did) as outer:
+        async with one.connect(two.did) as inner:
+            assert inner is outer
+        assert await outer.execute("add", a=1) == 2
+
+
+async def test_connection_that_the_other_side_needs_stays(pair: Pair) -> None:
+    one, two = pair
+    async with two.connect(one.did) as theirs:
+        async with one.connect(two.did) as mine:
+            assert await mine.execute("add", a=1) == 2
+        assert mine.state is PeerState.OPEN
+        assert await theirs.execute("add", a=2) == 3
+        async with one.connect(two.did) as again:
+            assert again is mine
+    assert not one.peers or await one.lost.get()
+
+
+async def test_call_that_runs_needs_the_connection(pair: Pair) -> None:
+    one, two = pair
+    async with one.connect(two.did):
+        back = asyncio.ensure_future(two.peers[one.did].execute("wait"))
+        await one.started.wait()
+    assert not back.done()
+    one.release.set()
+    assert await back == "released"
+
+
+async def test_both_leave_at_once(pair: Pair) -> None:
+    one, two = pair
+    mine, theirs = await asyncio.gather(one.connect(two.did), two.connect(one.did))
+    await asyncio.gather(mine.release(), theirs.release())
+    assert mine.state is theirs.state is PeerState.CLOSED
+
+
+async def test_connect_while_the_old_connection_closes_gets_a_new_one(pair: Pair) -> None:
+    one, two = pair
+    for _ in range(5):
+        mine = await one.connect(two.did)
+        leaving = asyncio.ensure_future(mine.release())
+        again, theirs = await asyncio.gather(one.connect(two.did), two.connect(one.did))
+        assert await again.execute("add", a=1) == 2
+        assert await theirs.execute("add", a=2) == 3
+        await leaving
+        await asyncio.gather(again.release(), theirs.release())

@@ -1,0 +1,398 @@
+"""Connecting, without a gateway: what the two sides make of messages in any order, lost, late or forged."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+
+import pytest
+from switchboard import Switchboard, Workshop
+
+from aiconexus.core import signaling
+from aiconexus.core.peer import PeerState
+from aiconexus.protocol import (
+    AnswerPayload,
+    DIDKey,
+    ErrorPayload,
+    IceCandidatePayload,
+    Message,
+    MessageType,
+    OfferPayload,
+    sign_message,
+)
+from aiconexus.protocol.errors import (
+    PeerConnectError,
+    PeerIdentityError,
+    PeerLostError,
+    PeerRefusedError,
+    RemoteError,
+    UnknownAgentError,
+)
+
+Pair = tuple[Workshop, Workshop]
+
+
+def types(switchboard: Switchboard) -> list[str]:
+    return [message.type.value for message in switchboard.sent]
+
+
+async def test_one_offer_and_one_answer_connect(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    peer = await one.connect(two.did)
+    assert peer.did == two.did
+    assert types(switchboard) == ["OFFER", "ANSWER"]
+    assert switchboard.sent[1].correlation_id == switchboard.sent[0].id
+    assert await peer.execute("add", a=1, b=2) == 3
+    assert await two.peers[one.did].execute("add", a=3, b=4) == 7
+
+
+async def test_all_who_connect_get_the_same_peer(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    peers = await asyncio.gather(*(one.connect(two.did) for _ in range(5)))
+    assert set(peers) == {await one.connect(two.did)}
+    assert types(switchboard) == ["OFFER", "ANSWER"]
+
+
+async def test_description_names_only_the_chosen_address(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    await one.connect(two.did)
+    for message in switchboard.sent:
+        assert isinstance(message.payload, OfferPayload | AnswerPayload)
+        found = set(re.findall(r"\d+\.\d+\.\d+\.\d+", message.payload.sdp))
+        assert found == {"127.0.0.1", "0.0.0.0"}
+
+
+# --- glare -------------------------------------------------------------------------------------
+
+
+async def assert_one_connection(one: Workshop, two: Workshop) -> None:
+    here, there = one.peers[two.did], two.peers[one.did]
+    assert here.path is not None
+    assert there.path is not None
+    assert (here.path.local, here.path.remote) == (there.path.remote, there.path.local)
+    assert await here.execute("add", a=1) == 2
+    assert await there.execute("add", a=2) == 3
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_offer_of_the_lower_did_wins(switchboard: Switchboard, pair: Pair, first: int) -> None:
+    low, high = pair
+    switchboard.held = []
+    connecting = asyncio.gather(low.connect(high.did), high.connect(low.did))
+    await switchboard.sent_count(2)
+    assert types(switchboard) == ["OFFER", "OFFER"]
+    switchboard.release(pair[first].did)
+    switchboard.release(pair[1 - first].did)
+    switchboard.held = None
+    # The winner's OFFER is answered; nothing else was sent in the meantime.
+    await switchboard.sent_count(3)
+    assert types(switchboard)[2] == "ANSWER"
+    assert switchboard.sent[2].from_ == high.did
+    await connecting
+    await assert_one_connection(low, high)
+
+
+async def test_glare_ends_in_one_connection_every_time(switchboard: Switchboard, pair: Pair) -> None:
+    low, high = pair
+    for _ in range(20):
+        async with low.connect(high.did), high.connect(low.did):
+            pass
+        mine, theirs = await asyncio.gather(low.connect(high.did), high.connect(low.did))
+        assert mine.state is theirs.state is PeerState.OPEN
+        await assert_one_connection(low, high)
+        await asyncio.gather(mine.release(), theirs.release())
+        assert not low.peers
+        assert not high.peers
+
+
+async def test_winner_offers_again_where_its_offer_was_lost(switchboard: Switchboard, pair: Pair) -> None:
+    # Its first OFFER came when the other was not there yet; then the other offers.
+    low, high = pair
+    switchboard.held = []
+    mine = asyncio.ensure_future(low.connect(high.did).__aenter__())
+    theirs = asyncio.ensure_future(high.connect(low.did).__aenter__())
+    await switchboard.sent_count(2)
+    offer = next(message for message in switchboard.sent if message.from_ == low.did)
+    switchboard.held = [held for held in switchboard.held if held[0] is not offer]
+    switchboard.release(high.did)
+    switchboard.held = None
+    refusal = ErrorPayload.for_cause("not_online")
+    low._signaling.receive(Message.create(switchboard.key.did, low.did, refusal, correlation_id=offer.id))
+    await asyncio.gather(mine, theirs)
+    await assert_one_connection(low, high)
+
+
+async def test_loser_gets_a_connection_that_the_winner_gave_up(switchboard: Switchboard, pair: Pair) -> None:
+    low, high = pair
+    switchboard.held = []
+    mine = asyncio.ensure_future(low.connect(high.did).__aenter__())
+    await switchboard.sent_count(1)
+    mine.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await mine
+    switchboard.held = None
+    peer = await high.connect(low.did)
+    assert await peer.execute("add", a=1) == 2
+
+
+# --- what gets lost ------------------------------------------------------------------------------
+
+
+async def test_offer_is_made_again_when_the_gateway_returns(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    switchboard.alter = lambda message: None
+    connecting = asyncio.ensure_future(one.connect(two.did).__aenter__())
+    await switchboard.sent_count(1)
+    switchboard.alter = lambda message: message.wire
+    one._signaling.gateway_returned()
+    assert (await connecting).did == two.did
+    assert types(switchboard) == ["OFFER", "OFFER", "ANSWER"]
+
+
+async def test_answer_is_given_again_when_the_gateway_returns(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    switchboard.alter = lambda message: None if message.type is MessageType.ANSWER else message.wire
+    connecting = asyncio.ensure_future(one.connect(two.did).__aenter__())
+    await switchboard.sent_count(2)
+    switchboard.alter = lambda message: message.wire
+    two._signaling.gateway_returned()
+    assert (await connecting).did == two.did
+    assert types(switchboard) == ["OFFER", "ANSWER", "ANSWER"]
+
+
+async def test_offer_whose_fate_is_unknown_is_made_again(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    switchboard.alter = lambda message: None
+    connecting = asyncio.ensure_future(one.connect(two.did).__aenter__())
+    await switchboard.sent_count(1)
+    switchboard.alter = lambda message: message.wire
+    unconfirmed = ErrorPayload.for_cause("unconfirmed")
+    offer = switchboard.sent[0]
+    one._signaling.receive(Message.create(switchboard.key.did, one.did, unconfirmed, correlation_id=offer.id))
+    assert (await connecting).did == two.did
+
+
+async def test_gateway_that_never_confirms_is_not_asked_for_ever(
+    switchboard: Switchboard, pair: Pair
+) -> None:
+    one, two = pair
+
+    def unconfirmed(message: Message) -> None:
+        refusal = ErrorPayload.for_cause("unconfirmed")
+        reply = Message.create(switchboard.key.did, one.did, refusal, correlation_id=message.id)
+        asyncio.get_running_loop().call_soon(one._signaling.receive, reply)
+
+    switchboard.alter = unconfirmed
+    with pytest.raises(RemoteError) as caught:
+        await one.connect(two.did)
+    assert caught.value.name == "unconfirmed"
+    assert types(switchboard) == ["OFFER"] * signaling.OFFERS_MAX
+
+
+async def test_timeout_says_how_far_it_came(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    switchboard.alter = lambda message: None
+    with pytest.raises(PeerConnectError) as caught:
+        await one.connect(two.did, timeout=0.2)
+    assert caught.value.did == two.did
+    assert "in 0.2 s: it has not answered the OFFER" in str(caught.value)
+    assert re.search(r"local candidates: 127\.0\.0\.1:\d+ host; remote candidates: none", str(caught.value))
+    assert not one._signaling._attempts
+
+
+async def test_agent_that_is_not_online(switchboard: Switchboard, pair: Pair) -> None:
+    did = DIDKey.generate().did
+    with pytest.raises(UnknownAgentError, match=r"z6Mk….. is not online \(asked ws://127\.0\.0\.1:1/ws\)"):
+        await pair[0].connect(did)
+
+
+# --- restart and replacement ---------------------------------------------------------------------
+
+
+async def test_agent_that_restarted_replaces_its_connection(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    there = await two.connect(one.did)
+    running = asyncio.ensure_future(there.execute("wait"))
+    await one.started.wait()
+    async with Workshop(switchboard, identity=one._key) as again:
+        peer = await again.connect(two.did)
+        with pytest.raises(PeerLostError, match="a newer connection takes its place"):
+            await running
+        assert await peer.execute("add", a=1) == 2
+        assert two.peers[one.did] is not there
+        assert await two.peers[one.did].execute("add", a=2) == 3
+
+
+async def test_old_offer_that_comes_late_breaks_no_connection(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    switchboard.alter = lambda message: None
+    with pytest.raises(PeerConnectError):
+        await one.connect(two.did, timeout=0.1)
+    late = switchboard.sent[0]
+    switchboard.alter = lambda message: message.wire
+    peer = await one.connect(two.did)
+    two._signaling.receive(late)
+    await switchboard.sent_count(4)
+    assert types(switchboard) == ["OFFER", "OFFER", "ANSWER", "ANSWER"]
+    assert await peer.execute("add", a=1) == 2
+    assert await two.peers[one.did].execute("add", a=1) == 2
+
+
+async def test_second_offer_of_one_attempt_replaces_the_first(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    switchboard.alter = lambda message: None if message.type is MessageType.ANSWER else message.wire
+    connecting = asyncio.ensure_future(one.connect(two.did).__aenter__())
+    await switchboard.sent_count(2)
+    switchboard.alter = lambda message: message.wire
+    one._signaling.gateway_returned()
+    assert (await connecting).did == two.did
+    assert types(switchboard) == ["OFFER", "ANSWER", "OFFER", "ANSWER"]
+    assert await one.peers[two.did].execute("add", a=1) == 2
+
+
+# --- what must be refused ------------------------------------------------------------------------
+
+
+async def test_altered_answer_is_an_identity_error(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+
+    def alter(message: Message) -> bytes | None:
+        assert message.wire is not None
+        if message.type is MessageType.ANSWER:
+            return message.wire.replace(b"a=sctp-port:5000", b"a=sctp-port:5001")
+        return message.wire
+
+    switchboard.alter = alter
+    with pytest.raises(PeerIdentityError, match=r"is not from did:key:.*does not verify") as caught:
+        await one.connect(two.did)
+    assert caught.value.did == two.did
+
+
+async def test_answer_of_another_agent_is_an_identity_error(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    eve = DIDKey.generate()
+    switchboard.alter = lambda message: None
+    connecting = asyncio.ensure_future(one.connect(two.did).__aenter__())
+    await switchboard.sent_count(1)
+    offer = switchboard.sent[0]
+    answer = Message.create(eve.did, one.did, AnswerPayload(sdp="v=0"), correlation_id=offer.id)
+    one._signaling.receive(sign_message(answer, eve))
+    with pytest.raises(PeerIdentityError, match=f"{eve.did} answered the OFFER to {two.did}"):
+        await connecting
+
+
+async def test_answer_that_nobody_waits_for_is_ignored(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    peer = await one.connect(two.did)
+    one._signaling.receive(switchboard.sent[1])
+    assert await peer.execute("add", a=1) == 2
+
+
+@pytest.mark.parametrize("sdp", ["", "v=0\r\nm=audio 9 RTP/AVP 0\r\n"])
+async def test_offer_without_data_channel_is_refused(switchboard: Switchboard, pair: Pair, sdp: str) -> None:
+    one, two = pair
+    two._signaling.receive(Message.create(one.did, two.did, OfferPayload(sdp=sdp)))
+    await switchboard.sent_count(1)
+    assert isinstance(switchboard.sent[0].payload, ErrorPayload)
+    assert "m=application" in switchboard.sent[0].payload.message
+    assert not two._signaling._attempts
+
+
+async def test_answer_that_cannot_be_used_fails_the_connection(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    switchboard.alter = lambda message: None
+    connecting = asyncio.ensure_future(one.connect(two.did).__aenter__())
+    await switchboard.sent_count(1)
+    answer = AnswerPayload(sdp="v=0\r\n")
+    one._signaling.receive(Message.create(two.did, one.did, answer, correlation_id=switchboard.sent[0].id))
+    with pytest.raises(PeerConnectError, match="its ANSWER cannot be used"):
+        await connecting
+
+
+async def test_agent_that_is_busy_says_so(
+    switchboard: Switchboard, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signaling, "ATTEMPTS_MAX", 0)
+    one, two = pair
+    with pytest.raises(PeerRefusedError, match="takes no more connections"):
+        await one.connect(two.did)
+
+
+async def test_candidate_before_its_offer_waits_for_it(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    switchboard.held = []
+    connecting = asyncio.ensure_future(one.connect(two.did).__aenter__())
+    await switchboard.sent_count(1)
+    text = "candidate:7 1 udp 1 127.0.0.1 9 typ host"
+    candidate = IceCandidatePayload(candidate=text, sdp_mid="0")
+    two._signaling.receive(Message.create(one.did, two.did, candidate))
+    switchboard.release(one.did)
+    attempt = two._signaling._attempts[one.did]
+    assert attempt.pc._early == [candidate]
+    assert not two._signaling._early
+    switchboard.held = None
+    await switchboard.sent_count(2)
+    connecting.cancel()
+
+
+async def test_candidate_that_is_none_is_refused(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    bad = Message.create(one.did, two.did, IceCandidatePayload(candidate="candidate:nonsense"))
+    two._signaling.receive(bad)
+    await switchboard.sent_count(1)
+    assert switchboard.sent[0].type is MessageType.ERROR
+    assert switchboard.sent[0].correlation_id == bad.id
+
+
+async def test_early_candidates_of_many_agents_are_bounded(pair: Pair) -> None:
+    candidate = IceCandidatePayload(candidate="candidate:7 1 udp 1 127.0.0.1 9 typ host")
+    for _ in range(200):
+        stranger = DIDKey.generate().did
+        for _ in range(2):
+            pair[0]._signaling.receive(Message.create(stranger, pair[0].did, candidate))
+    assert len(pair[0]._signaling._early) == signaling.EARLY_SENDERS_MAX
+
+
+# --- giving up -----------------------------------------------------------------------------------
+
+
+async def test_connect_that_is_cancelled_leaves_nothing(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    switchboard.alter = lambda message: None
+    connecting = asyncio.ensure_future(one.connect(two.did).__aenter__())
+    await switchboard.sent_count(1)
+    connecting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await connecting
+    assert not one._signaling._attempts
+
+
+async def test_one_of_two_who_wait_may_give_up(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    switchboard.held = []
+    first = asyncio.ensure_future(one.connect(two.did).__aenter__())
+    second = asyncio.ensure_future(one.connect(two.did).__aenter__())
+    await switchboard.sent_count(1)
+    first.cancel()
+    switchboard.release(one.did)
+    await switchboard.sent_count(2)
+    switchboard.release(two.did)
+    assert (await second).did == two.did
+
+
+async def test_closed_agent_ends_its_attempts(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    switchboard.alter = lambda message: None
+    connecting = asyncio.ensure_future(one.connect(two.did).__aenter__())
+    await switchboard.sent_count(1)
+    await one.close()
+    with pytest.raises(PeerConnectError, match="this agent was closed"):
+        await connecting
+
+
+async def test_nothing_is_logged_when_all_is_well(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "aiconexus")
+    async with pair[0].connect(pair[1].did) as peer:
+        await peer.execute("add", a=1)
+    assert not [record for record in caplog.records if record.name.startswith("aiconexus")]
