@@ -11,25 +11,31 @@ from pathlib import Path
 from types import ModuleType
 
 import base58
+import hypothesis
 import pytest
 import rfc8785
+from hypothesis import given
+from hypothesis import strategies as st
 from nacl.signing import SigningKey, VerifyKey
 
 from aiconexus.protocol import (
     CAUSES,
     CLOSE_CODES,
     DIDKey,
+    ErrorPayload,
     ExecResponsePayload,
     MalformedMessageError,
     Message,
     MessageError,
     MessageType,
+    ReplayGuard,
     canonicalize,
     decode,
     decode_did,
     encode,
     limits,
     verify_envelope,
+    verify_message,
 )
 from aiconexus.protocol.models import PAYLOADS, ErrorDetails
 from aiconexus.protocol.serialization import loads
@@ -269,3 +275,59 @@ def test_links_inside_the_document_lead_somewhere():
     targets = re.findall(r"\]\(#([^)]+)\)", DOCUMENT)
     assert targets
     assert set(targets) <= headings
+
+
+# --- mutations ---------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=60),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def paths(value: object, here: tuple = ()) -> list[tuple]:
+    """Return where every value inside of `value` stands."""
+    found = [here] if here else []
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        found += paths(item, (*here, key))
+    return found
+
+
+@given(st.data())
+def test_a_message_with_any_value_replaced_is_read_or_refused(data):
+    envelope = json.loads(data.draw(st.sampled_from(MESSAGES))["wire"])
+    *parents, last = data.draw(st.sampled_from(paths(envelope)))
+    place = envelope
+    for key in parents:
+        place = place[key]
+    before, place[last] = place[last], data.draw(JSON)
+    hypothesis.assume(place[last] != before)  # 7.0 has the canonical form of 7
+    wire = json.dumps(envelope)
+    read_or_refused(wire.encode())
+    if envelope.get("signature") is not None:
+        with pytest.raises(MessageError):
+            verify_message(wire, recipient=str(envelope["to"]), guard=ReplayGuard(), now=1768212000)
+
+
+def read_or_refused(wire: bytes) -> None:
+    """Read a message, or build the ERROR that refuses it: nothing else may happen."""
+    try:
+        message = decode(wire)
+    except MessageError as error:
+        refusal = error
+    else:
+        assert message.wire == wire
+        return
+    a, b = make_vectors.DIDS["A"], make_vectors.DIDS["B"]
+    payload = ErrorPayload.for_error(refusal)
+    reply = Message.create(a, b, payload, correlation_id=refusal.message_id)
+    assert len(encode(reply)) < 2000
+
+
+@given(st.sampled_from(MESSAGES), st.integers(0, 2000), st.binary(max_size=4), st.integers(0, 4))
+def test_bytes_with_any_place_replaced_are_read_or_refused(vector, place, patch, removed):
+    wire = vector["wire"].encode()
+    place %= len(wire)
+    read_or_refused(wire[:place] + patch + wire[place + removed :])
