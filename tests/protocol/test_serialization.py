@@ -6,7 +6,7 @@ import string
 import orjson
 import pytest
 import rfc8785
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aiconexus.protocol import (
@@ -26,6 +26,8 @@ from aiconexus.protocol.serialization import dumps, loads
 
 A, B = DIDKey.from_seed(b"\x02" * 32), DIDKey.from_seed(b"\x03" * 32)
 
+# A busy machine is no failure.
+CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 INTEGERS = st.integers(-INTEGER_MAX, INTEGER_MAX) | st.sampled_from([INTEGER_MAX, -INTEGER_MAX, 0, 1, -1])
 CONTROLS = st.text(st.characters(max_codepoint=0x9F) | st.sampled_from('"\\/\u2028\u2029\x7f\u00e9'))
 TEXTS = st.text(st.characters(codec="utf-8")) | CONTROLS
@@ -62,17 +64,20 @@ def refusal(data: bytes | str) -> MalformedMessageError:
 # --- canonical bytes ---------------------------------------------------------------------------
 
 
+@CALM
 @given(ANY)
 def test_canonical_bytes_are_those_of_the_rfc8785_package(document):
     assert canonicalize(document) == rfc8785.dumps(document)
 
 
+@CALM
 @given(PLAIN)
 def test_fast_path_writes_what_the_rfc8785_package_writes(document):
     assert serialization._check(document, 1)
     assert orjson.dumps(document, option=orjson.OPT_SORT_KEYS) == rfc8785.dumps(document)
 
 
+@CALM
 @given(ANY)
 def test_what_was_sent_has_the_canonical_bytes_of_what_was_signed(document):
     assert canonicalize(loads(dumps({"a": document}))) == canonicalize({"a": document})
@@ -292,6 +297,7 @@ def test_encode_refuses_what_is_over_the_limit():
     assert encode(message, limit=2 * MESSAGE_MAX_BYTES)
 
 
+@CALM
 @given(st.dictionaries(TEXTS, ANY, max_size=4))
 def test_a_message_survives_the_wire(args):
     message = Message.create(A.did, B.did, ExecRequestPayload(args=args))
@@ -299,6 +305,7 @@ def test_a_message_survives_the_wire(args):
     assert again.envelope() == message.envelope()
 
 
+@CALM
 @given(st.binary(max_size=200) | st.text(string.printable, max_size=200).map(str.encode))
 def test_any_bytes_are_read_or_refused_as_malformed(data):
     try:
