@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from aiconexus.protocol.limits import (
@@ -15,15 +14,24 @@ from aiconexus.protocol.limits import (
     PONG_TIMEOUT_SECONDS,
     REGISTER_TIMEOUT_SECONDS,
 )
+from gateway.handshake import parse_url
 
 MAX_WORKERS = 1  # more need the inter-worker path
 
 
 def _websocket_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("ws", "wss") or not parts.hostname:
-        raise ValueError(f"{url!r} is not a WebSocket URL such as wss://gateway.example/ws")
+    try:
+        *_, path = parse_url(url)
+    except ValueError:
+        path = ""
+    if not path:  # agents sign the path, too
+        raise ValueError(f"{url!r} is not a WebSocket URL with a path, such as wss://gateway.example/ws")
     return url
+
+
+def _list(value: object) -> object:
+    """Split what an environment variable holds."""
+    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
 
 
 Seconds = Annotated[float, Field(gt=0, le=3600)]
@@ -38,11 +46,13 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     workers: int = Field(default=1, ge=1, le=MAX_WORKERS)
     identity: Path | None = None
-    public_urls: Annotated[tuple[Annotated[str, AfterValidator(_websocket_url)], ...], NoDecode] = ()
+    public_urls: Annotated[
+        tuple[Annotated[str, AfterValidator(_websocket_url)], ...], NoDecode, BeforeValidator(_list)
+    ] = ()
     register_timeout: Seconds = REGISTER_TIMEOUT_SECONDS
     ping_interval: Seconds = PING_INTERVAL_SECONDS
     pong_timeout: Seconds = PONG_TIMEOUT_SECONDS
     away: float = Field(default=AWAY_SECONDS, ge=0, le=3600)
-    idle_timeout: float = Field(default=0.0, ge=0)
+    idle_timeout: float = Field(default=0.0, ge=0, le=30 * 86_400)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "console"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from base64 import urlsafe_b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import orjson
 from pydantic import TypeAdapter, ValidationError
@@ -37,6 +37,11 @@ from aiconexus.protocol.serialization import loads, parse
 
 _CAPABILITIES = TypeAdapter(list[Capability])
 _DEFAULT_PORTS = {"ws": 80, "wss": 443}
+_VISIBLE = r"[^#?\\\x00-\x20\x7f-\U0010ffff]"  # printable ASCII but for what ends a path
+_URL = re.compile(
+    rf"(wss?)://([a-z0-9._~-]+|\[[0-9a-f:.]+\])(?::([0-9]{{1,5}}))?(/{_VISIBLE}*)?(?:\?[!\"$-\[\]-~]*)?",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +71,25 @@ def _token() -> str:
     return urlsafe_b64encode(secrets.token_bytes(NONCE_BYTES)).rstrip(b"=").decode()
 
 
-def _authority(url: str) -> tuple[str, str, int | None]:
-    """Return scheme, host and port of a WebSocket URL; raises ValueError if it is none."""
-    parts = urlsplit(url)
-    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
+def parse_url(url: str) -> tuple[str, str, int, str]:
+    r"""Return scheme, host, port and path of a WebSocket URL.
+
+    Strict, unlike `urlsplit`: in `ws://a\@b/` and `ws://a\tb/` some parsers find another host than
+    others, and whoever signs such a text may have dialled somebody else. User names and fragments are
+    refused as well (RFC 6455 section 3 has neither).
+
+    Raises:
+        ValueError: It is none.
+    """
+    match = _URL.fullmatch(url)
+    if match is None:
         raise ValueError(f"not a WebSocket URL: {url!r}")
-    return parts.scheme, parts.hostname, parts.port or _DEFAULT_PORTS[parts.scheme]
+    scheme, host, port, path = match.groups()
+    scheme = scheme.lower()
+    number = int(port) if port else _DEFAULT_PORTS[scheme]
+    if not 0 < number <= 65_535:
+        raise ValueError(f"no such port: {url!r}")
+    return scheme, host.lower(), number, path or ""
 
 
 class Registrar:
@@ -97,7 +115,7 @@ class Registrar:
     ) -> None:
         self.key = key
         self.did = key.did
-        self._audiences = {(*_authority(url), urlsplit(url).path) for url in public_urls}
+        self._audiences = {parse_url(url) for url in public_urls}
         self._timeout = register_timeout
         self._ping_interval_ms = round(ping_interval * 1000)
         self._limits: dict[str, Any] = {
@@ -224,13 +242,14 @@ class Registrar:
     def _check_audience(self, audience: object, host: str) -> None:
         """The signature covers the URL that the agent dialled, so that nobody can pass the proof on."""
         try:
-            scheme, name, port = _authority(audience if isinstance(audience, str) else "")
+            url = parse_url(audience if isinstance(audience, str) else "")
             if self._audiences:
-                matches = (scheme, name, port, urlsplit(str(audience)).path) in self._audiences
+                matches = url in self._audiences
             else:
                 # `Host` leaves the default port out; which one that is the dialled scheme tells.
-                _, host_name, host_port = _authority(f"{scheme}://{host}")
-                matches = (name, port) == (host_name, host_port)
+                scheme, *dialled, _ = url
+                _, *asked, path = parse_url(f"{scheme}://{host}")
+                matches = dialled == asked and not path and "?" not in host
         except ValueError:
             matches = False
         if not matches:
