@@ -159,10 +159,13 @@ def serve(
     log.configure(settings.log_level, settings.log_format)
     try:
         key = DIDKey.load_or_create(settings.identity) if settings.identity else DIDKey.generate()
-        gateway = Gateway(settings, key)
-        uvloop.run(gateway.serve(lambda bound: _banner(settings, key, bound)))
     except KeyFileError as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(f"{settings.identity}: {error.strerror or error}")
+    gateway = Gateway(settings, key)
+    try:
+        uvloop.run(gateway.serve(lambda bound: _banner(settings, key, bound)))
     except OSError as error:
         _fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}")
 

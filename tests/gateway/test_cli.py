@@ -1,0 +1,194 @@
+"""The command line as a person meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aiconexus import __version__
+
+
+def run(*options: str, code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["-c", code] if code else ["-m", "gateway.server"]
+    return subprocess.run(
+        [sys.executable, *command, *options],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1", **environment},
+        check=False,
+    )
+
+
+def assert_one_sentence(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 1, done
+    assert done.stdout == ""
+    assert done.stderr.startswith("aiconexus-gateway: ")
+    assert done.stderr.count("\n") == 1
+    for word in words:
+        assert word in done.stderr
+
+
+def test_the_help_tells_every_option_with_its_default():
+    done = run("--help")
+    assert done.returncode == 0
+    for option in (
+        "--host",
+        "--port",
+        "--workers",
+        "--identity",
+        "--public-url",
+        "--register-timeout",
+        "--ping-interval",
+        "--pong-timeout",
+        "--away",
+        "--idle-timeout",
+        "--log-level",
+        "--log-format",
+        "--version",
+    ):
+        assert option in done.stdout
+    for text in ("Usage: aiconexus-gateway", "127.0.0.1", "8000", "wss://gateway.example/ws", "default: 25"):
+        assert text in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+def test_the_console_script_and_the_module_are_the_same():
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"aiconexus-gateway {__version__}\n")
+    assert run("--version", code="from gateway.cli import main; main()").stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--port", "70000"),
+        ("--workers", "2"),
+        ("--ping-interval", "0"),
+        ("--ping-interval", "nan"),
+        ("--idle-timeout", "inf"),
+        ("--away", "-1"),
+        ("--log-level", "loud"),
+        ("--log-format", "xml"),
+        ("--public-url", "https://gateway.example/ws"),
+        ("--public-url", "wss://gateway.example"),
+        ("--public-url", "wss://gateway.example:99999/ws"),
+    ],
+)
+def test_a_value_that_makes_no_sense_gives_one_sentence_that_names_the_option(option, value):
+    assert_one_sentence(run(option, value), option)
+
+
+def test_a_value_from_the_environment_that_makes_no_sense_gives_one_sentence():
+    assert_one_sentence(run(AICONEXUS_GATEWAY_PORT="http"), "port")
+
+
+def test_what_is_no_option_or_no_number_is_a_usage_error():
+    for options in (("--prot", "1"), ("--port", "http"), ("extra",)):
+        done = run(*options)
+        assert done.returncode == 2
+        assert "Usage" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_port_in_use_gives_one_sentence():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run("--port", str(port), "--log-level", "error")
+    assert_one_sentence(done, f"127.0.0.1:{port}", "address already in use")
+
+
+def test_an_address_that_is_not_of_this_machine_gives_one_sentence():
+    assert_one_sentence(run("--host", "192.0.2.1", "--port", "0"), "192.0.2.1")
+
+
+def test_an_identity_that_cannot_be_used_gives_one_sentence(tmp_path: Path):
+    readable = tmp_path / "readable.pem"
+    readable.write_text("no key")
+    readable.chmod(0o644)
+    assert_one_sentence(run("--identity", str(readable)), str(readable), "chmod 600")
+    damaged = tmp_path / "damaged.pem"
+    damaged.write_text("no key")
+    damaged.chmod(0o600)
+    assert_one_sentence(run("--identity", str(damaged)), str(damaged))
+    nowhere = tmp_path / "nowhere" / "key.pem"
+    assert_one_sentence(run("--identity", str(nowhere)), str(nowhere), "No such file or directory")
+    assert_one_sentence(run("--identity", str(tmp_path)), str(tmp_path))
+
+
+@pytest.mark.parametrize("missing", ["gateway._connection", "gateway._frames", "uvloop"])
+def test_without_the_compiled_part_it_says_how_to_get_it(missing):
+    code = f"""
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name == {missing!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+from gateway.cli import main
+main()
+"""
+    assert_one_sentence(run(code=code), missing, "C compiler")
+
+
+def test_the_banner_tells_where_agents_dial(start_gateway):
+    gateway = start_gateway("--host", "127.0.0.1")
+    assert re.fullmatch(r"ws://127\.0\.0\.1:\d+/ws", gateway.url)
+    assert gateway.port > 0
+    assert gateway.health()["status"] == "ok"
+
+
+def test_the_identity_is_kept(start_gateway, tmp_path: Path):
+    identity = tmp_path / "key.pem"
+    first = start_gateway("--identity", str(identity))
+    did = first.health()["did"]
+    assert identity.stat().st_mode & 0o777 == 0o600
+    first.stop()
+    assert start_gateway("--identity", str(identity)).health()["did"] == did
+
+
+def test_the_log_is_json_lines_if_so_wanted(start_gateway):
+    gateway = start_gateway("--log-level", "debug")
+    gateway.stop()
+    lines = [json.loads(line) for line in gateway.log.splitlines()]
+    assert [line["event"] for line in lines] == ["listening", "draining", "stopped"]
+
+
+def test_a_log_that_nobody_reads_any_more_stops_nothing(tmp_path: Path):
+    """The pipe of a log collector that died."""
+    from wire import Agent
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gateway.server", "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stderr.close()
+        port = 0
+        while not port:
+            found = re.search(r"ws://127\.0\.0\.1:(\d+)/ws", process.stdout.readline())
+            port = int(found[1]) if found else 0
+        with Agent(port) as agent:
+            for _ in range(3):
+                agent.send(b"no JSON")
+                agent.receive_error("not_json", None)
+            agent.ping()
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+        process.stdout.close()

@@ -1,0 +1,61 @@
+"""Settings: options over environment over defaults."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from gateway.config import Settings
+
+
+def test_the_defaults_are_those_of_the_help_text():
+    settings = Settings()
+    assert (settings.host, settings.port, settings.workers) == ("127.0.0.1", 8000, 1)
+    assert (settings.register_timeout, settings.ping_interval, settings.pong_timeout) == (10, 25, 10)
+    assert (settings.away, settings.idle_timeout) == (30, 0)
+    assert settings.public_urls == ()
+    assert (settings.log_level, settings.log_format) == ("info", "console")
+
+
+def test_the_environment_sets_what_no_option_does(monkeypatch):
+    monkeypatch.setenv("AICONEXUS_GATEWAY_PORT", "9")
+    monkeypatch.setenv("AICONEXUS_GATEWAY_AWAY", "5")
+    monkeypatch.setenv("AICONEXUS_GATEWAY_PUBLIC_URLS", "wss://a.example/ws, wss://b.example/ws")
+    settings = Settings(away=7)
+    assert (settings.port, settings.away) == (9, 7)
+    assert settings.public_urls == ("wss://a.example/ws", "wss://b.example/ws")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", -1),
+        ("port", 65_536),
+        ("port", "http"),
+        ("workers", 0),
+        ("workers", 2),
+        ("register_timeout", 0),
+        ("ping_interval", -1),
+        ("ping_interval", math.nan),
+        ("ping_interval", math.inf),
+        ("pong_timeout", 3_601),
+        ("away", -1),
+        ("away", math.nan),
+        ("idle_timeout", -1),
+        ("idle_timeout", math.inf),
+        ("idle_timeout", math.nan),
+        ("log_level", "loud"),
+        ("log_format", "xml"),
+        ("public_urls", ("https://gateway.example/ws",)),
+        ("public_urls", ("gateway.example",)),
+        ("public_urls", ("wss://gateway.example",)),
+        ("public_urls", ("wss://gateway.example:99999/ws",)),
+        ("public_urls", ("wss://user@gateway.example/ws",)),
+        ("prot", 1),
+    ],
+)
+def test_what_makes_no_sense_is_refused(name, value):
+    with pytest.raises(ValidationError):
+        Settings(**{name: value})
