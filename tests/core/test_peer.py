@@ -274,7 +274,7 @@ async def test_capability_that_refuses_to_be_cancelled_does_not_hold_up_the_end(
             await released.wait()
         return "done"
 
-    two._execute = stubborn  # type: ignore[assignment, method-assign]
+    two._execute = stubborn  # type: ignore[method-assign]
     async with pair[0].connect(two.did) as peer:
         with pytest.raises(CallTimeoutError):
             await peer.execute("x", timeout=0.1)

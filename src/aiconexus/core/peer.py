@@ -182,9 +182,7 @@ class Peer:
         assert isinstance(quote, Quote)
         return quote
 
-    async def execute(
-        self, capability: str, /, *, timeout: float = CALL_TIMEOUT_SECONDS, **args: Any
-    ) -> JsonValue:
+    async def execute(self, capability: str, /, *, timeout: float = CALL_TIMEOUT_SECONDS, **args: Any) -> Any:
         """Execute a capability of the other agent and return its result as JSON.
 
         Cancelling this task, and the timeout, cancel the execution there too.
@@ -204,10 +202,7 @@ class Peer:
             PeerIdentityError: The answer was not signed by the other agent.
             PeerLostError: The connection went away; whether it was executed is not known.
         """
-        result: JsonValue = await self._ask(
-            lambda: self._calls.execute(capability, args, timeout), timeout, capability
-        )
-        return result
+        return await self._ask(lambda: self._calls.execute(capability, args, timeout), timeout, capability)
 
     async def ping(self, *, timeout: float = PEER_PONG_TIMEOUT_SECONDS) -> float:
         """Return the round trip time of a PING and its PONG in seconds.
