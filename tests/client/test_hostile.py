@@ -304,8 +304,7 @@ async def test_oversized_message_costs_the_connection_not_the_client(
     visit = await registered()
     await visit.send_raw(b'"' + b"a" * 70_000 + b'"')
     await client.wait_for(ClientState.RECONNECTING, timeout=5)
-    await visit.socket.wait_closed()
-    assert visit.socket.close_code == 1009
+    assert await visit.closed() == 1009
 
 
 async def test_text_that_is_not_utf8_costs_the_connection_not_the_client(
@@ -314,8 +313,7 @@ async def test_text_that_is_not_utf8_costs_the_connection_not_the_client(
     visit = await registered()
     await visit.send_raw(b"\xff\xfe")
     await client.wait_for(ClientState.RECONNECTING, timeout=5)
-    await visit.socket.wait_closed()
-    assert visit.socket.close_code == 1007
+    assert await visit.closed() == 1007
 
 
 async def test_connection_that_is_cut_within_a_message_gives_none(

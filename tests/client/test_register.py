@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta, timezone
+from ipaddress import IPv4Address
+from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from scripted_gateway import ScriptedGateway, Visit
 from websockets.asyncio.server import serve
 
@@ -332,6 +340,49 @@ async def test_silent_gateway_costs_no_more_than_the_timeout(
     assert client.state is ClientState.DISCONNECTED
 
 
+# --- TLS -------------------------------------------------------------------------------------------
+
+
+def certificate(path: Path) -> None:
+    """Write a key and a certificate for 127.0.0.1 that it has signed itself, in one PEM file."""
+    private = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "gateway")])
+    now = datetime.now(timezone.utc)
+    signed = (
+        x509.CertificateBuilder(name, name, private.public_key(), 1, now, now + timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False
+        )
+        .sign(private, hashes.SHA256())
+    )
+    pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    path.write_bytes(pem + signed.public_bytes(Encoding.PEM))
+
+
+async def test_certificate_must_be_trusted(key: DIDKey, tmp_path: Path) -> None:
+    path = tmp_path / "gateway.pem"
+    certificate(path)
+    gateway = ScriptedGateway()
+    gateway.ssl = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    gateway.ssl.load_cert_chain(path)
+    await gateway.start()
+    try:
+        async with GatewayClient(gateway.url, key, ssl=ssl.create_default_context(cafile=path)) as client:
+            await client.register()
+            assert (await gateway.visit()).register_ext["aud"] == gateway.url
+            await client.ping()
+        async with GatewayClient(gateway.url, key) as client:
+            with pytest.raises(GatewayUnreachableError, match="certificate verify failed"):
+                await client.register()
+    finally:
+        await gateway.stop()
+
+
+def test_tls_settings_without_tls_are_a_mistake(key: DIDKey) -> None:
+    with pytest.raises(ValueError, match="wss://"):
+        GatewayClient("ws://127.0.0.1/ws", key, ssl=ssl.create_default_context())
+
+
 # --- cancelling and closing ------------------------------------------------------------------------
 
 
@@ -395,8 +446,7 @@ async def test_close_unregisters_and_can_be_repeated(gateway: ScriptedGateway, c
     visit = await gateway.visit()
     await asyncio.gather(client.close(), client.close())
     await client.close()
-    await visit.socket.wait_closed()
-    assert visit.socket.close_code == 1000
+    assert await visit.closed() == 1000
     assert len(gateway.unregistered) == 1
     assert client.state is ClientState.CLOSED
 

@@ -6,6 +6,7 @@ import asyncio
 from base64 import urlsafe_b64encode
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta, timezone
+from ssl import SSLContext
 from typing import Any
 
 import orjson
@@ -129,6 +130,11 @@ class Visit:
             reason["r"] = retry_after_ms
         await self.socket.close(code, orjson.dumps(reason).decode())
 
+    async def closed(self) -> int | None:
+        """Wait for the end; return the close code that the client sent."""
+        await self.socket.wait_closed()
+        return self.socket.protocol.close_code
+
     def abort(self) -> None:
         """Cut the connection without a word."""
         self.socket.transport.abort()
@@ -166,15 +172,22 @@ class ScriptedGateway:
         self.unregistered: list[Message] = []
         self.faults: list[BaseException] = []
         self.port = 0
+        self.ssl: SSLContext | None = None
         self._server: Server | None = None
 
     @property
     def url(self) -> str:
-        return f"ws://127.0.0.1:{self.port}/ws"
+        scheme = "ws" if self.ssl is None else "wss"
+        return f"{scheme}://127.0.0.1:{self.port}/ws"
 
     async def start(self) -> None:
         self._server = await serve(
-            self._play, "127.0.0.1", self.port, subprotocols=[Subprotocol(SUBPROTOCOL)], compression=None
+            self._play,
+            "127.0.0.1",
+            self.port,
+            subprotocols=[Subprotocol(SUBPROTOCOL)],
+            compression=None,
+            ssl=self.ssl,
         )
         self.port = next(iter(self._server.sockets)).getsockname()[1]
 
