@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from aiortc import RTCConfiguration, RTCPeerConnection
 
-from aiconexus.core.candidates import choose_host_addresses, is_mdns, parse_candidate, split_candidates
+from aiconexus.core.candidates import choose_host_addresses, is_mdns, parse_candidate, take_out_mdns
 from aiconexus.protocol.errors import MalformedMessageError
 
 HOST = "candidate:1 1 udp 2130706431 192.0.2.1 40000 typ host"
@@ -43,13 +43,17 @@ async def test_address_of_another_machine_is_left_out() -> None:
     assert "127.0.0.1" in sdp
 
 
-def test_candidates_are_taken_out_of_a_description() -> None:
-    sdp = f"v=0\r\na=group:BUNDLE 0\r\na={HOST}\r\na=candidate:2 1 udp 1 x.local 9 typ host\r\n"
-    rest, candidates, complete = split_candidates(sdp + "a=end-of-candidates\r\n")
-    assert rest == "v=0\r\na=group:BUNDLE 0\r\n"
-    assert candidates == [HOST, "candidate:2 1 udp 1 x.local 9 typ host"]
-    assert complete
-    assert not split_candidates(sdp)[2]
+def test_mdns_names_are_taken_out_of_a_description() -> None:
+    name = "candidate:2 1 udp 1 3b0f3e4c-5b0a.local 9 typ host"
+    head = f"v=0\r\na=group:BUNDLE 0\r\na={HOST}\r\n"
+    assert take_out_mdns(f"{head}a={name}\r\n") == (head, [name], False)
+    # What is trickled after end-of-candidates would be ignored (RFC 8838 section 14).
+    assert take_out_mdns(f"{head}a={name}\r\na=end-of-candidates\r\n") == (head, [name], True)
+
+
+def test_description_without_mdns_names_stays_as_it_is() -> None:
+    sdp = f"v=0\na={HOST}\na=end-of-candidates\n"
+    assert take_out_mdns(sdp) == (sdp, [], False)
 
 
 def test_candidate_with_extensions_of_a_browser() -> None:

@@ -323,6 +323,37 @@ async def test_call_that_runs_needs_the_connection(pair: Pair) -> None:
     assert not back.done()
     one.release.set()
     assert await back == "released"
+    # Nobody holds it any more: when it falls silent, that is found out.
+    peer = two.peers[one.did]
+    peer._keepalive = KeepAlive(asyncio.get_running_loop().time(), interval=0.05)
+    peer._check()
+    assert await asyncio.wait_for(one.lost.get(), 10) == "it closed the connection: it is done"
+
+
+async def test_silent_connection_that_is_held_stays(pair: Pair, peer: Peer) -> None:
+    there = pair[1].peers[pair[0].did]
+    for side in (peer, there):
+        side._timer.cancel()
+        side._keepalive = KeepAlive(asyncio.get_running_loop().time(), interval=0.0)
+        side._check()
+        assert side._pinging is not None
+        await side._pinging
+        assert peer.state is there.state is PeerState.OPEN
+        side._timer.cancel()
+    assert await peer.execute("add", a=1) == 2
+
+
+async def test_leaving_that_is_cancelled_leaves_no_connection_that_cannot_be_used(pair: Pair) -> None:
+    one, two = pair
+    peer = await one.connect(two.did)
+    two.peers[one.did]._channel.receive(lambda data: None)  # gives no PONG
+    leaving = asyncio.ensure_future(peer.release())
+    await asyncio.sleep(0)
+    assert peer.state is PeerState.CLOSING
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert peer.state is PeerState.OPEN
 
 
 async def test_both_leave_at_once(pair: Pair) -> None:

@@ -187,7 +187,7 @@ async def test_gateway_that_never_confirms_is_not_asked_for_ever(
     with pytest.raises(RemoteError) as caught:
         await one.connect(two.did)
     assert caught.value.name == "unconfirmed"
-    assert types(switchboard) == ["OFFER"] * signaling.OFFERS_MAX
+    assert types(switchboard) == ["OFFER"] * signaling.SENDS_MAX
 
 
 async def test_timeout_says_how_far_it_came(switchboard: Switchboard, pair: Pair) -> None:

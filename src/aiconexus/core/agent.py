@@ -246,8 +246,13 @@ class Agent:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         peer = self._peers.get(did)
-        # One that is about to close may still turn out to be needed by the other side.
-        if peer is None or await within(peer.settled(), timeout) is not PeerState.OPEN:
+        try:
+            # One that is about to close may still turn out to be needed by the other side.
+            is_open = peer is not None and await within(peer.settled(), timeout) is PeerState.OPEN
+        except asyncio.TimeoutError:
+            text = f"the last connection with {short_did(did)} has not ended in {timeout:g} s"
+            raise PeerConnectError(text, did) from None
+        if peer is None or not is_open:
             if self._client.state is ClientState.DISCONNECTED:
                 raise NotConnectedError(f"{self!r} is not registered: use `async with`, or start() it first")
             peer = await self._signaling.connect(did, timeout=max(0.0, deadline - loop.time()))

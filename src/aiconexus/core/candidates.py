@@ -44,26 +44,21 @@ def choose_host_addresses(pc: RTCPeerConnection, addresses: Sequence[str]) -> No
     connection.get_component_candidates = gather_on_chosen  # type: ignore[method-assign]
 
 
-def split_candidates(sdp: str) -> tuple[str, list[str], bool]:
-    """Take the candidates out of a session description.
+def take_out_mdns(sdp: str) -> tuple[str, list[str], bool]:
+    """Take the mDNS names out of a session description.
 
-    setRemoteDescription would wait for the resolution of every mDNS name, and fail with it.
+    setRemoteDescription would wait for the resolution of each, and fail with it.
 
     Returns:
-        The description without them, the candidates as a trickled one is written (RFC 8839
-        section 5.1), and whether the description says that there are no more.
+        The description without them, their candidates as a trickled one is written (RFC 8839
+        section 5.1), and whether end-of-candidates has to follow them, as it was taken out, too.
     """
-    rest: list[str] = []
-    candidates: list[str] = []
-    complete = False
-    for line in sdp.splitlines():
-        if line.startswith(_CANDIDATE):
-            candidates.append(line[2:])
-        elif line == _END_OF_CANDIDATES:
-            complete = True
-        else:
-            rest.append(line)
-    return "\r\n".join(rest) + "\r\n", candidates, complete
+    lines = sdp.splitlines()
+    names = [line for line in lines if line.startswith(_CANDIDATE) and is_mdns(parse_candidate(line[2:]))]
+    if not names:
+        return sdp, [], False
+    rest = [line for line in lines if line not in names and line != _END_OF_CANDIDATES]
+    return "\r\n".join([*rest, ""]), [line[2:] for line in names], _END_OF_CANDIDATES in lines
 
 
 def parse_candidate(text: str) -> RTCIceCandidate:

@@ -6,7 +6,8 @@ and with a goodbye the other side can tell a decision from an accident.
 
 There is one connection for both sides, and both may have asked for it. So whoever leaves `async with` does
 not close it over the other's head: it says by PING that it is done (`ext.done`), and the PONG tells whether
-the other side is, too. Only then it is closed.
+the other side is, too. Only then it is closed. A connection that nobody holds any more, as its last calls
+have ended since, is asked about in the same way when it falls silent.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ class Peer:
         self._waiting: dict[str, asyncio.Future[Any]] = {}
         self._executions: dict[str, _Execution] = {}
         self._serving: set[asyncio.Task[None]] = set()
+        self._pinging: asyncio.Task[None] | None = None
         self._state = PeerState.OPEN
         self._settled = asyncio.Event()
         self._holders = 0
@@ -256,17 +258,22 @@ class Peer:
     async def release(self) -> None:
         """Need it no longer; close it if the other side does not need it either."""
         self._holders -= 1
+        await self._close_if_done()
+
+    async def _close_if_done(self) -> None:
         if not self._is_done or self._state is not PeerState.OPEN:
             return
         self._set_state(PeerState.CLOSING)
+        is_done = False
         try:
             is_done = await self._ask(lambda: self._calls.ping(is_done=True), PEER_PONG_TIMEOUT_SECONDS)
         except (CallError, PeerError):
             is_done = True  # nobody is there any more
+        finally:
+            if not is_done and self.state is PeerState.CLOSING:
+                self._set_state(PeerState.OPEN)
         if is_done:
             await self.close()
-        elif self.state is PeerState.CLOSING:
-            self._set_state(PeerState.OPEN)
 
     async def settled(self) -> PeerState:
         """Wait until it is OPEN or CLOSED, and return which."""
@@ -281,6 +288,8 @@ class Peer:
     # --- what arrives ---------------------------------------------------------------------------
 
     def _receive(self, data: str | bytes) -> None:
+        if self._state is PeerState.CLOSED:
+            return
         self._keepalive.heard(self._loop.time())
         event = self._calls.receive(data, is_done=self._is_done)
         if event is not None:
@@ -303,10 +312,13 @@ class Peer:
             case Refused():
                 self._refuse(event)
             case DoneArrived(reply, is_done):
-                self._channel.send_now(reply)
+                self._reply(reply)
                 if is_done:
                     self._set_state(PeerState.CLOSING)
-                    self._loop.call_later(PEER_PONG_TIMEOUT_SECONDS, self._lost, "it did not close")
+                    # Whatever comes now, the connection is at its end.
+                    self._timer.cancel()
+                    late = self._loop.time() + PEER_PONG_TIMEOUT_SECONDS
+                    self._timer = self._loop.call_at(late, self._lost, "it did not close")
             case Left(reason):
                 self._set_state(PeerState.CLOSING)
                 self._reason = f"it closed the connection: {reason}"
@@ -391,11 +403,13 @@ class Peer:
         if verdict is Verdict.DEAD:
             self._lost(f"it was silent for {PEER_PING_INTERVAL_SECONDS + PEER_PONG_TIMEOUT_SECONDS:g} s")
             return
-        if verdict is Verdict.PING and self._channel.is_open:
-            id_, text = self._calls.ping()
-            self._calls.abandon(id_)  # any message is an answer
-            self._reply(text)
+        if verdict is Verdict.PING:
+            self._pinging = asyncio.ensure_future(self._close_if_done() if self._is_done else self._ping())
         self._timer = self._loop.call_at(self._keepalive.due, self._check)
+
+    async def _ping(self) -> None:
+        with suppress(CallError, PeerError):  # `_check` sees to a peer that does not answer
+            await self.ping()
 
     def _lost(self, reason: str) -> None:
         if self._state is PeerState.CLOSED:

@@ -27,7 +27,7 @@ from aiconexus.core.candidates import (
     ice_connection,
     is_mdns,
     parse_candidate,
-    split_candidates,
+    take_out_mdns,
 )
 from aiconexus.core.channel import Channel
 from aiconexus.protocol.errors import MalformedMessageError, PeerConnectError, PeerIdentityError
@@ -148,20 +148,17 @@ class PeerConnection:
 
     async def _set_remote_description(self, sdp: str, kind: str) -> None:
         _check_description(sdp)
-        description, candidates, complete = split_candidates(sdp)
+        description, names, is_complete = take_out_mdns(sdp)
         try:
             await self._pc.setRemoteDescription(RTCSessionDescription(description, kind))
-            parsed = [parse_candidate(candidate) for candidate in candidates]
-        except MalformedMessageError:
-            raise
         except Exception as error:  # aiortc's parser has no error class of its own
             raise MalformedMessageError(f"no usable SDP {kind}: {error}", field="payload.sdp") from error
-        for candidate in parsed:
-            self._add(candidate, None, 0)
+        for name in names:
+            self._add(parse_candidate(name), None, 0)
         early, self._early = self._early or [], None
         for payload in early:
             self.add_ice_candidate(payload)
-        if complete:
+        if is_complete:
             self._add(None, None, 0)
 
     def _add(self, candidate: RTCIceCandidate | None, mid: str | None, index: int | None) -> None:

@@ -52,8 +52,8 @@ from aiconexus.protocol.serialization import loads
 
 ATTEMPTS_MAX: Final = 128  # at the same time; each costs 120 KB, a descriptor and 30 ms of one core
 EARLY_SENDERS_MAX: Final = 64  # agents whose candidates wait for their OFFER
-OFFERS_MAX: Final = 5  # of one attempt, where messages get lost
-CONTEST_SECONDS: Final = 2.0  # for the other side of a glare to answer, before it is offered again
+SENDS_MAX: Final = 5  # of one OFFER or ANSWER, where messages get lost
+CONTEST_SECONDS: Final = 6.0  # for the loser of a glare to answer; it may gather for 5 (aiortc)
 
 _log: Final = logging.getLogger("aiconexus.core")
 
@@ -77,14 +77,16 @@ class _Attempt(Generic[Opened]):
     def __init__(self, did: str) -> None:
         self.did: Final = did
         self.result: Final[asyncio.Future[Opened]] = asyncio.get_running_loop().create_future()
-        # Nobody may be waiting when it fails: that is no fault.
-        self.result.add_done_callback(lambda result: result.cancelled() or result.exception())
+        self.result.add_done_callback(self._over)
         self.waiting = 0
-        self.offers = 0
+        self.sends = 0
         self.task: asyncio.Task[None] | None = None
+        self.timer: asyncio.TimerHandle | None = None
 
     def begin(self, pc: PeerConnection, *, is_offering: bool) -> None:
         """Forget what came before: this connection counts now."""
+        if self.timer is not None:
+            self.timer.cancel()
         self.pc = pc
         self.is_offering = is_offering
         self.is_answered = False
@@ -93,6 +95,12 @@ class _Attempt(Generic[Opened]):
         self.sent_id: str | None = None
         self.is_sending = False
         self.answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def _over(self, result: asyncio.Future[Opened]) -> None:
+        if self.timer is not None:  # it would keep everything alive until it is due
+            self.timer.cancel()
+        if not result.cancelled():
+            result.exception()  # nobody may be waiting for it: that is no fault
 
     def describe(self) -> str:
         """Tell in words how far it came and what to do."""
@@ -216,7 +224,8 @@ class Signaling(Generic[Opened]):
             # it waits for nothing: offer again.
             if not attempt.is_contested:
                 attempt.is_contested = True
-                asyncio.get_running_loop().call_later(CONTEST_SECONDS, self._signal_again, attempt)
+                loop = asyncio.get_running_loop()
+                attempt.timer = loop.call_later(CONTEST_SECONDS, self._signal_again, attempt)
             return
         self._answer(attempt, offer)
 
@@ -257,7 +266,7 @@ class Signaling(Generic[Opened]):
         name = payload.details.name if payload.details is not None else None
         # Unconfirmed: it may have arrived. Contested: the other side is there, it has just offered.
         unknown = payload.code is ErrorCode.UNKNOWN_AGENT
-        if attempt.offers < OFFERS_MAX and (name == "unconfirmed" or (unknown and attempt.is_contested)):
+        if attempt.sends < SENDS_MAX and (name == "unconfirmed" or (unknown and attempt.is_contested)):
             self._signal_again(attempt)
             return
         self._end(attempt, self._error_of(attempt.did, payload, name))
@@ -268,9 +277,8 @@ class Signaling(Generic[Opened]):
             text = f"{short_did(did)} refused the OFFER, it was altered on its way: {payload.message}"
             return PeerIdentityError(text, did)
         if payload.code is ErrorCode.UNKNOWN_AGENT:
-            return remote_error(
-                payload.code, f"{short_did(did)} is not online (asked {self._gateway})", details
-            )
+            what = "is not online" if name == "not_online" else f"cannot be reached: {payload.message}"
+            return remote_error(payload.code, f"{short_did(did)} {what} (asked {self._gateway})", details)
         return remote_error(payload.code, f"{short_did(did)}: {payload.message}", details)
 
     # --- attempts -------------------------------------------------------------------------------
@@ -306,14 +314,16 @@ class Signaling(Generic[Opened]):
             except MalformedMessageError as error:
                 self._reply(offer, ErrorPayload.for_error(error))
                 raise PeerConnectError(f"its OFFER cannot be used: {error}") from error
+            except PeerConnectError:
+                self._reply(offer, ErrorPayload.for_cause("declined"))
+                raise
             attempt.signal = AnswerPayload(sdp=sdp), offer.id
             await self._signal(attempt)
 
         def expire() -> None:
-            if attempt.pc is pc and not attempt.result.done():
-                self._end(attempt, PeerConnectError(attempt.describe()))
+            self._end(attempt, PeerConnectError(attempt.describe(), attempt.did))
 
-        asyncio.get_running_loop().call_later(CONNECT_TIMEOUT_SECONDS, expire)
+        attempt.timer = asyncio.get_running_loop().call_later(CONNECT_TIMEOUT_SECONDS, expire)
         attempt.task = self._spawn(self._open(attempt, negotiate))
 
     def _begin(self, attempt: _Attempt[Opened], *, is_offering: bool) -> None:
@@ -366,7 +376,7 @@ class Signaling(Generic[Opened]):
         payload, correlation_id = attempt.signal
         message = Message.create(self._did, attempt.did, payload, correlation_id=correlation_id)
         attempt.sent_id = message.id
-        attempt.offers += 1
+        attempt.sends += 1
         attempt.is_sending = True
         try:
             await self._send(message)
