@@ -157,13 +157,16 @@ async def test_early_end_of_candidates_does_not_cut_off_what_follows(
     await asyncio.wait_for(asyncio.gather(one.opened, two.opened), 10)
 
 
-async def test_too_many_early_candidates_are_refused(connection: Callable[[], PeerConnection]) -> None:
-    one = connection()
+async def test_too_many_candidates_are_refused(connection: Callable[[], PeerConnection]) -> None:
+    one, two = connection(), connection()
     payload = IceCandidatePayload(candidate=MDNS[2:])
     for _ in range(100):
         one.add_ice_candidate(payload)
-    with pytest.raises(MalformedMessageError, match="100 candidates wait"):
+    with pytest.raises(MalformedMessageError, match="more than 100 candidates"):
         one.add_ice_candidate(payload)
+    offer = await two.create_offer()
+    with pytest.raises(MalformedMessageError, match="more than 100 candidates"):
+        await connection().create_answer(offer + f"{MDNS}\r\n" * 100)
 
 
 async def test_address_that_this_machine_does_not_have_is_named() -> None:

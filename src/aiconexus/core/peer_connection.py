@@ -38,7 +38,7 @@ _DATA_CHANNEL_SECTION: Final = re.compile(r"m=application \d+ \S*DTLS/SCTP .+") 
 
 _log: Final = logging.getLogger("aiconexus.core")
 
-EARLY_CANDIDATES_MAX: Final = 100  # that come before their description; as many as aioice keeps checks
+CANDIDATES_MAX: Final = 100  # of one agent: each is sent STUN packets, wherever it points (RFC 8445 19.5.1)
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class PeerConnection:
         self._pc = RTCPeerConnection(RTCConfiguration(iceServers=servers))
         self._host_addresses = host_addresses
         self._early: list[IceCandidatePayload] | None = []
+        self._candidates = 0
         self._end_withheld = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.opened: Final[asyncio.Future[Channel]] = asyncio.get_running_loop().create_future()
@@ -124,17 +125,21 @@ class PeerConnection:
         """Take a trickled candidate (RFC 8838); one that comes before its description waits for it.
 
         Raises:
-            MalformedMessageError: It is none, or too many wait.
+            MalformedMessageError: It is none, or one too many.
         """
         candidate = parse_candidate(payload.candidate) if payload.candidate else None
+        if candidate is not None:
+            self._count(1)
         if self._early is None:
             self._add(candidate, payload.sdp_mid, payload.sdp_mline_index)
-        elif candidate is None:
-            pass  # an early end-of-candidates may be of an offer that lost: it would cut off the real ones
-        elif len(self._early) < EARLY_CANDIDATES_MAX:
+        elif candidate is not None:
             self._early.append(payload)
-        else:
-            raise MalformedMessageError(f"{EARLY_CANDIDATES_MAX} candidates wait for their description")
+        # An early end-of-candidates may be of an offer that lost: it would cut off the real ones.
+
+    def _count(self, more: int) -> None:
+        self._candidates += more
+        if self._candidates > CANDIDATES_MAX:
+            raise MalformedMessageError(f"more than {CANDIDATES_MAX} candidates", field="payload.candidate")
 
     async def _set_local_description(self, description: RTCSessionDescription) -> str:
         if self._host_addresses is not None:
@@ -148,6 +153,7 @@ class PeerConnection:
 
     async def _set_remote_description(self, sdp: str, kind: str) -> None:
         _check_description(sdp)
+        self._count(sdp.count("a=candidate:"))
         description, names, is_complete = take_out_mdns(sdp)
         try:
             await self._pc.setRemoteDescription(RTCSessionDescription(description, kind))
@@ -157,7 +163,7 @@ class PeerConnection:
             self._add(parse_candidate(name), None, 0)
         early, self._early = self._early or [], None
         for payload in early:
-            self.add_ice_candidate(payload)
+            self._add(parse_candidate(payload.candidate), payload.sdp_mid, payload.sdp_mline_index)
         if is_complete:
             self._add(None, None, 0)
 

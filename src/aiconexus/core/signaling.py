@@ -27,7 +27,7 @@ from typing import Any, Final, Generic, TypeVar
 from aiconexus.client.socket import short_did
 from aiconexus.core.candidates import parse_candidate
 from aiconexus.core.channel import Channel
-from aiconexus.core.peer_connection import EARLY_CANDIDATES_MAX, PeerConnection
+from aiconexus.core.peer_connection import CANDIDATES_MAX, PeerConnection
 from aiconexus.protocol.errors import (
     AIConexusError,
     ErrorCode,
@@ -253,7 +253,7 @@ class Signaling(Generic[Opened]):
             return
         # Its OFFER may be on the way.
         early = self._early.setdefault(message.from_, [])
-        if len(early) < EARLY_CANDIDATES_MAX:
+        if len(early) < CANDIDATES_MAX:
             early.append(candidate)
         if len(self._early) > EARLY_SENDERS_MAX:
             self._early.popitem(last=False)
