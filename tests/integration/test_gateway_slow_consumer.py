@@ -117,30 +117,29 @@ def test_a_slow_agent_that_never_reads_again_is_dropped_and_all_comes_back(start
     gateway = start_gateway("--away", "0.5")
     with Agent(gateway.port) as sender, Agent(gateway.port, receive_buffer=TINY) as slow:
         collector = Collector(sender)
-        sent = flood(collector, slow.did, 5_000, 8 * QUEUE_MAX)
+        sent = flood(collector, slow.did, 30_000, 8 * QUEUE_MAX)
+        taken_by_kernel = in_kernel(slow)
         wait_until(lambda: gateway.health()["connections"] == 1 and gateway.health()["away"] == 0)
         collector.sync()
-        # What the kernels of both sides took cannot be known; all else came back, once.
+        # What the kernels of both sides took cannot be known; all else came back, once, also the message
+        # of which they took a part only.
         errors = collector.errors()
         assert set(errors.values()) == {1}
         assert set(errors) <= set(sent)
         taken = sum(1 for name in sent if name not in errors)
-        assert taken * 5_000 < 7 * QUEUE_MAX
+        assert taken <= taken_by_kernel / 30_000
         assert sent[-(len(sent) - taken) :] == [name for name in sent if name in errors], "all but the first"
 
 
 def test_memory_stays_bounded_while_many_agents_do_not_read(gateway, port):
-    def resident() -> int:
-        return int(Path(f"/proc/{gateway.pid}/statm").read_text().split()[1]) * 4096
-
     with Agent(port) as sender:
         collector = Collector(sender)
         slow = [Agent(port, receive_buffer=TINY) for _ in range(10)]
-        before = resident()
+        before = resident(gateway)
         for agent in slow:
             flood(collector, agent.did, 60_000, 8 * QUEUE_MAX)
         # Each may have 1 MiB in its queue (its buffer is of twice that at most) and 64 KiB waiting.
-        assert resident() - before < 10 * (2 * QUEUE_MAX + 300_000)
+        assert resident(gateway) - before < 10 * (2 * QUEUE_MAX + 300_000)
         assert gateway.health()["counters"]["closed"] == {"4003": 10}
         for agent in slow:
             agent.drop()
@@ -158,7 +157,7 @@ def test_partial_writes_keep_the_stream_whole_and_in_order(gateway, port, seed):
         while sent_bytes < 20 * QUEUE_MAX or waiting:
             held = sent_bytes - read_bytes - in_kernel(b)
             most_held = max(most_held, held)
-            if sent_bytes < 20 * QUEUE_MAX and held < 850_000:
+            if sent_bytes < 20 * QUEUE_MAX and held < 700_000:  # and a batch is at most 262 KB
                 batch = [a.offer(b.did, rng.choice(sizes)) for _ in range(4)]
                 stream = b"".join(frame(TEXT, data) for data in batch)
                 at = rng.randrange(len(stream))
@@ -177,9 +176,14 @@ def test_partial_writes_keep_the_stream_whole_and_in_order(gateway, port, seed):
                 data = waiting.popleft()
                 assert b.read_text() == data
                 read_bytes += len(data)
-        assert most_held > 600_000, "nothing waited in the gateway"
+        assert most_held > 500_000, "nothing waited in the gateway"
         assert_exchange(a, b)
         assert gateway.health()["counters"]["closed"] == {}
+
+
+def resident(gateway) -> int:
+    """Return the resident memory of a gateway in bytes."""
+    return int(Path(f"/proc/{gateway.pid}/statm").read_text().split()[1]) * 4096
 
 
 def in_kernel(agent: Agent) -> int:
@@ -199,6 +203,7 @@ def in_kernel(agent: Agent) -> int:
 
 def test_an_agent_that_pings_and_does_not_read_gets_no_endless_queue_of_pongs(gateway, port):
     with Agent(port, receive_buffer=TINY) as agent, Agent(port) as other:
+        before = resident(gateway)
         agent.socket.settimeout(2)
         try:
             for _ in range(200):
@@ -206,8 +211,7 @@ def test_an_agent_that_pings_and_does_not_read_gets_no_endless_queue_of_pongs(ga
         except OSError:
             pass
         other.ping()
-        memory = int(Path(f"/proc/{gateway.pid}/statm").read_text().split()[1]) * 4096
-        assert memory < 200 * 2**20
+        assert resident(gateway) - before < 10 * 2**20
 
 
 def test_an_agent_that_asks_and_does_not_read_is_a_slow_consumer(gateway, port):
