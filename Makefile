@@ -6,7 +6,7 @@ RELEASE := .venv-release
 EXTENSION_SOURCES := $(wildcard ext/gateway/*.pyx ext/gateway/*.pxd ext/gateway/*.h) setup.py
 SOURCES := $(EXTENSION_SOURCES) $(shell find src -name '*.py' -o -name '*.pyi') pyproject.toml
 
-.PHONY: help demo test lint build test-pythons bench clean
+.PHONY: help demo test lint build test-pythons test-oldest test-newest bench clean
 
 help:
 	@echo "make demo          two agents meet through a gateway and work together"
@@ -31,8 +31,16 @@ lint: build
 
 build: build/.test
 
+# Built one after the other, for they share the build folder; tested side by side.
 test-pythons: $(DEV)/.ready
-	$(DEV)/bin/nox --session tests
+	$(DEV)/bin/nox --session tests --install-only
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-oldest test-newest
+
+test-oldest:
+	$(DEV)/bin/nox --session tests-3.10 --reuse-existing-virtualenvs --no-install
+
+test-newest:
+	$(DEV)/bin/nox --session tests-3.13 --reuse-existing-virtualenvs --no-install
 
 bench: $(RELEASE)/.ready
 	$(RELEASE)/bin/pip install --quiet '.[bench]'
