@@ -21,6 +21,7 @@ cdef extern from "<sys/socket.h>" nogil:
 cdef enum:
     POOLED_BYTES = 4096  # six messages of the usual size; longer queues grow by realloc
     POOL_MAX = 4096      # buffers kept: 16 MiB
+    BLOCKED_PATIENCE = 5  # times close_timeout
 
 # What one agent may send to another through the gateway.
 cdef uint32_t ROUTED = (1 << OFFER) | (1 << ANSWER) | (1 << ICE_CANDIDATE) | (1 << ERROR)
@@ -87,7 +88,8 @@ cdef class Router:
         ping_interval: Seconds of silence before a WebSocket ping.
         pong_timeout: Seconds after it before the connection is dead.
         idle_timeout: Seconds without a message before a session is closed; 0 for never.
-        close_timeout: Seconds between our CLOSE frame and the end of the connection.
+        close_timeout: Seconds between our CLOSE frame and the end of the connection; five times as many
+            for one that does not read.
     """
 
     def __cinit__(self):
@@ -262,6 +264,7 @@ cdef class Connection(WSListener):
 
     def close(self, int code, bytes reason=b""):
         """Send what waits and a CLOSE frame; the connection ends when it is answered or after a timeout."""
+        cdef uint32_t patience
         if self.state >= CLOSING or self.transport is None:
             return
         self.write_out()
@@ -270,8 +273,10 @@ cdef class Connection(WSListener):
         self.state = CLOSING
         self.close_code = <uint16_t>code
         self.fragments = None
+        # To one that does not read, the CLOSE frame stands behind megabytes in both kernels.
+        patience = BLOCKED_PATIENCE if self.is_blocked else 1
         self.transport.send_close(<WSCloseCode>code, reason)
-        self.router.timers.arm(&self.timer, self.router.timers.now + self.router.close_ticks)
+        self.router.timers.arm(&self.timer, self.router.timers.now + patience * self.router.close_ticks)
 
     def abort(self):
         """End the connection without a word."""

@@ -164,3 +164,31 @@ def test_a_fault_with_one_connection_does_not_stop_the_clock_of_the_others(monke
 
     run(test, register_timeout=60)
     assert capfd.readouterr().err.count("timer failed") == 10
+
+
+def test_one_that_does_not_read_has_longer_to_find_the_close():
+    async def test(gateway: Gateway, port: int) -> None:
+        sender = await asyncio.to_thread(Agent, port)
+        slow = await asyncio.to_thread(lambda: Agent(port, receive_buffer=2048))
+        quick = await asyncio.to_thread(Agent, port)
+        with sender, slow, quick:
+            data = sender.offer(slow.did, 60_000)
+            while not gateway.closed:
+                sender.write_frame(PING)
+                await asyncio.to_thread(sender.read_frame)
+                if not gateway.closed:
+                    sender.send(data)
+            quick.unregister()
+            await asyncio.to_thread(quick.read_close)
+            clock = Clock(gateway)
+            clock.move(3)
+            await asyncio.to_thread(quick.assert_ended)
+            assert gateway.closed == {4003: 1, 1000: 1}
+            assert gateway.router.connection_count == 2
+            clock.move(11)
+            sender.write_frame(PING)
+            while (await asyncio.to_thread(sender.read_frame)).opcode != PONG:
+                pass
+            assert gateway.router.connection_count == 1
+
+    run(test)

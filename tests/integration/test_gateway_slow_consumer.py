@@ -119,6 +119,7 @@ def test_a_slow_agent_that_never_reads_again_is_dropped_and_all_comes_back(start
         collector = Collector(sender)
         sent = flood(collector, slow.did, 30_000, 8 * QUEUE_MAX)
         taken_by_kernel = in_kernel(slow)
+        slow.reset()
         wait_until(lambda: gateway.health()["connections"] == 1 and gateway.health()["away"] == 0)
         collector.sync()
         # What the kernels of both sides took cannot be known; all else came back, once, also the message
