@@ -42,7 +42,13 @@ def configure(level: str, style: str) -> None:
     )
 
 
-class PicowsLog(logging.LoggerAdapter[logging.Logger]):
+if TYPE_CHECKING:
+    _LoggerAdapter = logging.LoggerAdapter[logging.Logger]
+else:
+    _LoggerAdapter = logging.LoggerAdapter  # generic from Python 3.11 on
+
+
+class PicowsLog(_LoggerAdapter):
     """What picows logs through: only faults of this program pass.
 
     An adapter, because for a plain logger picows makes a child logger per connection. What picows says
