@@ -6,7 +6,7 @@ RELEASE := .venv-release
 EXTENSION_SOURCES := $(wildcard ext/gateway/*.pyx ext/gateway/*.pxd ext/gateway/*.h) setup.py
 SOURCES := $(EXTENSION_SOURCES) $(shell find src -name '*.py' -o -name '*.pyi') pyproject.toml
 
-.PHONY: help demo test lint build test-pythons test-oldest test-newest bench clean
+.PHONY: help demo test lint build pythons test-pythons test-oldest test-newest bench clean
 
 help:
 	@echo "make demo          two agents meet through a gateway and work together"
@@ -31,10 +31,12 @@ lint: build
 
 build: build/.test
 
-# Built one after the other, for they share the build folder; tested side by side.
-test-pythons: $(DEV)/.ready
-	$(DEV)/bin/nox --session tests --install-only
+test-pythons: pythons
 	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-oldest test-newest
+
+# Built one after the other, for they share the build folder; tested side by side.
+pythons: build
+	$(DEV)/bin/nox --session tests --reuse-existing-virtualenvs --install-only
 
 test-oldest:
 	$(DEV)/bin/nox --session tests-3.10 --reuse-existing-virtualenvs --no-install

@@ -9,4 +9,4 @@ nox.options.error_on_missing_interpreters = True
 def tests(session: nox.Session) -> None:
     session.env.update(AICONEXUS_EXTENSIONS="required", AICONEXUS_BUILD="test")
     session.install("--quiet", ".[dev]")
-    session.run("python", "-m", "pytest", "tests")
+    session.run("python", "-m", "pytest", "tests", "-m", "not soak")

@@ -12,6 +12,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import orjson
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -376,6 +377,7 @@ def generated(rng: random.Random) -> bytes:
     return data
 
 
+@pytest.mark.soak
 def test_scanner_and_oracle_agree_on_100_000_documents():
     rng = random.Random(20260112)
     accepted = readable = 0

@@ -147,6 +147,7 @@ def test_memory_stays_bounded_while_many_agents_do_not_read(gateway, port):
         wait_until(lambda: gateway.health()["connections"] == 1)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("seed", range(4))
 def test_partial_writes_keep_the_stream_whole_and_in_order(gateway, port, seed):
     """A reader that stops and goes while the queue is just below its limit."""

@@ -16,6 +16,8 @@ from wire import CLOSE, PING, PONG, TEXT, Agent, RawClient, close_frame, frame, 
 
 from aiconexus.protocol import DIDKey, Message, PingPayload, RegisterPayload, sign_message
 
+pytestmark = pytest.mark.soak
+
 AGENTS = int(os.environ.get("AICONEXUS_SOAK_AGENTS", "2000"))
 STEPS = int(os.environ.get("AICONEXUS_SOAK_STEPS", "6000"))
 
