@@ -9,6 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
+from ipaddress import ip_address
 
 import structlog
 from picows import WSUpgradeRequest, WSUpgradeResponseWithListener, ws_create_server
@@ -424,6 +425,13 @@ class Gateway:
         try:
             on_ready(server.sockets[0].getsockname()[1])
             self._log.info("listening", did=self.did)
+            is_local = ip_address(server.sockets[0].getsockname()[0]).is_loopback
+            if not self.settings.public_urls and not is_local:
+                self._log.warning(
+                    "no public URL",
+                    hint="the audience that agents sign is only compared with their Host header, which a "
+                    "relay in between can choose; name the address that they dial with --public-url",
+                )
             await stop.wait()
             await self._drain(server, stop_now)
         finally:
