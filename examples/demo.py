@@ -2,7 +2,7 @@
 
     make demo
 
-Starts the installed `aiconexus-gateway` on a free port of 127.0.0.1, then `notary.py` and `client.py`, and
+Starts the installed `aiconexus-gateway` on a free port of 127.0.0.1, then the agents in `hello_world`, and
 shows what each of them says, with the time. Ends with exit status 0 if all went well and all have stopped.
 """
 
@@ -23,7 +23,7 @@ from time import perf_counter
 from rich.console import Console
 from rich.text import Text
 
-HERE = Path(__file__).parent
+AGENTS = Path(__file__).parent / "hello_world"
 SECONDS = 60.0  # for each step; on an idle machine the whole demo takes five
 COLORS = {"gateway": "magenta", "notary": "green", "client": "cyan", "demo": "yellow"}
 
@@ -121,11 +121,11 @@ async def play(actors: list[Actor]) -> None:
     await gateway.until("workers:")
 
     local = ("--gateway", url, "--host-address", "127.0.0.1")
-    notary = await enter("notary", sys.executable, str(HERE / "notary.py"), *local)
+    notary = await enter("notary", sys.executable, str(AGENTS / "notary.py"), *local)
     did = await notary.until("is registered as")
 
     show("demo", "the client is told this DID and nothing else")
-    client = await enter("client", sys.executable, str(HERE / "client.py"), *local, did)
+    client = await enter("client", sys.executable, str(AGENTS / "client.py"), *local, did)
     await asyncio.gather(client.rest(), notary.until("is no longer connected"))
 
     count = await asyncio.to_thread(routed, health)

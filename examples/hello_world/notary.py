@@ -1,6 +1,6 @@
 """An agent that reads contracts. Start it and give its DID to whoever needs a notary.
 
-python examples/notary.py --gateway ws://127.0.0.1:8000/ws
+python examples/hello_world/notary.py
 """
 
 from __future__ import annotations

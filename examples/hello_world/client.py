@@ -1,6 +1,6 @@
 """An agent that has a contract read. All it knows is the notary's DID.
 
-python examples/client.py --gateway ws://127.0.0.1:8000/ws did:key:z6Mk...
+python examples/hello_world/client.py did:key:z6Mk...
 """
 
 from __future__ import annotations
