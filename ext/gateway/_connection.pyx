@@ -193,7 +193,11 @@ cdef class Router:
             connection = <Connection>self.dirty[self.dirty_size]
             connection.is_dirty = False
             Py_DECREF(connection)
-            connection.write_out()
+            try:
+                connection.write_out()
+            except Exception:
+                # Not the fault of the sender, whose read this is.
+                self.handler.on_fault(connection)
         return 0
 
 
@@ -306,6 +310,13 @@ cdef class Connection(WSListener):
 
     cpdef on_ws_connected(self, WSTransport transport):
         cdef Router router = self.router
+        # First of all: whatever fails below, on_ws_disconnected gives this index back.
+        if router.free_indices:
+            self.index = router.free_indices.pop()
+            router.connections[self.index] = self
+        else:
+            self.index = <uint32_t>len(router.connections)
+            router.connections.append(self)
         self.transport = transport
         self.socket = transport._socket
         # 2 KiB of parsed headers that nobody asks for again.
@@ -313,12 +324,6 @@ cdef class Connection(WSListener):
         transport.response = None
         # From now on uvloop reports every byte that it could not write at once, and when it is out.
         transport.underlying_transport.set_write_buffer_limits(high=0)
-        if router.free_indices:
-            self.index = router.free_indices.pop()
-            router.connections[self.index] = self
-        else:
-            self.index = <uint32_t>len(router.connections)
-            router.connections.append(self)
         self.last_heard = router.timers.now
         router.timers.arm(&self.timer, router.timers.now + ticks(self.handshake.timeout))
 

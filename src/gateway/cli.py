@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
@@ -25,7 +26,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exce
 
 
 def _fail(text: str) -> NoReturn:
-    Console(stderr=True, highlight=False).print(f"[bold red]aiconexus-gateway:[/] {text}", soft_wrap=True)
+    Console(stderr=True, highlight=False).print(
+        f"[bold red]aiconexus-gateway:[/] {escape(text)}", soft_wrap=True
+    )
     raise SystemExit(1)
 
 
@@ -55,7 +58,7 @@ def _banner(settings: Settings, key: DIDKey, port: int) -> None:
         return
     table = Table.grid(padding=(0, 2))
     for name, value in rows:
-        table.add_row(f"[dim]{name}[/]", value)
+        table.add_row(f"[dim]{name}[/]", escape(value))
     console.print(Panel(table, title=f"[bold]AIConexus gateway {__version__}[/]", expand=False))
 
 

@@ -208,6 +208,7 @@ class Gateway:
             registration, session=done.session.id, resume_token=token, resumed=done.resumed
         )
         self._send(connection, answer)
+        self.router.flush()  # what waited for the agent may fill the queue alone
         for message in done.held:
             if not done.resumed:
                 self._return(message, "away_expired")
