@@ -47,8 +47,8 @@ class Session:
 
     Attributes:
         id: For people and logs.
-        resumed: Whether this continues the session before a drop. If so, nothing that was sent to this agent
-            in between is lost; if not, senders were told, and whoever watches presence must ask again.
+        resumed: Whether this continues the session before a drop. If so, what came for this agent in between
+            follows; if not, senders were told, and whoever watches presence must ask again.
         ice_servers: STUN and TURN servers, as WebRTC's `RTCIceServer` dictionaries.
         gateway_did: The DID that the gateway has proven.
         features: What this gateway can do beside routing.
