@@ -17,6 +17,8 @@ from aiconexus.protocol.errors import (
     GatewayUnreachableError,
     KeyFilePassphraseError,
     NotConnectedError,
+    PeerConnectError,
+    PeerLostError,
     RemoteError,
 )
 
@@ -140,3 +142,44 @@ def test_face_of_the_package() -> None:
 def test_protocol_alone_does_not_import_aiortc() -> None:
     code = "import sys, aiconexus.protocol, aiconexus.client; assert 'aiortc' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+async def test_ice_servers_that_cannot_be_used_fail_every_connection_with_the_reason(
+    switchboard: Switchboard,
+) -> None:
+    async with Local(switchboard) as one, Local(switchboard) as two:
+        one._ice_servers = ({"foo": 1},)  # as a gateway that nobody trusts might name them
+        for _ in range(2):
+            with pytest.raises(PeerConnectError, match="check the ice_servers"):
+                await one.connect(two.did)
+        with pytest.raises(RemoteError, match="can make no connection"):
+            await two.connect(one.did)
+        one._ice_servers = ()
+        await one.connect(two.did)
+
+
+async def test_a_capability_may_close_its_agent(switchboard: Switchboard) -> None:
+    class Mayfly(Local):
+        @capability
+        async def stop(self) -> None:
+            await self.close("it was asked to")
+
+    mayfly = Mayfly(switchboard)
+    async with mayfly, Local(switchboard) as other:
+        peer = await other.connect(mayfly.did)
+        with pytest.raises(PeerLostError, match="it was asked to"):
+            await peer.execute("stop")
+        await mayfly.close()
+    assert not mayfly.peers
+
+
+async def test_a_hook_may_close_its_agent(switchboard: Switchboard) -> None:
+    class Shy(Local):
+        async def on_peer(self, peer: Peer) -> None:
+            await self.close("it is shy")
+
+    shy = Shy(switchboard)
+    async with shy, Local(switchboard) as other:
+        with pytest.raises((PeerLostError, PeerConnectError)):
+            await (await other.connect(shy.did)).execute("anything")
+        await shy.close()

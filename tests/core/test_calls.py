@@ -401,3 +401,46 @@ def test_peer_that_does_not_know_done_keeps_the_connection(alice: Calls, bob: Ca
 
 def test_goodbye_says_why(alice: Calls, bob: Calls) -> None:
     assert bob.receive(alice.leave("done for today")) == Left("done for today")
+
+
+def test_goodbye_may_hold_any_text(alice: Calls, bob: Calls) -> None:
+    assert bob.receive(alice.leave("half a pair \udcff" + "x" * 300_000)) is not None
+
+
+def test_result_that_is_no_json_becomes_an_error(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    text = bob.succeed(id_, object(), 0.0)
+    assert text is not None
+    event = alice.receive(text)
+    assert isinstance(event, Failed)
+    assert isinstance(event.error, CapabilityError)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("inf"), float("nan"), 1e20])
+def test_timeout_that_is_none_is_refused(alice: Calls, timeout: float) -> None:
+    with pytest.raises(ValueError, match="timeout is in seconds"):
+        alice.execute("add", {}, timeout)
+
+
+@pytest.mark.parametrize("status", ["", "cancel"])
+def test_quote_has_a_status_that_commands_nothing(status: str) -> None:
+    with pytest.raises(ValueError, match="neither empty nor"):
+        Quote(status=status)
+
+
+def test_answer_to_an_intent_that_looks_like_a_cancel_fails_it(alice: Calls, bob: Calls) -> None:
+    id_, _ = alice.ask(IntentPayload(query="Hello?"))
+    answer = Message.create(BOB.did, ALICE.did, IntentPayload(status="cancel"), correlation_id=id_)
+    event = alice.receive(encode(sign_message(answer, BOB)).decode())
+    assert isinstance(event, Failed)
+    assert event.id == id_
+
+
+def test_forged_answer_fails_its_call_however_it_writes_the_id(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    text = bob.succeed(id_, 3, 0.0)
+    assert text is not None
+    event = alice.receive(edited(text, correlation_id=id_.upper()))
+    assert isinstance(event, Refused)
+    assert isinstance(event.failed, Failed)
+    assert isinstance(event.failed.error, PeerIdentityError)

@@ -108,6 +108,7 @@ class Agent:
         self._peers: dict[str, Peer] = {}
         self._all_peers: set[Peer] = set()  # also those that are still closing
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing: asyncio.Future[None] | None = None
         for type_ in _SIGNALING:
             self._client.on(type_, self._signaling.receive)
         self._client.on_rejected(self._signaling.rejected)
@@ -173,17 +174,27 @@ class Agent:
         await self._client.register([method.announced for method in self._capabilities.values()])
 
     async def close(self, reason: str = "the agent stops") -> None:
-        """Say goodbye to the gateway and to all peers, and end everything that it started."""
+        """Say goodbye to the gateway and to all peers, and end everything that it started.
+
+        A capability or a hook may call it, too.
+        """
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(self._close(reason, asyncio.current_task()))
+        await asyncio.shield(self._closing)
+
+    async def _close(self, reason: str, caller: asyncio.Task[Any] | None) -> None:
         await self._client.close()
         await self._signaling.close()
         if self._all_peers:
             await asyncio.wait([asyncio.ensure_future(peer.close(reason)) for peer in self._all_peers])
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=HOOK_SECONDS)
-        for task in self._tasks:
+        if tasks := self._tasks - {caller}:
+            await asyncio.wait(tasks, timeout=HOOK_SECONDS)
+        # Others may have come meanwhile, as the hooks of peers that were lost.
+        tasks = self._tasks - {caller}
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def serve_forever(self) -> None:
         """Register, if that is not done, and serve until this task is cancelled; close then.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, Final
 
+from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from aiconexus.core.intents import Intent, Quote
@@ -52,6 +53,7 @@ from aiconexus.protocol.serialization import encode, loads, parse
 
 EXECUTIONS_MAX: Final = 256  # running for one peer; more would only share the same core
 ERROR_TEXT_MAX: Final = 4_096  # characters of an exception's text that travel
+TIMEOUT_MAX_SECONDS: Final = 86_400.0  # whoever needs longer should not hold a connection for it
 
 _MESSAGE_ID: Final = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 _FINAL: Final = frozenset(status.value for status in ExecStatus if status.is_final)
@@ -229,7 +231,10 @@ class Calls:
 
         Raises:
             InvalidArgumentsError: The arguments have no JSON form, or are too large for one message.
+            ValueError: The timeout is none.
         """
+        if not 0 < timeout <= TIMEOUT_MAX_SECONDS:
+            raise ValueError(f"timeout is in seconds, above 0 and at most a day, not {timeout}")
         try:
             payload = ExecRequestPayload(
                 args=to_jsonable_python(args), timeout_ms=max(1, ceil(timeout * 1e3))
@@ -261,7 +266,7 @@ class Calls:
 
     def leave(self, reason: str) -> str:
         """Return the text that says goodbye; the connection is closed after it."""
-        return self._text(self._message(UnregisterPayload(reason=reason)))
+        return self._text(self._message(UnregisterPayload(reason=_sendable(reason))))
 
     # --- what this side answers -----------------------------------------------------------------
 
@@ -279,12 +284,12 @@ class Calls:
         """Return the text of an execution's result, or None if it was answered before."""
         if id_ not in self._running:
             return None
-        payload = ExecResponsePayload(
-            status=ExecStatus.SUCCESS, result=result, execution_time_ms=round(seconds * 1e3)
-        )
         try:
+            payload = ExecResponsePayload(
+                status=ExecStatus.SUCCESS, result=result, execution_time_ms=round(seconds * 1e3)
+            )
             text = self._sign(self._message(payload, correlation_id=id_))
-        except MalformedMessageError as error:
+        except (MalformedMessageError, ValidationError) as error:
             return self.fail(id_, "capability_error", f"the result cannot be sent: {error}", seconds)
         del self._running[id_]
         return text
@@ -301,8 +306,7 @@ class Calls:
         kind = self._running.pop(id_, None)
         if kind is None:
             return None
-        # A str may hold lone surrogates (undecodable file names do): JSON may not.
-        text = text[:ERROR_TEXT_MAX].encode("utf-8", "backslashreplace").decode()
+        text = _sendable(text)
         if kind is MessageType.INTENT:
             cause = {"busy": "busy", "timeout": "deadline"}.get(name, "internal")
             return self._error(ErrorPayload.for_cause(cause, text), id_)
@@ -356,8 +360,8 @@ class Calls:
 
     def _refused(self, error: MessageError, envelope: dict[str, Any]) -> Refused:
         failed = None
-        asked = envelope.get("correlation_id")
-        if isinstance(error, InvalidSignatureError) and isinstance(asked, str) and asked in self._open:
+        asked = str(envelope.get("correlation_id")).lower()
+        if isinstance(error, InvalidSignatureError) and asked in self._open:
             del self._open[asked]
             text = f"what came in answer is not from {self.peer}: {error}"
             failed = Failed(asked, PeerIdentityError(text, self.peer))
@@ -390,14 +394,17 @@ class Calls:
     def _take_intent(self, message: Message, payload: IntentPayload) -> Event | None:
         if message.correlation_id is not None:
             asked = message.correlation_id.lower()
-            if payload.status == "cancel":
+            if payload.status == "cancel" and asked not in self._open:
                 return CancelArrived(asked) if asked in self._running else None
             closed = self._close(message, MessageType.INTENT)
             if closed is None:
                 return None  # it was abandoned, and the answer crossed the cancel
-            quote = Quote(
-                status=payload.status or "", required_input=payload.required_input, cost=payload.cost
-            )
+            try:
+                quote = Quote(
+                    status=payload.status or "", required_input=payload.required_input, cost=payload.cost
+                )
+            except ValidationError:
+                return Failed(closed[0], CallError(f"{self.peer} answered the INTENT without a status"))
             return Answered(closed[0], quote)
         if payload.query is None and payload.task is None:
             raise MalformedMessageError(
@@ -484,6 +491,11 @@ class Calls:
     def _error(self, payload: ErrorPayload, id_: str | None) -> str:
         readable = id_ if id_ is not None and _MESSAGE_ID.fullmatch(id_) else None
         return self._text(self._message(payload, correlation_id=readable))
+
+
+def _sendable(text: str) -> str:
+    """Return `text` cut to size. A str may hold lone surrogates (undecodable file names do): JSON may not."""
+    return text[:ERROR_TEXT_MAX].encode("utf-8", "backslashreplace").decode()
 
 
 def _must_be_signed(envelope: dict[str, Any]) -> bool:

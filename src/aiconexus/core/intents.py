@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, JsonValue, field_validator
 
 
 class Intent(BaseModel):
@@ -31,7 +31,8 @@ class Quote(BaseModel):
     """The answer to an Intent.
 
     Attributes:
-        status: For the asking agent to act on, such as "understood" or "not_understood".
+        status: For the asking agent to act on, such as "understood" or "not_understood"; not "cancel",
+            which asks to cancel.
         required_input: Which input an execution needs.
         cost: What it would cost, for people, such as "0.50 EUR".
     """
@@ -41,3 +42,10 @@ class Quote(BaseModel):
     status: str
     required_input: str | list[str] | None = None
     cost: str | None = None
+
+    @field_validator("status")
+    @classmethod
+    def _is_no_command(cls, status: str) -> str:
+        if status in ("", "cancel"):
+            raise ValueError('a status is neither empty nor "cancel"')
+        return status

@@ -385,8 +385,8 @@ class Peer:
             return
         try:
             await self._channel.send(text)
-        except ConnectionError:
-            _log.debug("the answer to %s of %s cannot be sent: the connection is gone", id_, self.did)
+        except (ConnectionError, ValueError) as error:  # gone; or it takes only smaller messages
+            _log.debug("the answer to %s of %s cannot be sent: %s", id_, self.did, error)
 
     # --- its state and its end ------------------------------------------------------------------
 
@@ -431,8 +431,10 @@ class Peer:
         if self._state is not PeerState.CLOSED and self._channel.is_open:
             self._set_state(PeerState.CLOSING)
             self._reason = f"this side closed the connection: {reason}"
-            self._channel.send_now(self._calls.leave(reason))
-            self._channel.close()
+            try:
+                self._channel.send_now(self._calls.leave(reason))
+            finally:
+                self._channel.close()
             await asyncio.wait({self._channel.closed}, timeout=GOODBYE_SECONDS)
         self._lost(self._reason)
         if self._serving:

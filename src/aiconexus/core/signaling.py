@@ -156,7 +156,7 @@ class Signaling(Generic[Opened]):
         """
         attempt = self._attempts.get(did)
         if attempt is None:
-            attempt = self._attempts[did] = _Attempt(did)
+            attempt = _Attempt(did)
             self._offer(attempt)
         attempt.waiting += 1
         try:
@@ -218,7 +218,7 @@ class Signaling(Generic[Opened]):
             if len(self._attempts) >= ATTEMPTS_MAX:
                 self._reply(offer, ErrorPayload.for_cause("busy"))
                 return
-            attempt = self._attempts[did] = _Attempt(did)
+            attempt = _Attempt(did)
         elif attempt.is_offering and not attempt.is_answered and self._did < did:
             # Glare, and ours wins. Should the other side never have got ours (it was started anew since),
             # it waits for nothing: offer again.
@@ -227,7 +227,13 @@ class Signaling(Generic[Opened]):
                 loop = asyncio.get_running_loop()
                 attempt.timer = loop.call_later(CONTEST_SECONDS, self._signal_again, attempt)
             return
-        self._answer(attempt, offer)
+        try:
+            self._answer(attempt, offer)
+        except PeerConnectError as error:
+            _log.warning("an OFFER of %s cannot be answered: %s", did, error)
+            self._reply(offer, ErrorPayload.for_cause("internal", "this agent can make no connection"))
+            if did in self._attempts:
+                self._end(attempt, error)
 
     def _receive_answer(self, message: Message, answer: AnswerPayload) -> None:
         attempt = self._attempt_of(message.correlation_id)
@@ -327,10 +333,16 @@ class Signaling(Generic[Opened]):
         attempt.task = self._spawn(self._open(attempt, negotiate))
 
     def _begin(self, attempt: _Attempt[Opened], *, is_offering: bool) -> None:
+        try:
+            pc = self._new_connection()
+        except Exception as error:  # ICE servers come from the user, or from a gateway nobody trusts
+            text = f"no connection can be made: {type(error).__name__}: {error}; check the ice_servers"
+            raise PeerConnectError(text, attempt.did) from error
         if attempt.task is not None:
             attempt.task.cancel()
             self._spawn(attempt.pc.close(), self._closing)
-        attempt.begin(self._new_connection(), is_offering=is_offering)
+        attempt.begin(pc, is_offering=is_offering)
+        self._attempts[attempt.did] = attempt
         for candidate in self._early.pop(attempt.did, []):
             attempt.pc.add_ice_candidate(candidate)
 
