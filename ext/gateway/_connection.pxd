@@ -55,6 +55,8 @@ cdef class Connection(WSListener):
         readonly object session     # gateway.registry.Session once registered
         readonly object handshake   # gateway.handshake.Handshake until then
         bytearray fragments         # of an unfinished message (RFC 6455 section 5.4)
+        uint32_t fragment_count
+        bytes unanswered_ping       # the latest that came while writing was blocked
         char did[DID_SIZE]
         readonly ConnectionState state
         readonly uint32_t index

@@ -21,6 +21,7 @@ cdef extern from "<sys/socket.h>" nogil:
 cdef enum:
     POOLED_BYTES = 4096  # six messages of the usual size; longer queues grow by realloc
     POOL_MAX = 4096      # buffers kept: 16 MiB
+    FRAGMENTS_MAX = 4096  # of one message; without an end a connection would cost for nothing
     BLOCKED_PATIENCE = 5  # times close_timeout
 
 # What one agent may send to another through the gateway.
@@ -363,9 +364,13 @@ cdef class Connection(WSListener):
 
     cpdef resume_writing(self):
         self.is_blocked = False
-        if self.state != CLOSED:
-            self.drop_head(self.in_flight)
-            self.write_out()
+        if self.state == CLOSED:
+            return
+        self.drop_head(self.in_flight)
+        if self.unanswered_ping is not None and self.state < CLOSING:
+            self.transport.send_pong(self.unanswered_ping)
+        self.unanswered_ping = None
+        self.write_out()
 
     # --- receiving -----------------------------------------------------------------------------
 
@@ -413,8 +418,11 @@ cdef class Connection(WSListener):
         elif frame.msg_type == WSMsgType.CLOSE:
             self.receive_close(frame)
         elif frame.msg_type == WSMsgType.PING:
-            # Only the latest ping needs an answer (section 5.5.3): a client that does not read gets none.
-            if not self.is_blocked:
+            # A client that does not read gets its answer when it does, and to the latest ping only
+            # (section 5.5.3).
+            if self.is_blocked:
+                self.unanswered_ping = frame.get_payload_as_bytes()
+            else:
                 self.transport.send_pong(frame.get_payload_as_bytes())
         elif frame.msg_type == WSMsgType.PONG:
             pass
@@ -423,7 +431,10 @@ cdef class Connection(WSListener):
                 handler.on_refused_frame(self, "unexpected_continuation", 1002)
                 return 0
             self.fragments += frame.get_payload_as_bytes()
-            if len(self.fragments) > self.router.message_max:
+            self.fragment_count += 1
+            if self.fragment_count > FRAGMENTS_MAX:
+                handler.on_refused_frame(self, "too_many_fragments", 1009)
+            elif len(self.fragments) > self.router.message_max:
                 data = bytes(self.fragments)
                 self.fragments = None
                 handler.on_message(self, data)
@@ -439,6 +450,7 @@ cdef class Connection(WSListener):
             handler.on_message(self, frame.get_payload_as_bytes())
         else:  # the first fragment of a text message
             self.fragments = bytearray(frame.get_payload_as_bytes())
+            self.fragment_count = 1
         return 0
 
     def receive_close(self, WSFrame frame not None):
@@ -488,33 +500,37 @@ cdef class Connection(WSListener):
         """
         cdef ssize_t sent
         cdef uint32_t position, size, header
-        if self.is_blocked or self.out_size == 0 or self.state >= CLOSING:
-            return 0
-        if self.transport.is_close_frame_sent:
-            return 0  # by picows, for a frame that it refused: nothing may follow (section 5.5.1)
-        sent = send(self.socket, self.out, self.out_size, MSG_DONTWAIT | MSG_NOSIGNAL)
-        if sent == <ssize_t>self.out_size:
-            self.out_size = 0
-            self.release_queue()
-            return 0
-        if sent < 0:
-            if errno not in (EAGAIN, EINTR, ENOBUFS):
-                self.abort()  # broken: on_ws_disconnected follows and saves the queue
+        while self.out_size > 0 and not self.is_blocked and self.state < CLOSING:
+            if self.transport.is_close_frame_sent:
+                return 0  # by picows, for a frame that it refused: nothing may follow (section 5.5.1)
+            if self.transport.underlying_transport.is_closing():
+                # The other side has gone in this pass of the loop. Its socket would take bytes that nobody
+                # reads; here they stay until on_ws_disconnected, which follows, saves them.
+                self.is_blocked = True
                 return 0
-            sent = 0
-        position = 0
-        while True:
-            size = frame_size(self.out + position, &header)
-            if position + size > <uint32_t>sent:
-                break
-            position += size
-        rest = PyBytes_FromStringAndSize(self.out + sent, position + size - sent)
-        self.drop_head(position)
-        self.in_flight = size
-        self.transport.underlying_transport.write(rest)
-        if not self.is_blocked:  # it could be written after all
-            self.drop_head(self.in_flight)
-            return self.write_out()
+            sent = send(self.socket, self.out, self.out_size, MSG_DONTWAIT | MSG_NOSIGNAL)
+            if sent == <ssize_t>self.out_size:
+                self.out_size = 0
+                self.release_queue()
+                return 0
+            if sent < 0:
+                if errno not in (EAGAIN, EINTR, ENOBUFS):
+                    self.abort()  # broken: on_ws_disconnected follows and saves the queue
+                    return 0
+                sent = 0
+            position = 0
+            while True:
+                size = frame_size(self.out + position, &header)
+                if position + size > <uint32_t>sent:
+                    break
+                position += size
+            self.drop_head(position)
+            sent -= position
+            rest = PyBytes_FromStringAndSize(self.out + sent, size - sent)
+            self.in_flight = size
+            self.transport.underlying_transport.write(rest)
+            if not self.is_blocked:  # it could be written after all
+                self.drop_head(size)
         return 0
 
     cdef int drop_head(self, uint32_t size) except -1:

@@ -48,7 +48,7 @@ cdef enum EnvelopeField:
     FIELD_EXT
 
 
-# Why a message is refused. The names that go on the wire (`status_name`) are stable, the numbers
+# Why a message is refused. The names that go on the wire (STATUS_NAMES) are stable, the numbers
 # are not.
 cdef enum ScanStatus:
     OK = 0
@@ -107,12 +107,6 @@ cdef ScanStatus scan_envelope(const char* data, Py_ssize_t size, Envelope* out) 
 
 # Say whether `data` is UTF-8 (RFC 3629: no overlong form, no surrogate, nothing over U+10FFFF).
 cdef bint is_utf8(const char* data, Py_ssize_t size) noexcept nogil
-
-# The names of reasons, fields and types as they are written on the wire: "duplicate_key", "from",
-# "OFFER". Static; NULL for FIELD_NONE, TYPE_NONE and numbers that are no member.
-cdef const char* status_name(ScanStatus status) noexcept nogil
-cdef const char* field_name(EnvelopeField field) noexcept nogil
-cdef const char* type_name(MessageType type) noexcept nogil
 
 
 cdef class Scan:

@@ -110,18 +110,6 @@ FIELD_NAMES = tuple([text_of_name(FIELD_NAME_OF[i]) for i in range(FIELD_COUNT)]
 TYPE_NAMES = tuple([text_of_name(TYPE_NAME_OF[i]) for i in range(TYPE_COUNT)])
 
 
-cdef const char* status_name(ScanStatus status) noexcept nogil:
-    return STATUS_NAME_OF[<int> status] if 0 <= <int> status < STATUS_COUNT else NULL
-
-
-cdef const char* field_name(EnvelopeField field) noexcept nogil:
-    return FIELD_NAME_OF[<int> field] if 0 <= <int> field < FIELD_COUNT else NULL
-
-
-cdef const char* type_name(MessageType type) noexcept nogil:
-    return TYPE_NAME_OF[<int> type] if 0 <= <int> type < TYPE_COUNT else NULL
-
-
 # Where a scan stands. The position itself is passed from function to function, so that it stays in a
 # register; NULL for a position says that the scan has ended and `status` why.
 cdef struct Scanner:

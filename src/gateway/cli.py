@@ -152,7 +152,7 @@ def serve(
         import uvloop
 
         from gateway import log
-        from gateway.server import Gateway
+        from gateway.worker import Gateway
     except ImportError as error:
         _fail(
             f"the compiled part of the gateway is missing ({error.name or error}): install a C compiler and "

@@ -203,6 +203,12 @@ class Registry:
         session.connection = None
         return self._table.remove(session.did.encode(), session.epoch)
 
+    def end_away(self) -> Iterator[Session]:
+        """Remove and yield all sessions that are away."""
+        for session in list(self._dropped.values()):
+            self.remove(session)
+            yield session
+
     def expire(self) -> Iterator[Session]:
         """Remove and yield the sessions that were away for too long."""
         now = time.monotonic()

@@ -13,7 +13,7 @@ from wire import PING, PONG, Agent
 from aiconexus.protocol import DIDKey
 from gateway import log
 from gateway.config import Settings
-from gateway.server import Gateway
+from gateway.worker import Gateway
 
 # The wheel has 512 slots of 0.1 s; what is due later goes round.
 WHEEL_SECONDS = 51.2

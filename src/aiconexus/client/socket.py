@@ -146,7 +146,7 @@ class GatewayClient:
         gateway_url: `ws://host:port/ws` or `wss://host/ws`.
         did_key: The agent's identity.
         gateway_did: The DID that the gateway must prove. Without it, TLS alone says which gateway this is.
-            Another one that answers after a drop is refused, and the client goes on trying.
+            With it, another one that answers after a drop is refused, and the client goes on trying.
         reconnect: Whether to come back after a drop; if not, the first drop closes the client.
         ssl: For `wss`; the system's certificates if None.
         backoff: When to come back.
@@ -339,10 +339,11 @@ class GatewayClient:
         """
         deadline = self._deadline(timeout)
         message = self._prepare(message)
-        if message.id in self._pending:
+        id_ = message.id.lower()  # RFC 9562 section 4: as UUIDs are compared
+        if id_ in self._pending:
             raise ValueError(f"a request with the id {message.id} is waiting already: make a new message")
         pending = _Pending(message, asyncio.get_running_loop().create_future())
-        self._pending[message.id] = pending
+        self._pending[id_] = pending
         try:
             await self._write(encode(message), deadline)
             pending.written = True
@@ -350,7 +351,7 @@ class GatewayClient:
         except asyncio.TimeoutError:
             raise self._no_answer(message, timeout) from None
         finally:
-            del self._pending[message.id]
+            del self._pending[id_]
             if not pending.answer.cancel() and not pending.answer.cancelled():
                 pending.answer.exception()  # taken note of, also where the write failed first
         if isinstance(answer.payload, ErrorPayload):
@@ -683,7 +684,7 @@ class GatewayClient:
     def _answer(self, message: Message) -> None:
         """Send a PONG or an ERROR of our own accord, beside the reading."""
         if len(self._answering) < ANSWERS_MAX:
-            self._answer_ids.append(message.id)
+            self._answer_ids.append(message.id.lower())
             task = asyncio.ensure_future(self._send_answer(message))
             self._answering.add(task)
             task.add_done_callback(self._answering.discard)
@@ -704,13 +705,14 @@ class GatewayClient:
             self._reject(error, data)
             return
         self.stats.received += 1
-        pending = self._pending.get(message.correlation_id) if message.correlation_id is not None else None
+        asked = (message.correlation_id or "").lower()
+        pending = self._pending.get(asked)
         if pending is not None and not pending.answer.done() and _answers(message, pending.message, gateway):
             pending.answer.set_result(message)
         elif isinstance(message.payload, PingPayload):
             sequence = message.payload.sequence
             self._answer(message.reply(PongPayload() if sequence is None else PongPayload(sequence=sequence)))
-        elif message.type is MessageType.ERROR and message.correlation_id in self._answer_ids:
+        elif message.type is MessageType.ERROR and asked in self._answer_ids:
             _log.debug("an answer of this client was refused: %s", message.payload)
         else:
             self._deliver(message)

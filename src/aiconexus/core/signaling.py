@@ -52,6 +52,7 @@ from aiconexus.protocol.serialization import loads
 
 ATTEMPTS_MAX: Final = 128  # at the same time; each costs 120 KB, a descriptor and 30 ms of one core
 EARLY_SENDERS_MAX: Final = 64  # agents whose candidates wait for their OFFER
+BEGINS_MAX: Final = 8  # of one attempt; a stranger may offer anew for ever, at 30 ms of one core each
 SENDS_MAX: Final = 5  # of one OFFER or ANSWER, where messages get lost
 CONTEST_SECONDS: Final = 6.0  # for the loser of a glare to answer; it may gather for 5 (aiortc)
 
@@ -80,6 +81,7 @@ class _Attempt(Generic[Opened]):
         self.result.add_done_callback(self._over)
         self.waiting = 0
         self.sends = 0
+        self.begins = 0
         self.task: asyncio.Task[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
 
@@ -88,6 +90,8 @@ class _Attempt(Generic[Opened]):
         if self.timer is not None:
             self.timer.cancel()
         self.pc = pc
+        self.sends = 0
+        self.begins += 1
         self.is_offering = is_offering
         self.is_answered = False
         self.is_contested = False
@@ -140,7 +144,8 @@ class Signaling(Generic[Opened]):
         self._new_connection = new_connection
         self._opened = opened
         self._attempts: dict[str, _Attempt[Opened]] = {}
-        self._early: OrderedDict[str, list[IceCandidatePayload]] = OrderedDict()
+        # With the time of the first, for an OFFER that does not come after all.
+        self._early: OrderedDict[str, tuple[float, list[IceCandidatePayload]]] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing: set[asyncio.Task[None]] = set()  # connections; not to be cancelled
 
@@ -227,6 +232,9 @@ class Signaling(Generic[Opened]):
                 loop = asyncio.get_running_loop()
                 attempt.timer = loop.call_later(CONTEST_SECONDS, self._signal_again, attempt)
             return
+        elif attempt.begins >= BEGINS_MAX:
+            self._reply(offer, ErrorPayload.for_cause("busy"))
+            return
         try:
             self._answer(attempt, offer)
         except PeerConnectError as error:
@@ -258,7 +266,10 @@ class Signaling(Generic[Opened]):
             self._reply(message, ErrorPayload.for_error(error))
             return
         # Its OFFER may be on the way.
-        early = self._early.setdefault(message.from_, [])
+        now = asyncio.get_running_loop().time()
+        while self._early and next(iter(self._early.values()))[0] < now - CONNECT_TIMEOUT_SECONDS:
+            self._early.popitem(last=False)
+        _, early = self._early.setdefault(message.from_, (now, []))
         if len(early) < CANDIDATES_MAX:
             early.append(candidate)
         if len(self._early) > EARLY_SENDERS_MAX:
@@ -343,8 +354,10 @@ class Signaling(Generic[Opened]):
             self._spawn(attempt.pc.close(), self._closing)
         attempt.begin(pc, is_offering=is_offering)
         self._attempts[attempt.did] = attempt
-        for candidate in self._early.pop(attempt.did, []):
-            attempt.pc.add_ice_candidate(candidate)
+        since, early = self._early.pop(attempt.did, (0.0, []))
+        if since >= asyncio.get_running_loop().time() - CONNECT_TIMEOUT_SECONDS:
+            for candidate in early:
+                attempt.pc.add_ice_candidate(candidate)
 
     async def _open(self, attempt: _Attempt[Opened], negotiate: Callable[[], Awaitable[None]]) -> None:
         try:

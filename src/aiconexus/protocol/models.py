@@ -148,8 +148,8 @@ class IceCandidatePayload(Payload):
     """One trickled candidate (RFC 8838). The empty `candidate` is end-of-candidates."""
 
     type = MessageType.ICE_CANDIDATE
-    candidate: str
-    sdp_mid: str | None = None
+    candidate: str = Field(max_length=1024)  # the longest real ones have 300
+    sdp_mid: str | None = Field(default=None, max_length=64)
     sdp_mline_index: int | None = Field(default=None, ge=0)
 
 
