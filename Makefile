@@ -59,6 +59,7 @@ $(DEV)/.ready: pyproject.toml
 
 # An installed copy, built as a user gets it. The demo and the benchmarks run on it.
 $(RELEASE)/.ready: $(SOURCES)
+	@echo "Building into $(RELEASE): about a minute."
 	$(PYTHON) -m venv $(RELEASE)
 	AICONEXUS_EXTENSIONS=required $(RELEASE)/bin/pip install --quiet .
 	touch $@

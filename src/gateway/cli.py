@@ -62,7 +62,11 @@ def _banner(settings: Settings, key: DIDKey, port: int) -> None:
     console.print(Panel(table, title=f"[bold]AIConexus gateway {__version__}[/]", expand=False))
 
 
-@app.command(help="Run the AIConexus gateway: agents register here, find each other and exchange offers.")
+@app.command(
+    help="Run the AIConexus gateway: agents register here, find each other and exchange offers.",
+    epilog="Every option can be set in the environment, too: `AICONEXUS_GATEWAY_PORT=8000`, "
+    "`AICONEXUS_GATEWAY_PUBLIC_URLS=wss://a.example/ws,wss://b.example/ws`. The command line wins.",
+)
 def serve(
     host: Annotated[
         str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all. [default: 127.0.0.1]")

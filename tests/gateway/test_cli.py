@@ -125,9 +125,11 @@ def test_an_identity_that_cannot_be_used_gives_one_sentence(tmp_path: Path):
     assert_one_sentence(run("--identity", str(tmp_path)), str(tmp_path))
 
 
+@pytest.mark.parametrize("module", ["gateway.cli", "gateway.server"])
 @pytest.mark.parametrize("missing", ["gateway._connection", "gateway._frames", "uvloop"])
-def test_without_the_compiled_part_it_says_how_to_get_it(missing):
+def test_without_the_compiled_part_it_says_how_to_get_it(missing, module):
     code = f"""
+import runpy
 import sys
 
 class Blocked:
@@ -136,8 +138,7 @@ class Blocked:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Blocked())
-from gateway.cli import main
-main()
+runpy.run_module({module!r}, run_name="__main__")
 """
     assert_one_sentence(run(code=code), missing, "C compiler")
 

@@ -10,6 +10,7 @@ import time
 import pytest
 from wire import (
     CLOSE,
+    CONTINUATION,
     PING,
     PONG,
     TEXT,
@@ -611,3 +612,50 @@ def test_a_public_key_is_the_one_in_the_did(port):
         payload = RegisterPayload(public_key=agent.did)
         agent.send(agent.signed(agent.registration(payload=payload)))
         assert agent.receive()["payload"]["details"]["name"] == "wrong_key"
+
+
+# --- what a gateway must not do --------------------------------------------------------------------
+
+
+def test_time_in_which_the_gateway_stood_still_is_nobodys_silence(start_gateway):
+    gateway = start_gateway("--ping-interval", "1", "--pong-timeout", "1")
+    with Agent(gateway.port) as agent:
+        gateway.signal(signal.SIGSTOP)
+        time.sleep(3.5)  # longer than both together: the time itself is what is tested
+        agent.write_frame(PONG)  # a sign of life that it can only read when it runs again
+        gateway.signal(signal.SIGCONT)
+        data = agent.message(agent.gateway_did, PingPayload(sequence=7))
+        agent.send(data)
+        while (got := agent.read_frame()).opcode == PING:
+            agent.write_frame(PONG, got.payload)
+        assert got.opcode == TEXT, got
+        assert json.loads(got.payload)["type"] == "PONG"
+        assert "4004" not in gateway.health()["counters"]["closed"]
+
+
+def test_a_drain_returns_what_waits_for_an_agent_that_is_away(start_gateway):
+    gateway = start_gateway()
+    with Agent(gateway.port) as a, Agent(gateway.port) as b:
+        gone(gateway, b)
+        data = a.offer(b.did)
+        a.send(data)
+        a.ping()
+        gateway.signal(signal.SIGTERM)
+        a.receive_error("away_expired", json.loads(data)["id"])
+        assert a.read_close().close_code == 4001
+        a.write(close_frame(4001))
+        assert gateway.wait() == 0
+
+
+def test_a_message_in_too_many_fragments_is_refused(gateway):
+    with Agent(gateway.port) as agent:
+        agent.write(frame(TEXT, b"{", fin=False) + frame(CONTINUATION, b"", fin=False) * 4096)
+        assert agent.read_close().close_code == 1009
+
+
+def test_a_refused_upgrade_is_one_line_in_the_log(gateway):
+    with RawClient(gateway.port) as client:
+        status, _, _ = client.request(upgrade_request(gateway.port, path="/elsewhere"))
+    assert status == 404
+    lines = [json.loads(line) for line in gateway.log.splitlines()]
+    assert [line["path"] for line in lines if line["event"] == "http refused"] == ["/elsewhere"]
