@@ -10,7 +10,17 @@ import sys
 
 from setuptools import Extension, setup
 
-MODULES = ["_frames", "_routing", "_timers", "_connection"]
+MODULES = [
+    "_addresses",
+    "_connection",
+    "_counters",
+    "_frames",
+    "_memory",
+    "_mesh",
+    "_routing",
+    "_timers",
+    "_websocket",
+]
 
 
 def extensions() -> list[Extension]:

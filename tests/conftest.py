@@ -44,6 +44,17 @@ class GatewayProcess:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def worker_pids(self) -> list[int]:
+        """Its worker processes."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
+    def signal_workers(self, number: signal.Signals) -> None:
+        """Send a signal to every worker."""
+        for pid in self.worker_pids:
+            os.kill(pid, number)
+
     def start(self) -> None:
         """Start it and wait until it listens."""
         assert self._process is None

@@ -1,70 +1,80 @@
 """The connections of one worker; see _connection.pxd for the design."""
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.list cimport PyList_GET_ITEM
+from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport EAGAIN, EINTR, ENOBUFS, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memmove
 
-from gateway._frames cimport ANSWER, ERROR, ICE_CANDIDATE, OFFER, OK, Envelope, scan_envelope
+import os
+import socket
+
+from gateway._counters cimport (
+    BYTES_ROUTED,
+    CONNECTIONS,
+    HEARTBEATS,
+    MESSAGES_CROSSED,
+    MESSAGES_RECEIVED,
+    MESSAGES_ROUTED,
+    PINGS_SENT,
+    Counters,
+)
+from gateway._frames cimport ANSWER, ERROR, ICE_CANDIDATE, OFFER, OK, Envelope, is_utf8, scan_envelope
+from gateway._mesh cimport ROUTED, Link, Record
 from gateway._routing cimport AWAY, DID_PREFIX_SIZE, DID_SIZE, Route, RoutingTable
 from gateway._timers cimport TICKS_PER_SECOND, TimerWheel
-from picows.picows cimport WSCloseCode, WSFrame, WSListener, WSMsgType, WSTransport
+from gateway._websocket cimport (
+    BINARY,
+    CLOSE,
+    CONTINUATION,
+    FRAME_BROKEN,
+    FRAME_PARTIAL,
+    FRAME_TOO_LARGE,
+    FRAME_WHOLE,
+    HEADER_MAX,
+    PING,
+    PONG,
+    TEXT,
+    Frame,
+    Opcode,
+    frame_size,
+    read_frame,
+    write_header,
+)
 
 cdef extern from "<sys/socket.h>" nogil:
-    ssize_t send(int socket, const void* data, size_t size, int flags)
+    ssize_t send(int fd, const void* data, size_t size, int flags)
+    ssize_t recv(int fd, void* data, size_t size, int flags)
     int MSG_DONTWAIT
     int MSG_NOSIGNAL
 
-cdef enum:
-    POOLED_BYTES = 4096  # six messages of the usual size; longer queues grow by realloc
-    POOL_MAX = 4096      # buffers kept: 16 MiB
-    FRAGMENTS_MAX = 4096  # of one message; without an end a connection would cost for nothing
-    BLOCKED_PATIENCE = 5  # times close_timeout
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        uint64_t u64
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int flags)
+    int epoll_ctl(int epoll, int operation, int fd, epoll_event* event)
+    int epoll_wait(int epoll, epoll_event* events, int count, int timeout)
+    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLL_CTL_DEL
+    int EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP
 
 # What one agent may send to another through the gateway.
-cdef uint32_t ROUTED = (1 << OFFER) | (1 << ANSWER) | (1 << ICE_CANDIDATE) | (1 << ERROR)
+cdef uint32_t ROUTED_TYPES = (1 << OFFER) | (1 << ANSWER) | (1 << ICE_CANDIDATE) | (1 << ERROR)
+
+cdef enum:
+    # In the tag of an event: the object is a Link, not a Connection. Objects have even addresses.
+    LINK_TAG = 1
+    TOKEN = 1_000  # thousandths
+    # A session that goes on after as many refusals in a row is closed.
+    REFUSALS_MAX = 100
 
 
 cdef uint32_t ticks(double seconds) noexcept:
     return <uint32_t>(seconds * TICKS_PER_SECOND + 0.999)
-
-
-cdef uint32_t write_header(char* out, Py_ssize_t size) noexcept nogil:
-    """Write the header of an unfragmented, unmasked text frame (RFC 6455 section 5.2); return its size."""
-    out[0] = <char>0x81
-    if size < 126:
-        out[1] = <char>size
-        return 2
-    if size < 65536:
-        out[1] = 126
-        out[2] = <char>(size >> 8)
-        out[3] = <char>(size & 0xFF)
-        return 4
-    out[1] = 127
-    cdef int i
-    for i in range(8):
-        out[2 + i] = <char>((<uint64_t>size >> (56 - 8 * i)) & 0xFF)
-    return 10
-
-
-cdef uint32_t frame_size(const char* frame, uint32_t* header) noexcept nogil:
-    """Return the size of a frame that `write_header` began, and that of its header."""
-    cdef const uint8_t* byte = <const uint8_t*>frame
-    cdef uint64_t size = byte[1]
-    cdef int i
-    header[0] = 2
-    if size == 126:
-        size = (<uint64_t>byte[2] << 8) | byte[3]
-        header[0] = 4
-    elif size == 127:
-        size = 0
-        for i in range(8):
-            size = (size << 8) | byte[2 + i]
-        header[0] = 10
-    return <uint32_t>size + header[0]
 
 
 cdef int fire(void* owner) except -1:
@@ -77,15 +87,33 @@ cdef int fire(void* owner) except -1:
     return 0
 
 
+cdef int deliver_record(void* owner, Link link, const Record* record, const char* payload) except -1:
+    cdef Router router = <Router>owner
+    try:
+        router.deliver(link, record, payload)
+    except Exception:
+        # The fault of one message must not stop the stream behind it.
+        router.handler.on_fault(None)
+    return 0
+
+
 cdef class Router:
-    """The connections of one worker, their routing table, timers, counters and write buffers.
+    """The connections of one worker, its links to the others, timers, counters and write buffers.
 
     Args:
-        handler: Gets what is not routed: `on_message(connection, data)`, `on_refused_frame(connection,
-            name, close_code)`, `on_slow_consumer(target, sender, data)`, `on_timeout(connection, name)`,
+        handler: Gets what is not routed: `on_message(connection, data)`, `on_moving(target, origin, data)`,
+            `on_stray(origin, data)`, `on_record(link, kind, origin, epoch, data)`, `on_link_lost(worker, records)`,
+            `on_refused_frame(connection, name, close_code)`, `on_slow_consumer(target, sender, data)`,
+            `on_too_fast(connection, data, retry_after_ms, is_last)`, `on_timeout(connection, name)`,
             `on_fault(connection)` and `on_closed(connection)`.
+        table: The routes of the node.
+        counters: Those of the node.
+        worker: The number of this worker.
         message_max: Bytes of a message that is routed.
+        frame_max: Bytes of a frame that is read, so that its refusal can name the message in it.
         write_queue_max: Bytes that may wait at one connection.
+        message_rate: Messages per second that one session may send; 0 for no limit.
+        message_burst: How many of them at once.
         ping_interval: Seconds of silence before a WebSocket ping.
         pong_timeout: Seconds after it before the connection is dead.
         idle_timeout: Seconds without a message before a session is closed; 0 for never.
@@ -94,55 +122,73 @@ cdef class Router:
     """
 
     def __cinit__(self):
+        self.epoll_fd = -1
         self.pool = <void**>malloc(POOL_MAX * sizeof(void*))
-        if self.pool == NULL:
+        self.input = <char*>malloc(INPUT_BYTES)
+        if self.pool == NULL or self.input == NULL:
             raise MemoryError()
 
     def __init__(
         self,
         handler,
         *,
+        RoutingTable table not None,
+        Counters counters not None,
+        int worker,
         Py_ssize_t message_max,
+        Py_ssize_t frame_max,
         Py_ssize_t write_queue_max,
+        uint32_t message_rate,
+        uint32_t message_burst,
         double ping_interval,
         double pong_timeout,
         double idle_timeout,
         double close_timeout,
     ):
         self.handler = handler
-        self.table = RoutingTable()
+        self.table = table
+        self.counters_of = counters
+        self.counted = counters.row(worker)
+        self.worker = worker
+        self.links = [None] * counters.workers
         self.timers = TimerWheel()
         self.connections = []
         self.free_indices = []
+        self.broken = []
         self.message_max = message_max
+        self.frame_max = frame_max
         self.write_queue_max = write_queue_max
+        self.message_rate = message_rate
+        self.message_burst = message_burst
         self.ping_ticks = ticks(ping_interval)
         self.pong_ticks = ticks(pong_timeout)
         self.idle_ticks = ticks(idle_timeout) if idle_timeout > 0 else 0
         self.close_ticks = ticks(close_timeout)
+        self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+        if self.epoll_fd < 0:
+            raise OSError(errno, os.strerror(errno))
 
     def __dealloc__(self):
         cdef Py_ssize_t i
+        if self.epoll_fd >= 0:
+            os.close(self.epoll_fd)
         for i in range(self.pool_size):
             free(self.pool[i])
         free(self.pool)
+        free(self.input)
         for i in range(self.dirty_size):
             Py_DECREF(<object>self.dirty[i])
         free(self.dirty)
 
-    def advance(self, double seconds):
-        """Let time pass up to `seconds` since the worker started: timers fire."""
-        self.timers.advance(<uint32_t>(seconds * TICKS_PER_SECOND), fire)
+    def fileno(self):
+        """Return the descriptor that is readable when `run_pass` has something to do."""
+        return self.epoll_fd
 
-    @property
-    def counters(self):
-        """Counts since the worker started."""
-        return {
-            "messages_received": self.counted.messages_received,
-            "messages_routed": self.counted.messages_routed,
-            "bytes_routed": self.counted.bytes_routed,
-            "pings_sent": self.counted.pings_sent,
-        }
+    def advance(self, double seconds):
+        """Let time pass up to `seconds` since the worker started: timers fire, batches are confirmed."""
+        self.counted[HEARTBEATS] += 1
+        self.timers.advance(<uint32_t>(seconds * TICKS_PER_SECOND), fire)
+        self.end_pass(True)
 
     @property
     def connection_count(self):
@@ -152,6 +198,121 @@ cdef class Router:
     def open_connections(self):
         """Return the connections that are open."""
         return [connection for connection in self.connections if connection is not None]
+
+    # --- one pass ------------------------------------------------------------------------------
+
+    cdef int watch(self, int fd, int operation, uint32_t events, uint64_t tag) except -1:
+        cdef epoll_event event
+        event.events = events
+        event.data.u64 = tag
+        if epoll_ctl(self.epoll_fd, operation, fd, &event) < 0:
+            raise OSError(errno, os.strerror(errno))
+        return 0
+
+    def run_pass(self):
+        """Read from every socket that has something, then write to every one that got something."""
+        cdef epoll_event events[EVENTS_MAX]
+        cdef int count = epoll_wait(self.epoll_fd, events, EVENTS_MAX, 0)
+        cdef int i
+        cdef uint64_t tag
+        cdef uint32_t flags
+        cdef Connection connection
+        cdef Link link
+        # Whatever ends in this pass is kept until its end, so every tag still names an object.
+        for i in range(count):
+            tag = events[i].data.u64
+            flags = events[i].events
+            if tag & LINK_TAG:
+                link = <Link><void*>(tag - LINK_TAG)
+                if link.fd >= 0:
+                    if flags & EPOLLOUT:
+                        self.unblock(link)
+                    if flags & (EPOLLIN | EPOLLHUP | EPOLLERR) and not link.read(
+                        self.input, INPUT_BYTES, deliver_record, <void*>self
+                    ):
+                        self.lose(link)
+                continue
+            connection = <Connection><void*>tag
+            if connection.is_broken:
+                continue
+            try:
+                if flags & EPOLLOUT:
+                    connection.on_writable()
+                if flags & (EPOLLIN | EPOLLHUP | EPOLLERR):
+                    connection.on_readable()
+            except Exception:
+                self.handler.on_fault(connection)
+        self.end_pass(False)
+
+    cdef int end_pass(self, bint confirm_now) except -1:
+        cdef Connection connection
+        cdef Link link
+        cdef list broken
+        while True:
+            self.flush()
+            broken = self.broken
+            self.broken = []
+            for connection in broken:
+                try:
+                    connection.end()
+                except Exception:
+                    self.handler.on_fault(connection)
+            if self.dirty_size or self.broken:
+                continue
+            for link in self.links:
+                if link is not None:
+                    # Only now: a batch is dealt with when its messages have left this process.
+                    link.settle()
+                    if link.out_size or link.owes:
+                        self.write_link(link, confirm_now)
+            if not self.dirty_size and not self.broken:
+                return 0
+
+    cdef int write_link(self, Link link, bint confirm_now) except -1:
+        cdef bint was_blocked = link.is_blocked
+        if not link.flush(confirm_now):
+            self.lose(link)
+        elif link.is_blocked and not was_blocked:
+            self.watch(link.fd, EPOLL_CTL_MOD, EPOLLIN | EPOLLOUT, <uint64_t><void*>link + LINK_TAG)
+        return 0
+
+    cpdef int flush(self) except -1:
+        """Write what was queued since: one system call per target."""
+        cdef Connection connection
+        while self.dirty_size > 0:
+            self.dirty_size -= 1
+            connection = <Connection>self.dirty[self.dirty_size]
+            connection.is_dirty = False
+            Py_DECREF(connection)
+            try:
+                connection.write_out()
+            except Exception:
+                # Not the fault of those who wrote to it.
+                self.handler.on_fault(connection)
+        return 0
+
+    cdef int mark(self, Connection connection) except -1:
+        cdef void** grown
+        if connection.is_dirty:
+            return 0
+        if self.dirty_size == self.dirty_capacity:
+            grown = <void**>realloc(self.dirty, (2 * self.dirty_capacity + 16) * sizeof(void*))
+            if grown == NULL:
+                raise MemoryError()
+            self.dirty = grown
+            self.dirty_capacity = 2 * self.dirty_capacity + 16
+        Py_INCREF(connection)
+        self.dirty[self.dirty_size] = <void*>connection
+        self.dirty_size += 1
+        connection.is_dirty = True
+        return 0
+
+    cdef int bury(self, Connection connection) except -1:
+        """Let a connection end when this pass does."""
+        if not connection.is_broken:
+            connection.is_broken = True
+            self.broken.append(connection)
+        return 0
 
     cdef char* acquire(self) except NULL:
         cdef char* data
@@ -170,66 +331,148 @@ cdef class Router:
         else:
             free(data)
 
-    cdef int mark(self, Connection connection) except -1:
-        cdef void** grown
-        if connection.is_dirty:
+    # --- other workers -------------------------------------------------------------------------
+
+    def add_link(self, int worker, int fd):
+        """Talk to another worker over a socket, which the router owns from now on."""
+        cdef Link link = Link(worker, fd)
+        if self.links[worker] is not None:
+            self.lose(self.links[worker])
+        self.links[worker] = link
+        self.watch(fd, EPOLL_CTL_ADD, EPOLLIN, <uint64_t><void*>link + LINK_TAG)
+
+    def linked_workers(self):
+        """Return the numbers of the other workers that can be reached."""
+        return [link.worker for link in self.links if link is not None]
+
+    def tell(self, int worker, int kind, int origin, uint64_t epoch, bytes data not None):
+        """Send another worker a record for its handler; False if it cannot be reached or has too much to read."""
+        cdef Link link = self.links[worker]
+        return link is not None and link.append(
+            kind, origin, 0, epoch, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data)
+        )
+
+    def forward(self, bytes did not None, bytes data not None):
+        """Send a message that the handler has to the worker that has the route of `did`.
+
+        Returns:
+            None if no other worker has one; else whether that worker takes it.
+        """
+        cdef Route route
+        cdef Link link
+        if not self.table.find(PyBytes_AS_STRING(did) + DID_PREFIX_SIZE, &route) or route.worker == self.worker:
+            return None
+        link = self.links[route.worker]
+        return link is not None and link.append(
+            ROUTED, self.worker, route.connection, route.epoch, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data)
+        )
+
+    cdef int unblock(self, Link link) except -1:
+        """The socket to another worker takes bytes again."""
+        link.is_blocked = False
+        self.watch(link.fd, EPOLL_CTL_MOD, EPOLLIN, <uint64_t><void*>link + LINK_TAG)
+        self.write_link(link, False)
+        return 0
+
+    cdef int lose(self, Link link) except -1:
+        """Another worker has gone: give back what it did not confirm."""
+        if self.links[link.worker] is not link:
             return 0
-        if self.dirty_size == self.dirty_capacity:
-            grown = <void**>realloc(self.dirty, (2 * self.dirty_capacity + 16) * sizeof(void*))
-            if grown == NULL:
-                raise MemoryError()
-            self.dirty = grown
-            self.dirty_capacity = 2 * self.dirty_capacity + 16
-        Py_INCREF(connection)
-        self.dirty[self.dirty_size] = <void*>connection
-        self.dirty_size += 1
-        connection.is_dirty = True
+        self.links[link.worker] = None
+        self.watch(link.fd, EPOLL_CTL_DEL, 0, 0)
+        link.close()
+        self.handler.on_link_lost(link.worker, link.take_unconfirmed())
         return 0
 
-    cpdef int flush(self) except -1:
-        """Write what the read that ends now has queued: one system call per target."""
-        cdef Connection connection
-        while self.dirty_size > 0:
-            self.dirty_size -= 1
-            connection = <Connection>self.dirty[self.dirty_size]
-            connection.is_dirty = False
-            Py_DECREF(connection)
-            try:
-                connection.write_out()
-            except Exception:
-                # Not the fault of the sender, whose read this is.
-                self.handler.on_fault(connection)
+    cdef int deliver(self, Link link, const Record* record, const char* payload) except -1:
+        """Take one record from another worker."""
+        cdef Connection target
+        if record.kind != ROUTED:
+            self.handler.on_record(
+                link.worker, record.kind, record.origin, record.epoch,
+                PyBytes_FromStringAndSize(payload, record.size),
+            )
+            return 0
+        if record.connection < <uint32_t>PyList_GET_SIZE(self.connections):
+            target = <object>PyList_GET_ITEM(self.connections, record.connection)
+            if target is not None and target.epoch == record.epoch and target.state == REGISTERED:
+                if target.is_moving:
+                    self.handler.on_moving(
+                        target, record.origin, PyBytes_FromStringAndSize(payload, record.size)
+                    )
+                elif target.queue(TEXT, payload, record.size):
+                    self.counted[MESSAGES_ROUTED] += 1
+                    self.counted[BYTES_ROUTED] += record.size
+                else:
+                    self.handler.on_slow_consumer(
+                        target, None, PyBytes_FromStringAndSize(payload, record.size)
+                    )
+                return 0
+        self.handler.on_stray(record.origin, PyBytes_FromStringAndSize(payload, record.size))
         return 0
 
 
-cdef class Connection(WSListener):
-    """One WebSocket. picows calls `on_ws_*`; the handler calls the rest."""
+cdef class Connection:
+    """One WebSocket, from the response to its upgrade on.
 
-    def __init__(self, Router router not None, handshake):
+    Args:
+        handshake: What its REGISTER must answer.
+        address: Under which it is counted, see `Addresses.place`.
+    """
+
+    def __init__(self, Router router not None, handshake, uint32_t address=0):
         self.router = router
         self.handshake = handshake
+        self.address = address
         self.timer.owner = <void*>self
-        self.socket = -1
+        self.fd = -1
         self.state = UNREGISTERED
 
     def __dealloc__(self):
         # The timer is not armed: while it is, the router's list of connections holds a reference.
         free(self.out)
+        free(self.held)
+        if self.fd >= 0:
+            os.close(self.fd)
+
+    def open(self, int fd, bytes first not None):
+        """Begin on a socket, which the connection owns from now on, by sending `first`: the 101 response
+        and the gateway's first frame."""
+        cdef Router router = self.router
+        self.fd = fd
+        if router.free_indices:
+            self.index = router.free_indices.pop()
+            router.connections[self.index] = self
+        else:
+            self.index = <uint32_t>len(router.connections)
+            router.connections.append(self)
+        router.counted[CONNECTIONS] += 1
+        self.last_heard = router.timers.now
+        router.timers.arm(&self.timer, router.timers.now + ticks(self.handshake.timeout))
+        router.watch(fd, EPOLL_CTL_ADD, EPOLLIN, <uint64_t><void*>self)
+        # A new socket takes a few hundred bytes.
+        if send(fd, PyBytes_AS_STRING(first), len(first), MSG_DONTWAIT | MSG_NOSIGNAL) != len(first):
+            router.bury(self)
+
+    def refuse_early_frame(self):
+        """Close a connection of which somebody else has read a frame: where the next one begins is unknown."""
+        if not self.is_deaf:
+            self.is_deaf = True
+            self.router.handler.on_refused_frame(self, "early_frame", 1002)
 
     # --- for the handler -----------------------------------------------------------------------
 
     @property
     def peer(self):
-        """Address and port of the other side, for logs."""
-        if self.transport is None:
+        """Address and port of the other side, for logs; None once the connection has ended."""
+        if self.fd < 0:
             return None
-        address = self.transport.underlying_transport.get_extra_info("peername")
-        return f"{address[0]}:{address[1]}" if address else None
+        return peer_of(self.fd)
 
     @property
-    def close_handshake(self):
-        """What picows knows of the CLOSE frames of both sides."""
-        return self.transport.close_handshake
+    def counted_address(self):
+        """The number under which its address is counted."""
+        return self.address
 
     @property
     def silent_seconds(self):
@@ -239,17 +482,19 @@ cdef class Connection(WSListener):
     @property
     def queued_bytes(self):
         """Bytes that wait to be written."""
-        return self.out_size
+        return self.out_size - self.head_written
 
-    def register(self, session, bytes did not None):
+    def register(self, session, bytes did not None, uint64_t epoch):
         """Let the connection send and receive as `did`; bind the route separately."""
         if PyBytes_GET_SIZE(did) != DID_SIZE:
             raise ValueError(f"a DID has {DID_SIZE} characters, not {len(did)}")
         memcpy(self.did, PyBytes_AS_STRING(did), DID_SIZE)
         self.session = session
+        self.epoch = epoch
         self.handshake = None
         self.state = REGISTERED
-        self.last_message = self.router.timers.now
+        self.tokens = self.router.message_burst * TOKEN
+        self.tokens_at = self.last_message = self.router.timers.now
         self.router.timers.arm(&self.timer, self.router.timers.now + self.next_check())
 
     def forget_session(self):
@@ -257,10 +502,10 @@ cdef class Connection(WSListener):
         self.session = None
 
     def send(self, bytes data not None):
-        """Queue one text message; tell whether it fits. It leaves when the current read ends."""
+        """Queue one text message; tell whether it fits. It leaves when the current pass ends."""
         if self.state >= CLOSING:
             return False
-        return bool(self.queue(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data)))
+        return bool(self.queue(TEXT, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data)))
 
     @property
     def is_open(self):
@@ -270,286 +515,415 @@ cdef class Connection(WSListener):
     def close(self, int code, bytes reason=b""):
         """Send what waits and a CLOSE frame; the connection ends when it is answered or after a timeout."""
         cdef uint32_t patience
-        if self.state >= CLOSING or self.transport is None:
+        cdef char header[HEADER_MAX]
+        cdef uint32_t header_size
+        if self.state >= CLOSING:
             return
         self.write_out()
-        if self.state >= CLOSING:  # writing found the connection broken
-            return
         self.state = CLOSING
         self.close_code = <uint16_t>code
         self.fragments = None
+        header_size = write_header(header, CLOSE, 2 + len(reason))
+        self.goodbye = PyBytes_FromStringAndSize(header, header_size) + code.to_bytes(2, "big") + reason
         # To one that does not read, the CLOSE frame stands behind megabytes in both kernels.
         patience = BLOCKED_PATIENCE if self.is_blocked else 1
-        self.transport.send_close(<WSCloseCode>code, reason)
         self.router.timers.arm(&self.timer, self.router.timers.now + patience * self.router.close_ticks)
+        self.write_out()
 
     def abort(self):
         """End the connection without a word."""
-        if self.transport is not None and not self.transport.is_disconnected:
-            self.transport.underlying_transport.abort()
+        self.router.bury(self)
 
     def take_undelivered(self):
         """Return the messages that the socket has not taken whole, oldest first, and forget them.
 
-        A frame whose rest uvloop is writing may still get through. It stays until that is known: it is
+        A message that is written in part may still get through. It stays until that is known: it is
         dropped when it is out, and returned by a call after the connection has ended.
         """
         cdef list messages = []
-        cdef uint32_t kept = self.in_flight if self.state != CLOSED else 0
-        cdef uint32_t position = kept
-        cdef uint32_t header, size
+        cdef uint32_t header, size, kept = 0, position
+        if self.head_written and self.state != CLOSED:
+            kept = frame_size(self.out, &header)
+        position = kept
         while position < self.out_size:
             size = frame_size(self.out + position, &header)
-            messages.append(PyBytes_FromStringAndSize(self.out + position + header, size - header))
+            if self.out[position] == <char>(0x80 | TEXT):
+                messages.append(PyBytes_FromStringAndSize(self.out + position + header, size - header))
             position += size
-        self.out_size = self.in_flight = kept
+        self.out_size = kept
         if kept == 0:
+            self.head_written = 0
             self.release_queue()
         return messages
 
-    # --- picows --------------------------------------------------------------------------------
-
-    cpdef on_ws_connected(self, WSTransport transport):
-        cdef Router router = self.router
-        # First of all: whatever fails below, on_ws_disconnected gives this index back.
-        if router.free_indices:
-            self.index = router.free_indices.pop()
-            router.connections[self.index] = self
-        else:
-            self.index = <uint32_t>len(router.connections)
-            router.connections.append(self)
-        self.transport = transport
-        self.socket = transport._socket
-        # 2 KiB of parsed headers that nobody asks for again.
-        transport.request = None
-        transport.response = None
-        # From now on uvloop reports every byte that it could not write at once, and when it is out.
-        transport.underlying_transport.set_write_buffer_limits(high=0)
-        self.last_heard = router.timers.now
-        router.timers.arm(&self.timer, router.timers.now + ticks(self.handshake.timeout))
-
-    cpdef on_ws_frame(self, WSTransport transport, WSFrame frame):
-        self.last_heard = self.router.timers.now
-        if (
-            frame.msg_type == WSMsgType.TEXT
-            and frame.fin
-            and self.fragments is None
-            and not (frame.rsv1 | frame.rsv2 | frame.rsv3)
-        ):
-            self.receive(frame.payload_ptr, frame.payload_size)
-        else:
-            self.receive_rare(frame)
-        if frame.last_in_buffer:
-            self.router.flush()
-
-    cpdef on_ws_disconnected(self, WSTransport transport):
-        cdef Router router = self.router
-        cdef Route* route
-        self.state = CLOSED
-        router.timers.cancel(&self.timer)
-        router.connections[self.index] = None
-        router.free_indices.append(self.index)
-        try:
-            router.handler.on_closed(self)
-            router.flush()
-        finally:
-            # Whatever went wrong: the next connection with this index must not get this agent's messages.
-            route = router.table.find(self.did + DID_PREFIX_SIZE)
-            if route != NULL and route.connection == self.index:
-                router.table.unbind(self.did + DID_PREFIX_SIZE, route.epoch)
-            self.session = self.handshake = self.fragments = self.transport = None
-
-    cpdef pause_writing(self):
-        self.is_blocked = True
-
-    cpdef resume_writing(self):
-        self.is_blocked = False
-        if self.state == CLOSED:
-            return
-        self.drop_head(self.in_flight)
-        if self.unanswered_ping is not None and self.state < CLOSING:
-            self.transport.send_pong(self.unanswered_ping)
-        self.unanswered_ping = None
-        self.write_out()
-
     # --- receiving -----------------------------------------------------------------------------
+
+    cdef int on_readable(self) except -1:
+        """Read once, and take every frame that is there.
+
+        A connection owns memory for reading only while it has sent part of a frame. A short part is copied back
+        before the next read; the rest of a long frame is read behind its beginning, or a client that sends byte
+        by byte would have it copied every time.
+        """
+        cdef Router router = self.router
+        cdef ssize_t received
+        cdef Py_ssize_t used, size
+        cdef char* data = router.input
+        cdef size_t room = INPUT_BYTES
+        if self.held_size >= HELD_COPY_MAX:
+            if self.held_size == self.held_capacity:
+                self.hold(NULL, min(<Py_ssize_t>self.held_total, 2 * <Py_ssize_t>self.held_size))
+            data = self.held
+            room = self.held_capacity
+        elif self.held_size:
+            memcpy(data, self.held, self.held_size)
+        received = recv(self.fd, data + self.held_size, room - self.held_size, MSG_DONTWAIT)
+        if received <= 0:
+            if received == 0 or (errno != EAGAIN and errno != EINTR):
+                router.bury(self)
+            return 0
+        self.last_heard = router.timers.now
+        if self.is_deaf:
+            return 0
+        size = self.held_size + received
+        if data == self.held:
+            self.held_size = <uint32_t>size
+            if size < <Py_ssize_t>self.held_total:
+                return 0
+            self.read_frames(data, size)
+            self.held_size = self.held_total = 0
+        else:
+            used = self.read_frames(data, size)
+            self.held_size = 0
+            if used < size and not self.is_deaf:
+                self.hold(data + used, size - used)
+                return 0
+        if self.held != NULL:
+            free(self.held)
+            self.held = NULL
+            self.held_capacity = 0
+        return 0
+
+    cdef int hold(self, const char* data, Py_ssize_t size) except -1:
+        """Keep the beginning of a frame; with no `data`, make room for `size` bytes of it."""
+        cdef char* grown
+        if size > self.held_capacity:
+            grown = <char*>realloc(self.held, size)
+            if grown == NULL:
+                raise MemoryError()
+            self.held = grown
+            self.held_capacity = <uint32_t>size
+        if data != NULL:
+            memcpy(self.held, data, size)
+            self.held_size = <uint32_t>size
+        return 0
+
+    cdef Py_ssize_t read_frames(self, char* data, Py_ssize_t size) except -1:
+        """Take the whole frames at the start of `data`; return their size."""
+        cdef Py_ssize_t position = 0
+        cdef Frame frame
+        cdef int status
+        while not self.is_deaf and position < size:
+            status = read_frame(data + position, size - position, self.router.frame_max, &frame)
+            if status == FRAME_WHOLE:
+                position += frame.total
+                if frame.opcode == TEXT and frame.fin and not frame.rsv and self.fragments is None:
+                    self.receive(frame.payload, frame.size)
+                else:
+                    self.receive_rare(frame.opcode, frame.fin, frame.rsv, frame.payload, frame.size)
+            elif status == FRAME_PARTIAL:
+                self.held_total = <uint32_t>frame.total
+                break
+            else:
+                self.is_deaf = True
+                if self.state < CLOSING:
+                    if status == FRAME_TOO_LARGE:
+                        self.router.handler.on_refused_frame(self, "too_large", 1009)
+                    else:
+                        self.router.handler.on_refused_frame(self, "frame", 1002)
+        return position
+
+    cdef bint allow(self) noexcept:
+        """Take one token of the session's bucket, which fills with time."""
+        cdef Router router = self.router
+        cdef uint64_t tokens
+        if router.message_rate == 0:
+            return True
+        if router.timers.now != self.tokens_at:
+            tokens = self.tokens + <uint64_t>(router.timers.now - self.tokens_at) * (
+                <uint64_t>router.message_rate * TOKEN // TICKS_PER_SECOND
+            )
+            self.tokens = <uint32_t>min(tokens, <uint64_t>router.message_burst * TOKEN)
+            self.tokens_at = router.timers.now
+        if self.tokens < TOKEN:
+            return False
+        self.tokens -= TOKEN
+        self.refused_in_row = 0
+        return True
 
     cdef int receive(self, const char* data, Py_ssize_t size) except -1:
         """Route one message, or hand it to the handler."""
         cdef Router router = self.router
         cdef Envelope envelope
-        cdef Route* route
+        cdef Route route
         cdef Connection target
+        cdef Link link
         if self.state >= CLOSING:
             return 0
-        router.counted.messages_received += 1
+        router.counted[MESSAGES_RECEIVED] += 1
         if self.state == REGISTERED:
             self.last_message = router.timers.now
+            if not self.allow():
+                self.refused_in_row += 1
+                router.handler.on_too_fast(
+                    self,
+                    PyBytes_FromStringAndSize(data, size),
+                    1000 // TICKS_PER_SECOND + 1000 // router.message_rate,
+                    self.refused_in_row >= REFUSALS_MAX,
+                )
+                return 0
             if (
                 size <= router.message_max
                 and scan_envelope(data, size, &envelope) == OK
-                and (ROUTED >> envelope.type) & 1
+                and (ROUTED_TYPES >> envelope.type) & 1
                 and memcmp(envelope.from_.data, self.did, DID_SIZE) == 0
+                and router.table.find(envelope.to.data + DID_PREFIX_SIZE, &route)
             ):
-                route = router.table.find(envelope.to.data + DID_PREFIX_SIZE)
-                if route != NULL and route.connection != AWAY:
-                    target = <Connection>PyList_GET_ITEM(router.connections, route.connection)
-                    if target is None:
-                        raise RuntimeError("a route outlived its connection")
-                    if target.queue(data, size):
-                        router.counted.messages_routed += 1
-                        router.counted.bytes_routed += size
-                    else:
-                        router.handler.on_slow_consumer(
-                            target, self, PyBytes_FromStringAndSize(data, size)
-                        )
-                    return 0
+                if route.worker != router.worker:
+                    link = <Link>PyList_GET_ITEM(router.links, route.worker)
+                    if link is not None and link.append(
+                        ROUTED, router.worker, route.connection, route.epoch, data, size
+                    ):
+                        router.counted[MESSAGES_CROSSED] += 1
+                        return 0
+                elif route.connection < <uint32_t>PyList_GET_SIZE(router.connections):  # it is not AWAY
+                    target = <object>PyList_GET_ITEM(router.connections, route.connection)
+                    # Another worker may have taken the session over just now.
+                    if (
+                        target is not None
+                        and target.epoch == route.epoch
+                        and target.state == REGISTERED
+                        and not target.is_moving
+                    ):
+                        if target.queue(TEXT, data, size):
+                            router.counted[MESSAGES_ROUTED] += 1
+                            router.counted[BYTES_ROUTED] += size
+                        else:
+                            router.handler.on_slow_consumer(
+                                target, self, PyBytes_FromStringAndSize(data, size)
+                            )
+                        return 0
         router.handler.on_message(self, PyBytes_FromStringAndSize(data, size))
         return 0
 
-    cdef int receive_rare(self, WSFrame frame) except -1:
+    cdef int receive_rare(
+        self, uint8_t opcode, bint fin, uint8_t rsv, const char* data, Py_ssize_t size
+    ) except -1:
         """Take every frame that is not a whole text message (RFC 6455 sections 5.4 and 5.5)."""
         cdef object handler = self.router.handler
-        cdef bytes data
-        if self.state == CLOSED or (self.state == CLOSING and frame.msg_type != WSMsgType.CLOSE):
+        cdef bytes message
+        if self.state == CLOSED or (self.state == CLOSING and opcode != CLOSE):
             return 0
-        if frame.rsv1 | frame.rsv2 | frame.rsv3:  # no extension is ever negotiated
+        if rsv:  # no extension is ever negotiated
             handler.on_refused_frame(self, "reserved_bits", 1002)
-        elif frame.msg_type == WSMsgType.CLOSE:
-            self.receive_close(frame)
-        elif frame.msg_type == WSMsgType.PING:
+        elif opcode == CLOSE:
+            self.receive_close(data, size)
+        elif opcode == PING:
             # A client that does not read gets its answer when it does, and to the latest ping only
             # (section 5.5.3).
             if self.is_blocked:
-                self.unanswered_ping = frame.get_payload_as_bytes()
+                self.unanswered_ping = PyBytes_FromStringAndSize(data, size)
             else:
-                self.transport.send_pong(frame.get_payload_as_bytes())
-        elif frame.msg_type == WSMsgType.PONG:
+                self.queue(PONG, data, size)
+        elif opcode == PONG:
             pass
-        elif frame.msg_type == WSMsgType.CONTINUATION:
+        elif opcode == CONTINUATION:
             if self.fragments is None:
                 handler.on_refused_frame(self, "unexpected_continuation", 1002)
                 return 0
-            self.fragments += frame.get_payload_as_bytes()
+            self.fragments += data[:size]
             self.fragment_count += 1
             if self.fragment_count > FRAGMENTS_MAX:
                 handler.on_refused_frame(self, "too_many_fragments", 1009)
             elif len(self.fragments) > self.router.message_max:
-                data = bytes(self.fragments)
+                message = bytes(self.fragments)
                 self.fragments = None
-                handler.on_message(self, data)
-            elif frame.fin:
-                data = bytes(self.fragments)
+                handler.on_message(self, message)
+            elif fin:
+                message = bytes(self.fragments)
                 self.fragments = None
-                self.receive(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+                self.receive(PyBytes_AS_STRING(message), PyBytes_GET_SIZE(message))
         elif self.fragments is not None:
             handler.on_refused_frame(self, "interrupted_fragments", 1002)
-        elif frame.msg_type == WSMsgType.BINARY:
+        elif opcode == BINARY:
             handler.on_refused_frame(self, "binary_frame", 1003)
-        elif frame.payload_size > self.router.message_max:
-            handler.on_message(self, frame.get_payload_as_bytes())
+        elif size > self.router.message_max:
+            handler.on_message(self, PyBytes_FromStringAndSize(data, size))
         else:  # the first fragment of a text message
-            self.fragments = bytearray(frame.get_payload_as_bytes())
+            self.fragments = bytearray(data[:size])
             self.fragment_count = 1
         return 0
 
-    def receive_close(self, WSFrame frame not None):
+    cdef int receive_close(self, const char* data, Py_ssize_t size) except -1:
         """Answer a CLOSE frame, or take it as the answer to ours (RFC 6455 section 5.5.1)."""
-        cdef int code = frame.get_close_code() if frame.payload_size >= 2 else 1000
-        # Section 7.4: these never travel, or belong to nobody.
-        if code < 1000 or code > 4999 or 1004 <= code <= 1006 or 1015 <= code <= 2999:
+        cdef int code = 1000
+        self.is_deaf = True  # nothing may follow it
+        self.is_ending = True
+        if size >= 2:
+            code = (<uint8_t>data[0] << 8) | <uint8_t>data[1]
+        # Section 7.4: these never travel, or belong to nobody. The reason is UTF-8 (section 5.5.1).
+        if self.state != CLOSING and (
+            size == 1 or code < 1000 or code > 4999 or 1004 <= code <= 1006 or 1015 <= code <= 2999
+        ):
             self.router.handler.on_refused_frame(self, "close_code", 1002)
-            self.transport.disconnect()  # both sides have said it
-            return
-        if self.state != CLOSING:
-            self.state = CLOSING
-            self.transport.send_close(<WSCloseCode>code, b"")
-            self.router.timers.arm(&self.timer, self.router.timers.now + self.router.close_ticks)
-        self.transport.disconnect()
+        elif self.state != CLOSING and size > 2 and not is_utf8(data + 2, size - 2):
+            self.router.handler.on_refused_frame(self, "close_reason", 1007)
+        elif self.state != CLOSING:
+            self.received_code = <uint16_t>code if size else 1005
+            self.close(code)
+            self.close_code = 0
+        self.write_out()
+        return 0
 
     # --- sending -------------------------------------------------------------------------------
 
-    cdef bint queue(self, const char* payload, Py_ssize_t size) except -1:
+    cdef bint queue(self, uint8_t opcode, const char* payload, Py_ssize_t size) except -1:
         cdef uint32_t capacity
         cdef char* grown
-        if self.out_size + size + 10 > self.router.write_queue_max:
+        if self.out_size + size + HEADER_MAX > self.router.write_queue_max:
             return False
         if self.out == NULL:
             self.out = self.router.acquire()
             self.out_capacity = POOLED_BYTES
-        if self.out_size + size + 10 > self.out_capacity:
+        if self.out_size + size + HEADER_MAX > self.out_capacity:
             capacity = self.out_capacity
-            while self.out_size + size + 10 > capacity:
+            while self.out_size + size + HEADER_MAX > capacity:
                 capacity *= 2
             grown = <char*>realloc(self.out, capacity)
             if grown == NULL:
                 raise MemoryError()
             self.out = grown
             self.out_capacity = capacity
-        self.out_size += write_header(self.out + self.out_size, size)
+        self.out_size += write_header(self.out + self.out_size, <Opcode>opcode, size)
         memcpy(self.out + self.out_size, payload, size)
         self.out_size += <uint32_t>size
         self.router.mark(self)
         return True
 
     cdef int write_out(self) except -1:
-        """Write the queue to the socket.
-
-        What the socket does not take: uvloop gets the rest of one frame, never more, and tells when it is
-        out. All later frames stay here, whole, so that they can follow the agent to its next connection.
-        """
+        """Write the queue to the socket. What it does not take stays, to follow the agent to its next
+        connection if this one ends; but a frame that was begun is finished before a CLOSE."""
         cdef ssize_t sent
-        cdef uint32_t position, size, header
-        while self.out_size > 0 and not self.is_blocked and self.state < CLOSING:
-            if self.transport.is_close_frame_sent:
-                return 0  # by picows, for a frame that it refused: nothing may follow (section 5.5.1)
-            if self.transport.underlying_transport.is_closing():
-                # The other side has gone in this pass of the loop. Its socket would take bytes that nobody
-                # reads; here they stay until on_ws_disconnected, which follows, saves them.
-                self.is_blocked = True
+        cdef uint32_t limit, position, size, header
+        while not self.is_blocked and not self.is_broken:
+            if self.state >= CLOSING:
+                if self.head_written == 0:
+                    self.write_goodbye()
+                    return 0
+                limit = frame_size(self.out, &header)
+            else:
+                limit = self.out_size
+            if limit == 0:
                 return 0
-            sent = send(self.socket, self.out, self.out_size, MSG_DONTWAIT | MSG_NOSIGNAL)
-            if sent == <ssize_t>self.out_size:
-                self.out_size = 0
-                self.release_queue()
-                return 0
+            sent = send(
+                self.fd, self.out + self.head_written, limit - self.head_written, MSG_DONTWAIT | MSG_NOSIGNAL
+            )
             if sent < 0:
-                if errno not in (EAGAIN, EINTR, ENOBUFS):
-                    self.abort()  # broken: on_ws_disconnected follows and saves the queue
+                if errno == EINTR:
+                    continue
+                if errno != EAGAIN and errno != ENOBUFS:
+                    self.router.bury(self)  # end() follows and saves the queue
                     return 0
                 sent = 0
+            sent += self.head_written
+            self.head_written = 0
+            if sent == limit:
+                self.drop_head(limit)
+                continue
             position = 0
             while True:
                 size = frame_size(self.out + position, &header)
                 if position + size > <uint32_t>sent:
                     break
                 position += size
+            self.head_written = <uint32_t>sent - position
             self.drop_head(position)
-            sent -= position
-            rest = PyBytes_FromStringAndSize(self.out + sent, size - sent)
-            self.in_flight = size
-            self.transport.underlying_transport.write(rest)
-            if not self.is_blocked:  # it could be written after all
-                self.drop_head(size)
+            self.block()
         return 0
 
-    cdef int drop_head(self, uint32_t size) except -1:
-        """Forget the first `size` bytes of the queue."""
-        self.in_flight = 0
-        if size == 0:
+    cdef int write_goodbye(self) except -1:
+        cdef ssize_t sent
+        if self.goodbye is not None:
+            sent = send(
+                self.fd, PyBytes_AS_STRING(self.goodbye), len(self.goodbye), MSG_DONTWAIT | MSG_NOSIGNAL
+            )
+            if sent == len(self.goodbye):
+                self.goodbye = None
+            elif sent < 0 and errno != EAGAIN and errno != EINTR and errno != ENOBUFS:
+                self.router.bury(self)
+                return 0
+            else:
+                self.goodbye = self.goodbye[max(sent, 0):]
+                self.block()
+                return 0
+        if self.is_ending:
+            self.router.bury(self)
+        return 0
+
+    cdef int block(self) except -1:
+        self.is_blocked = True
+        self.router.watch(self.fd, EPOLL_CTL_MOD, EPOLLIN | EPOLLOUT, <uint64_t><void*>self)
+        return 0
+
+    cdef int on_writable(self) except -1:
+        cdef bytes ping = self.unanswered_ping
+        if not self.is_blocked:
             return 0
+        self.is_blocked = False
+        self.router.watch(self.fd, EPOLL_CTL_MOD, EPOLLIN, <uint64_t><void*>self)
+        if ping is not None:
+            self.unanswered_ping = None
+            if self.state < CLOSING:
+                self.queue(PONG, PyBytes_AS_STRING(ping), PyBytes_GET_SIZE(ping))
+        self.write_out()
+        return 0
+
+    cdef void drop_head(self, uint32_t size) noexcept:
+        """Forget the first `size` bytes of the queue."""
+        if size == 0:
+            return
         self.out_size -= size
         if self.out_size:
             memmove(self.out, self.out + size, self.out_size)
         else:
             self.release_queue()
-        return 0
 
     cdef void release_queue(self) noexcept:
         if self.out != NULL:
             self.router.release(self.out, self.out_capacity)
             self.out = NULL
             self.out_capacity = 0
+
+    cdef int end(self) except -1:
+        """Close the socket and let the handler clean up."""
+        cdef Router router = self.router
+        if self.state == CLOSED:
+            return 0
+        self.state = CLOSED
+        router.timers.cancel(&self.timer)
+        router.watch(self.fd, EPOLL_CTL_DEL, 0, 0)
+        try:
+            router.handler.on_closed(self)
+        finally:
+            # Whatever went wrong: the index and the socket are given back. A route that still names the index
+            # has another epoch than the next connection there.
+            os.close(self.fd)
+            self.fd = -1
+            router.connections[self.index] = None
+            router.free_indices.append(self.index)
+            router.counted[CONNECTIONS] -= 1
+            self.session = self.handshake = self.fragments = None
+        return 0
 
     # --- time ----------------------------------------------------------------------------------
 
@@ -563,7 +937,7 @@ cdef class Connection(WSListener):
         cdef uint32_t now = router.timers.now
         cdef uint32_t due
         if self.state == CLOSING:
-            self.abort()
+            router.bury(self)
             return 0
         if self.state == UNREGISTERED:
             router.handler.on_timeout(self, "register_timeout")
@@ -580,14 +954,23 @@ cdef class Connection(WSListener):
                 self.is_pinged = False
                 due = self.last_heard + router.ping_ticks
                 if due <= now:
-                    router.counted.pings_sent += 1
+                    router.counted[PINGS_SENT] += 1
                     self.is_pinged = True
                     self.pinged_at = now
-                    self.transport.send_ping(b"")
+                    self.queue(PING, NULL, 0)
             if self.is_pinged:
                 due = self.pinged_at + router.pong_ticks
             if router.idle_ticks:
                 due = min(due, self.last_message + router.idle_ticks)
             router.timers.arm(&self.timer, due)
-        router.flush()
         return 0
+
+
+def peer_of(int fd):
+    """Return address and port of the other side of a socket; None if it has none any more."""
+    with socket.socket(fileno=os.dup(fd)) as end:
+        try:
+            host, port, *_ = end.getpeername()
+        except OSError:
+            return None
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

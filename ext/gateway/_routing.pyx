@@ -1,15 +1,23 @@
-"""Routing table: open addressing with linear probing, at most half full."""
+"""Routing table: open addressing with linear probing in shared memory, at most half full; see _routing.pxd.
+
+A removed slot is only marked, for a reader that holds no lock must not miss what is moved under its eyes.
+Marks that end a run of slots are taken away at once and others are used again, so searches stay short.
+"""
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
-from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
-from libc.string cimport memcmp, memcpy
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy, memset
 
 import os
 
+from gateway._memory cimport map_shared, unmap_shared
+
 cdef extern from *:
     """
+    #include <errno.h>
+    #include <pthread.h>
     #include <string.h>
+    #include <time.h>
 
     /* 64 x 64 -> 128 bit multiplication, folded: one strong mixing step per 16 bytes of key. */
     static inline uint64_t aic_mix(uint64_t a, uint64_t b) {
@@ -17,20 +25,82 @@ cdef extern from *:
         return (uint64_t)product ^ (uint64_t)(product >> 64);
     }
 
-    static inline uint64_t aic_hash48(const char *key, const uint64_t *secret) {
-        uint64_t word[6];
-        memcpy(word, key, sizeof word);
+    static inline uint64_t aic_hash_key(const char *key, const uint64_t *secret) {
+        uint64_t word[6] = {0};
+        memcpy(word, key, 44);
         uint64_t h = aic_mix(word[0] ^ secret[0], word[1] ^ secret[1]);
         h ^= aic_mix(word[2] ^ secret[1] ^ h, word[3] ^ secret[0]);
         h ^= aic_mix(word[4] ^ secret[0] ^ h, word[5] ^ secret[1]);
         return aic_mix(h ^ secret[0], secret[1]);
     }
+
+    static inline uint32_t aic_load(const uint32_t *from) { return __atomic_load_n(from, __ATOMIC_ACQUIRE); }
+    static inline void aic_store(uint32_t *to, uint32_t value) { __atomic_store_n(to, value, __ATOMIC_RELEASE); }
+    static inline void aic_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+    static inline void aic_relax(void) {
+    #if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+    #endif
+    }
+
+    static int aic_mutex_init(pthread_mutex_t *mutex) {
+        pthread_mutexattr_t attributes;
+        int error = pthread_mutexattr_init(&attributes);
+        if (!error) error = pthread_mutexattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED);
+        if (!error) error = pthread_mutexattr_setrobust(&attributes, PTHREAD_MUTEX_ROBUST);
+        if (!error) error = pthread_mutex_init(mutex, &attributes);
+        return error;
+    }
+
+    static int aic_mutex_lock(pthread_mutex_t *mutex, long nanoseconds) {
+        struct timespec until;
+        int error = pthread_mutex_trylock(mutex);
+        if (error != EBUSY)
+            return error;
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_nsec += nanoseconds;
+        until.tv_sec += until.tv_nsec / 1000000000;
+        until.tv_nsec %= 1000000000;
+        return pthread_mutex_timedlock(mutex, &until);
+    }
     """
-    uint64_t aic_hash48(const char* key, const uint64_t* secret) noexcept nogil
+    int EOWNERDEAD
+    ctypedef struct pthread_mutex_t:
+        pass
+    uint64_t aic_hash_key(const char* key, const uint64_t* secret) noexcept nogil
+    uint32_t aic_load(const uint32_t* source) noexcept nogil
+    void aic_store(uint32_t* target, uint32_t value) noexcept nogil
+    void aic_fence() noexcept nogil
+    void aic_relax() noexcept nogil
+    int aic_mutex_init(pthread_mutex_t* mutex) noexcept nogil
+    int aic_mutex_lock(pthread_mutex_t* mutex, long nanoseconds) noexcept nogil
+    int pthread_mutex_unlock(pthread_mutex_t* mutex) noexcept nogil
+    int pthread_mutex_consistent(pthread_mutex_t* mutex) noexcept nogil
 
 AWAY_INDEX = AWAY
 
-cdef uint64_t INITIAL_CAPACITY = 1024
+cdef enum:
+    NOT_WRITING = 0
+    SPINS = 2_000
+    # A writer holds the mutex for less than a microsecond. One that does not give it back was stopped
+    # (SIGSTOP, a debugger) just then.
+    LOCK_NANOSECONDS = 50_000_000
+
+cdef struct Head:
+    pthread_mutex_t mutex
+    uint64_t epoch       # the latest
+    uint64_t size        # slots in use
+    uint64_t secret[2]   # keys are chosen by strangers: the hash is keyed
+    uint64_t writing     # 1 + index of the slot that is being written, or NOT_WRITING
+    Route before         # what it held
+
+
+class TableFullError(Exception):
+    """There is no room for another agent."""
+
+
+class TableBusyError(Exception):
+    """A process stopped in the middle of a change; it may go on."""
 
 
 cdef const char* key_of(bytes did) except NULL:
@@ -41,103 +111,266 @@ cdef const char* key_of(bytes did) except NULL:
 
 
 cdef class RoutingTable:
-    """Map DIDs to (connection, epoch). The Python methods are for registration and tests."""
+    """The routes of a node. The Python methods are for registration and tests.
 
-    def __cinit__(self):
-        self.slots = <Route*>calloc(INITIAL_CAPACITY, sizeof(Route))
-        if self.slots == NULL:
-            raise MemoryError()
-        self.mask = INITIAL_CAPACITY - 1
-        self.size = 0
+    Args:
+        routes: How many there may be at once.
+    """
+
+    def __cinit__(self, uint64_t routes=100_000):
+        cdef uint64_t capacity = 1024
+        if routes > 1 << 26:
+            raise ValueError(f"{routes} routes are more than one machine can serve")
+        while capacity < 2 * routes:
+            capacity *= 2
+        # The head takes a page of its own, so that every slot is one cache line.
+        self.mapped = 4096 + capacity * sizeof(Route)
+        self.head = <Head*>map_shared(self.mapped)
+        self.slots = <Route*>(<char*>self.head + 4096)
+        self.mask = capacity - 1
+        if aic_mutex_init(&self.head.mutex):
+            raise OSError("no process-shared robust mutex on this system")
         # Odd: a factor of a multiplication should lose no bits.
-        self.secret[0] = int.from_bytes(os.urandom(8), "little") | 1
-        self.secret[1] = int.from_bytes(os.urandom(8), "little") | 1
+        self.head.secret[0] = int.from_bytes(os.urandom(8), "little") | 1
+        self.head.secret[1] = int.from_bytes(os.urandom(8), "little") | 1
 
     def __dealloc__(self):
-        free(self.slots)
+        unmap_shared(self.head, self.mapped)
 
-    cdef uint64_t home(self, const char* key) noexcept nogil:
-        return aic_hash48(key, self.secret) & self.mask
+    # --- reading -------------------------------------------------------------------------------
 
-    cdef Route* find(self, const char* key) noexcept nogil:
-        cdef uint64_t index = self.home(key)
-        while self.slots[index].epoch != 0:
-            if memcmp(self.slots[index].key, key, KEY_SIZE) == 0:
-                return &self.slots[index]
+    cdef bint find(self, const char* key, Route* out) noexcept nogil:
+        cdef uint64_t index = aic_hash_key(key, self.head.secret) & self.mask
+        cdef uint64_t start = index
+        while self.read(key, index, out):
+            if out.state == USED and memcmp(out.key, key, KEY_SIZE) == 0:
+                return True
+            index = (index + 1) & self.mask
+            if index == start:
+                break
+        return False
+
+    cdef bint read(self, const char* key, uint64_t index, Route* out) noexcept nogil:
+        """Copy a slot as it stood at one instant; False if it is empty."""
+        cdef Route* slot = &self.slots[index]
+        cdef uint32_t sequence
+        cdef int spins = 0
+        while True:
+            sequence = aic_load(&slot.sequence)
+            if not sequence & 1:
+                memcpy(out, slot, sizeof(Route))
+                aic_fence()
+                if aic_load(&slot.sequence) == sequence:
+                    return out.state != EMPTY
+            spins += 1
+            if spins < SPINS:
+                aic_relax()
+            elif spins == SPINS and self.try_lock():
+                # Its writer had died, and the slot is repaired; or it was only slow.
+                self.unlock()
+            elif spins > SPINS:
+                # Its writer is stopped. For now there is no such route; whatever follows it can be found.
+                memset(out, 0, sizeof(Route))
+                out.state = REMOVED
+                return True
+
+    # --- writing -------------------------------------------------------------------------------
+
+    cdef bint try_lock(self) noexcept nogil:
+        cdef int error = aic_mutex_lock(&self.head.mutex, LOCK_NANOSECONDS)
+        if error == EOWNERDEAD:
+            self.repair()
+            pthread_mutex_consistent(&self.head.mutex)
+            return True
+        return error == 0
+
+    cdef int lock(self) except -1:
+        if not self.try_lock():
+            raise TableBusyError("the routing table is being changed by a process that does not go on")
+        return 0
+
+    cdef void unlock(self) noexcept nogil:
+        pthread_mutex_unlock(&self.head.mutex)
+
+    cdef void repair(self) noexcept nogil:
+        """Undo what the owner of the mutex died in."""
+        cdef uint64_t index, used = 0
+        if self.head.writing != NOT_WRITING:
+            index = self.head.writing - 1
+            memcpy(self.slots[index].key, self.head.before.key, KEY_SIZE)
+            self.slots[index].epoch = self.head.before.epoch
+            self.slots[index].connection = self.head.before.connection
+            self.slots[index].worker = self.head.before.worker
+            self.slots[index].state = self.head.before.state
+            aic_fence()
+            aic_store(&self.slots[index].sequence, (self.slots[index].sequence | 1) + 1)
+            aic_fence()
+            self.head.writing = NOT_WRITING
+        for index in range(self.mask + 1):
+            used += self.slots[index].state == USED
+        self.head.size = used
+
+    cdef void put(self, uint64_t index, const Route* value) noexcept nogil:
+        """Write a slot, whole for every reader. The mutex is held."""
+        cdef Route* slot = &self.slots[index]
+        memcpy(&self.head.before, slot, sizeof(Route))
+        aic_fence()
+        self.head.writing = index + 1
+        aic_store(&slot.sequence, slot.sequence + 1)
+        aic_fence()
+        memcpy(slot.key, value.key, KEY_SIZE)
+        slot.epoch = value.epoch
+        slot.connection = value.connection
+        slot.worker = value.worker
+        slot.state = value.state
+        aic_fence()
+        aic_store(&slot.sequence, slot.sequence + 1)
+        aic_fence()
+        self.head.writing = NOT_WRITING
+
+    cdef uint64_t bind_key(
+        self, const char* key, uint16_t worker, uint32_t connection, Route* replaced
+    ) except 0:
+        cdef uint64_t index, place
+        cdef bint has_place = False
+        cdef Route value
+        self.lock()
+        try:
+            index = place = aic_hash_key(key, self.head.secret) & self.mask
+            replaced.state = EMPTY
+            while True:
+                if self.slots[index].state == USED:
+                    if memcmp(self.slots[index].key, key, KEY_SIZE) == 0:
+                        memcpy(replaced, &self.slots[index], sizeof(Route))
+                        place = index
+                        break
+                elif not has_place:
+                    place = index
+                    has_place = True
+                if self.slots[index].state == EMPTY:
+                    break
+                index = (index + 1) & self.mask
+            if replaced.state == EMPTY and 2 * (self.head.size + 1) > self.mask + 1:
+                raise TableFullError(f"the routing table is full: {self.head.size} agents")
+            self.head.epoch += 1
+            memcpy(value.key, key, KEY_SIZE)
+            value.epoch = self.head.epoch
+            value.connection = connection
+            value.worker = worker
+            value.state = USED
+            self.put(place, &value)
+            if replaced.state == EMPTY:
+                self.head.size += 1
+            return value.epoch
+        finally:
+            self.unlock()
+
+    cdef Route* own(self, const char* key, uint64_t epoch) noexcept nogil:
+        """Return the slot of `key` if `epoch` owns it. The mutex is held."""
+        cdef uint64_t index = aic_hash_key(key, self.head.secret) & self.mask
+        while self.slots[index].state != EMPTY:
+            if self.slots[index].state == USED and memcmp(self.slots[index].key, key, KEY_SIZE) == 0:
+                return &self.slots[index] if self.slots[index].epoch == epoch else NULL
             index = (index + 1) & self.mask
         return NULL
 
-    cdef int bind(self, const char* key, uint32_t connection, uint64_t epoch) except -1:
-        cdef Route* route = self.find(key)
-        cdef uint64_t index
-        if route == NULL:
-            if 2 * (self.size + 1) > self.mask:
-                self.grow()
-            index = self.home(key)
-            while self.slots[index].epoch != 0:
-                index = (index + 1) & self.mask
-            route = &self.slots[index]
-            memcpy(route.key, key, KEY_SIZE)
-            self.size += 1
-        route.connection = connection
-        route.worker = 0
-        route.epoch = epoch
-        return 0
+    cdef void clear(self, uint64_t index) noexcept nogil:
+        """Remove a slot. The mutex is held."""
+        cdef Route value
+        memcpy(&value, &self.slots[index], sizeof(Route))
+        value.epoch = 0
+        value.state = REMOVED
+        self.put(index, &value)
+        self.head.size -= 1
+        if self.slots[(index + 1) & self.mask].state != EMPTY:
+            return
+        # Nothing stands behind it: no search needs this mark, nor those right before it.
+        value.state = EMPTY
+        while self.slots[index].state == REMOVED:
+            self.put(index, &value)
+            index = (index - 1) & self.mask
 
-    cdef bint unbind(self, const char* key, uint64_t epoch) noexcept nogil:
-        cdef Route* route = self.find(key)
-        cdef uint64_t hole, index, home
-        if route == NULL or route.epoch != epoch:
-            return False
-        # Close the gap (Knuth 6.4, algorithm R): no tombstones, so lookups stay short.
-        hole = route - self.slots
-        index = hole
-        while True:
-            index = (index + 1) & self.mask
-            if self.slots[index].epoch == 0:
-                break
-            home = self.home(self.slots[index].key)
-            if ((index - home) & self.mask) >= ((index - hole) & self.mask):
-                self.slots[hole] = self.slots[index]
-                hole = index
-        self.slots[hole].epoch = 0
-        self.size -= 1
-        return True
+    def bind(self, bytes did not None, uint16_t worker, uint32_t connection):
+        """Give the route of a DID (ASCII) to a connection of a worker: the newest proven session wins.
 
-    cdef int grow(self) except -1:
-        cdef Route* old = self.slots
-        cdef uint64_t capacity = self.mask + 1
-        cdef uint64_t i, index
-        cdef Route* fresh = <Route*>calloc(2 * capacity, sizeof(Route))
-        if fresh == NULL:
-            raise MemoryError()
-        self.slots = fresh
-        self.mask = 2 * capacity - 1
-        for i in range(capacity):
-            if old[i].epoch != 0:
-                index = self.home(old[i].key)
-                while fresh[index].epoch != 0:
-                    index = (index + 1) & self.mask
-                fresh[index] = old[i]
-        free(old)
-        return 0
+        Returns:
+            The epoch of the new session, and (worker, connection, epoch) of the one that it replaced, or None.
 
-    def set(self, bytes did not None, uint32_t connection, uint64_t epoch):
-        """Point `did` (ASCII) to a connection index, or to AWAY. Epochs begin at 1."""
-        if epoch == 0:
-            raise ValueError("epoch 0 marks a free slot")
-        self.bind(key_of(did), connection, epoch)
+        Raises:
+            TableFullError: No room.
+            TableBusyError: A process stopped while it held the lock.
+        """
+        cdef Route replaced
+        cdef uint64_t epoch = self.bind_key(key_of(did), worker, connection, &replaced)
+        if replaced.state == EMPTY:
+            return epoch, None
+        return epoch, (replaced.worker, replaced.connection, replaced.epoch)
 
-    def get(self, bytes did not None):
-        """Return (connection, epoch), or None."""
-        cdef Route* route = self.find(key_of(did))
-        if route == NULL:
-            return None
-        return route.connection, route.epoch
+    def set_away(self, bytes did not None, uint64_t epoch):
+        """Mark the session as away if `epoch` still owns the route; tell whether it does."""
+        cdef Route* slot
+        cdef Route value
+        cdef const char* key = key_of(did)
+        self.lock()
+        try:
+            slot = self.own(key, epoch)
+            if slot == NULL:
+                return False
+            memcpy(&value, slot, sizeof(Route))
+            value.connection = AWAY
+            self.put(slot - self.slots, &value)
+            return True
+        finally:
+            self.unlock()
 
     def remove(self, bytes did not None, uint64_t epoch):
         """Remove the route if `epoch` still owns it; tell whether it did."""
-        return bool(self.unbind(key_of(did), epoch))
+        cdef Route* slot
+        cdef const char* key = key_of(did)
+        self.lock()
+        try:
+            slot = self.own(key, epoch)
+            if slot == NULL:
+                return False
+            self.clear(slot - self.slots)
+            return True
+        finally:
+            self.unlock()
+
+    def purge(self, uint16_t worker):
+        """Remove every route of a worker that is gone; return how many there were."""
+        cdef uint64_t index
+        cdef uint64_t removed = 0
+        for index in range(self.mask + 1):
+            if self.slots[index].state == USED and self.slots[index].worker == worker:
+                self.lock()
+                try:
+                    if self.slots[index].state == USED and self.slots[index].worker == worker:
+                        self.clear(index)
+                        removed += 1
+                finally:
+                    self.unlock()
+        return removed
+
+    def get(self, bytes did not None):
+        """Return (worker, connection, epoch), or None."""
+        cdef Route route
+        if not self.find(key_of(did), &route):
+            return None
+        return route.worker, route.connection, route.epoch
 
     def __len__(self):
-        return self.size
+        return self.head.size
+
+    def check(self):
+        """Count the slots that are half written, and those that no search can reach; for tests."""
+        cdef uint64_t index, torn = 0, lost = 0, used = 0
+        cdef Route route
+        self.lock()
+        self.unlock()
+        for index in range(self.mask + 1):
+            torn += self.slots[index].sequence & 1
+            if self.slots[index].state == USED:
+                used += 1
+                lost += not (self.find(self.slots[index].key, &route) and route.epoch == self.slots[index].epoch)
+        return {"torn": torn, "lost": lost, "used": used}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import structlog
 import typer
 from pydantic import ValidationError
 from rich.console import Console
@@ -19,8 +21,9 @@ from aiconexus.protocol import DIDKey
 from aiconexus.protocol.errors import KeyFileError
 from aiconexus.protocol.limits import ENDPOINT_PATH
 from gateway.config import Settings
+from gateway.descriptors import connections_per_worker
 
-_PROTOCOL, _LOGS = "Protocol", "Logs"
+_PROTOCOL, _LIMITS, _LOGS = "Protocol", "Limits", "Logs"
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
@@ -51,6 +54,15 @@ def _banner(settings: Settings, key: DIDKey, port: int) -> None:
     ]
     if settings.public_urls:
         rows.insert(1, ("public", ", ".join(settings.public_urls)))
+    fit = settings.workers * connections_per_worker()
+    if fit < settings.max_connections:
+        rows.insert(
+            -1,
+            (
+                "descriptors",
+                f"{fit:,} of {settings.max_connections:,} connections fit; raise the limit (ulimit -n) or --workers",
+            ),
+        )
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         print(f"AIConexus gateway {__version__}", *(f"{name}: {value}" for name, value in rows), sep="\n  ")  # noqa: T201
@@ -75,7 +87,7 @@ def serve(
         int | None, typer.Option(help="Port to listen on; 0 takes a free one. [default: 8000]")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Worker processes. This version runs one. [default: 1]")
+        int | None, typer.Option(help="Worker processes. [default: the number of cores]")
     ] = None,
     identity: Annotated[
         Path | None,
@@ -119,6 +131,39 @@ def serve(
             rich_help_panel=_PROTOCOL,
         ),
     ] = None,
+    drain_seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds in which agents are sent away when the gateway is stopped. [default: 10]",
+            rich_help_panel=_PROTOCOL,
+        ),
+    ] = None,
+    max_connections: Annotated[
+        int | None,
+        typer.Option(
+            help="Connections of all workers together; more get HTTP 503. [default: 100000]",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None,
+    max_connections_per_address: Annotated[
+        int | None,
+        typer.Option(
+            help="Connections from one IP address; more get HTTP 503. Leave it off behind a proxy. "
+            "[default: 0, no limit]",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None,
+    message_rate: Annotated[
+        int | None,
+        typer.Option(
+            help="Messages per second that one session may send; 0 for no limit. [default: 200]",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None,
+    message_burst: Annotated[
+        int | None,
+        typer.Option(help="How many of them at once. [default: 1000]", rich_help_panel=_LIMITS),
+    ] = None,
     log_level: Annotated[
         str | None, typer.Option(help="debug, info, warning or error. [default: info]", rich_help_panel=_LOGS)
     ] = None,
@@ -142,6 +187,11 @@ def serve(
         "pong_timeout": pong_timeout,
         "away": away,
         "idle_timeout": idle_timeout,
+        "drain_seconds": drain_seconds,
+        "max_connections": max_connections,
+        "max_connections_per_address": max_connections_per_address,
+        "message_rate": message_rate,
+        "message_burst": message_burst,
         "log_level": log_level,
         "log_format": log_format,
     }
@@ -153,10 +203,7 @@ def serve(
         _fail(f"{name}: {first['msg']}")
 
     try:
-        import uvloop
-
-        from gateway import log
-        from gateway.worker import Gateway
+        from gateway import descriptors, log, supervisor
     except ImportError as error:
         _fail(
             f"the compiled part of the gateway is missing ({error.name or error}): install a C compiler and "
@@ -164,17 +211,26 @@ def serve(
         )
 
     log.configure(settings.log_level, settings.log_format)
+    descriptors.raise_limit()
     try:
         key = DIDKey.load_or_create(settings.identity) if settings.identity else DIDKey.generate()
     except KeyFileError as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{settings.identity}: {error.strerror or error}")
-    gateway = Gateway(settings, key)
     try:
-        uvloop.run(gateway.serve(lambda bound: _banner(settings, key, bound)))
+        address = supervisor.reserve(settings.host, settings.port)
     except OSError as error:
         _fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}")
+    if not settings.public_urls and not ip_address(address.getsockname()[0]).is_loopback:
+        structlog.get_logger("gateway").warning(
+            "no public URL",
+            hint="the audience that agents sign is only compared with their Host header, which a relay in "
+            "between can choose; name the address that they dial with --public-url",
+        )
+    port_bound = address.getsockname()[1]
+    running = supervisor.Supervisor(settings, key, address, lambda: _banner(settings, key, port_bound))
+    raise SystemExit(running.run())
 
 
 def main() -> None:

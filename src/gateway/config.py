@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,13 +11,20 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from aiconexus.protocol.limits import (
     AWAY_SECONDS,
+    DRAIN_SECONDS,
+    MESSAGE_BURST,
+    MESSAGE_RATE,
     PING_INTERVAL_SECONDS,
     PONG_TIMEOUT_SECONDS,
     REGISTER_TIMEOUT_SECONDS,
 )
 from gateway.handshake import parse_url
 
-MAX_WORKERS = 1  # more need the inter-worker path
+MAX_WORKERS = 64
+
+
+def _cores() -> int:
+    return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
 
 
 def _websocket_url(url: str) -> str:
@@ -44,7 +52,7 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
-    workers: int = Field(default=1, ge=1, le=MAX_WORKERS)
+    workers: int = Field(default_factory=_cores, ge=1, le=MAX_WORKERS)
     identity: Path | None = None
     public_urls: Annotated[
         tuple[Annotated[str, AfterValidator(_websocket_url)], ...], NoDecode, BeforeValidator(_list)
@@ -54,5 +62,10 @@ class Settings(BaseSettings):
     pong_timeout: Seconds = PONG_TIMEOUT_SECONDS
     away: float = Field(default=AWAY_SECONDS, ge=0, le=3600)
     idle_timeout: float = Field(default=0.0, ge=0, le=30 * 86_400)
+    drain_seconds: float = Field(default=DRAIN_SECONDS, ge=0, le=3600)
+    max_connections: int = Field(default=100_000, ge=1, le=10_000_000)
+    max_connections_per_address: int = Field(default=0, ge=0)
+    message_rate: int = Field(default=MESSAGE_RATE, ge=0, le=1_000_000)
+    message_burst: int = Field(default=MESSAGE_BURST, ge=1, le=1_000_000)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "console"

@@ -102,6 +102,7 @@ class Registrar:
         register_timeout: Seconds from the 101 response to a complete REGISTER.
         ping_interval: Announced, in seconds.
         away: How long a dropped session is kept, in seconds.
+        worker: The number of the worker, for people and benchmarks.
     """
 
     def __init__(
@@ -112,7 +113,9 @@ class Registrar:
         register_timeout: float,
         ping_interval: float,
         away: float,
+        worker: int = 0,
     ) -> None:
+        self._worker = worker
         self.key = key
         self.did = key.did
         self._audiences = {parse_url(url) for url in public_urls}
@@ -199,6 +202,7 @@ class Registrar:
                 RegisterPayload(public_key=self.key.public_key_base58),
                 ext={
                     "session": session,
+                    "worker": self._worker,
                     "resume_token": resume_token,
                     "ice_servers": [],
                     "resumed": resumed,

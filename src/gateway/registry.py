@@ -6,18 +6,23 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from aiconexus.protocol.limits import AWAY_MAX_BYTES, AWAY_MAX_MESSAGES
 from gateway._connection import Connection
-from gateway._routing import AWAY_INDEX, RoutingTable
+from gateway._routing import RoutingTable
+
+if TYPE_CHECKING:
+    from gateway.moves import Move
 
 
 class Session:
     """A registered agent. `connection` is None while it is away.
 
     `epoch` grows with every registration: whatever an older connection of the same DID still does, it
-    cannot touch what belongs to a newer epoch.
+    cannot touch what belongs to a newer epoch. `move` is set while the session comes over from another worker;
+    `old_path_closed` once what is still on its way through that worker would come too late.
     """
 
     __slots__ = (
@@ -29,6 +34,8 @@ class Session:
         "epoch",
         "id",
         "last_activity",
+        "move",
+        "old_path_closed",
         "resume_token",
         "waiting",
         "waiting_bytes",
@@ -46,6 +53,8 @@ class Session:
         self.connected_at = time.time()
         self.last_activity = self.connected_at
         self.away_until = 0.0
+        self.move: Move | None = None
+        self.old_path_closed = False
         self.waiting: deque[bytes] | None = None
         self.waiting_bytes = 0
 
@@ -93,31 +102,36 @@ class Registered:
     Attributes:
         session: The new session; its route is bound.
         resumed: Whether it continues the one before.
-        replaced: A connection of the same DID that is still open and must be closed with 4504.
-        held: What waited, to be sent on if resumed, else to go back to its senders.
+        replaced: A connection of the same DID at this worker that is still open and must be closed with 4504.
+        held: What waited here, to be sent on if resumed, else to go back to its senders.
+        elsewhere: Worker and epoch of the session before, if another worker has it.
     """
 
     session: Session
     resumed: bool
     replaced: Connection | None
     held: deque[bytes]
+    elsewhere: tuple[int, int] | None
 
 
 class Registry:
-    """The sessions of one node and their routes.
+    """The sessions of one worker and their routes.
 
     Args:
-        table: Where the routes are kept.
+        table: Where the routes of the node are kept.
+        worker: The number of the worker.
         away: Seconds for which a dropped session stays routable.
     """
 
-    def __init__(self, table: RoutingTable, away: float) -> None:
+    def __init__(self, table: RoutingTable, worker: int, away: float) -> None:
         self._table = table
+        self._worker = worker
         self._away = away
         self._sessions: dict[str, Session] = {}
         # All are kept for the same time, so the order of dropping is the order of expiry.
         self._dropped: OrderedDict[str, Session] = OrderedDict()
-        self._epoch = 0
+        # By epoch: sessions whose route another worker has taken, but which it has not fetched yet.
+        self._taken: dict[int, Session] = {}
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -163,45 +177,79 @@ class Registry:
             resume_token: The token that the new session may be resumed with.
             resume: The token that the agent presented.
         """
+        epoch, owner = self._table.bind(did.encode(), self._worker, connection.index)
+        session = Session(did, connection, epoch, capabilities, resume_token)
         before = self._sessions.get(did)
-        self._epoch += 1
-        session = Session(did, connection, self._epoch, capabilities, resume_token)
-        resumed = before is not None and resume is not None and resume == before.resume_token
-        replaced = None
-        held: deque[bytes] = deque()
-        if before is not None:
-            replaced = before.connection
-            if replaced is not None:
-                held.extend(replaced.take_undelivered())
-            held.extend(before.release())
-            before.connection = None
-            self._dropped.pop(did, None)
-            if resumed:
-                session.id = before.id
-                session.connected_at = before.connected_at
         self._sessions[did] = session
-        self._table.set(did.encode(), connection.index, session.epoch)
-        return Registered(session, resumed, replaced, held)
+        if before is not None and owner is not None and owner[2] != before.epoch:
+            # It was at another worker meanwhile, which will come for what was here.
+            self._take_away(before)
+            before = None
+        if before is None:
+            elsewhere = (owner[0], owner[2]) if owner is not None and owner[0] != self._worker else None
+            return Registered(session, False, None, deque(), elsewhere)
+        held: deque[bytes] = deque()
+        replaced = before.connection
+        if replaced is not None:
+            held.extend(replaced.take_undelivered())
+        held.extend(before.release())
+        before.connection = None
+        self._dropped.pop(did, None)
+        resumed = resume is not None and resume == before.resume_token
+        if resumed:
+            session.id = before.id
+            session.connected_at = before.connected_at
+        return Registered(session, resumed, replaced, held, None)
+
+    def _take_away(self, session: Session) -> None:
+        self._dropped.pop(session.did, None)
+        session.away_until = time.monotonic() + self._away
+        self._taken[session.epoch] = session
+
+    def give(self, did: str, epoch: int) -> Session | None:
+        """Remove and return the session of an epoch whose route another worker has taken."""
+        session = self._taken.pop(epoch, None)
+        if session is None:
+            session = self._sessions.get(did)
+            if session is None or session.epoch != epoch:
+                return None
+            del self._sessions[did]
+            self._dropped.pop(did, None)
+        return session
 
     def drop(self, session: Session) -> bool:
         """Let a session whose connection broke be away; False if it was replaced meanwhile."""
-        if self._sessions.get(session.did) is not session or session.connection is None:
+        if session.connection is None:
             return False
+        if self._taken.get(session.epoch) is session:
+            session.connection = None
+            return True
+        if self._sessions.get(session.did) is not session:
+            return False
+        if not self._table.set_away(session.did.encode(), session.epoch):
+            # Another worker has it now, and will come for what waits.
+            session.connection = None
+            del self._sessions[session.did]
+            self._take_away(session)
+            return True
         session.last_activity = time.time() - session.connection.silent_seconds
         session.connection = None
         session.away_until = time.monotonic() + self._away
         self._dropped[session.did] = session
-        self._table.set(session.did.encode(), AWAY_INDEX, session.epoch)
         return True
 
     def remove(self, session: Session) -> bool:
         """Forget a session at once; False if it was replaced meanwhile."""
+        if self._taken.pop(session.epoch, None) is session:
+            session.connection = None
+            return True
         if self._sessions.get(session.did) is not session:
             return False
         del self._sessions[session.did]
         self._dropped.pop(session.did, None)
         session.connection = None
-        return self._table.remove(session.did.encode(), session.epoch)
+        self._table.remove(session.did.encode(), session.epoch)
+        return True
 
     def end_away(self) -> Iterator[Session]:
         """Remove and yield all sessions that are away."""
@@ -210,11 +258,16 @@ class Registry:
             yield session
 
     def expire(self) -> Iterator[Session]:
-        """Remove and yield the sessions that were away for too long."""
+        """Remove and yield the sessions that were away, or not fetched, for too long."""
         now = time.monotonic()
         while self._dropped:
             session = next(iter(self._dropped.values()))
             if session.away_until > now:
-                return
+                break
             self.remove(session)
             yield session
+        while self._taken:
+            session = next(iter(self._taken.values()))
+            if session.away_until > now:
+                break
+            yield self._taken.pop(session.epoch)

@@ -39,12 +39,15 @@ def error(
     message: str = "",
     field: str | None = None,
     correlation_id: str | None = None,
+    retry_after_ms: int | None = None,
 ) -> bytes:
     """Return an ERROR for the cause `name`; `message` replaces the cause's text."""
     cause = CAUSES[name]
     details: dict[str, Any] = {"num": cause.num, "name": cause.name, "temporary": cause.temporary}
     if field is not None:
         details["field"] = field
+    if retry_after_ms is not None:
+        details["retry_after_ms"] = retry_after_ms
     payload = {"code": cause.code.value, "message": message or cause.message, "details": details}
     return _envelope("ERROR", sender, to, correlation_id, payload)
 

@@ -2,31 +2,65 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from http import HTTPStatus
 
 import orjson
 from multidict import CIMultiDict
-from picows import WSUpgradeRequest, WSUpgradeResponse
+from picows import (
+    WSFrame,
+    WSListener,
+    WSTransport,
+    WSUpgradeRequest,
+    WSUpgradeResponse,
+    WSUpgradeResponseWithListener,
+)
 
 from aiconexus.protocol.limits import ENDPOINT_PATH, SUBPROTOCOL
+from gateway._connection import Connection
 
 HEALTH_PATH = "/health"
 
 
-class FirstFrameResponse(WSUpgradeResponse):
-    """A 101 response with the server's first text frame behind it, in one packet."""
+class HandedOver(WSListener):  # type: ignore[misc]
+    """Takes the socket away from picows once the upgrade is accepted.
 
-    __slots__ = ("first_message",)
+    picows reads and checks the request; from the 101 response on a `Connection` has the socket to itself.
+
+    Args:
+        connection: It.
+    """
+
+    def __init__(self, connection: Connection, response: AcceptedResponse) -> None:
+        self._connection = connection
+        self._response = response
+
+    def on_ws_connected(self, transport: WSTransport) -> None:
+        """Duplicate the descriptor, for uvloop will close its own."""
+        handle = transport.underlying_transport
+        fd = os.dup(handle.get_extra_info("socket").fileno())
+        handle.abort()
+        self._connection.open(fd, self._response.data)
+
+    def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:  # noqa: ARG002
+        """Refuse a client that spoke before it was answered (RFC 6455 section 4.1): picows has read its words."""
+        self._connection.refuse_early_frame()
+
+
+class AcceptedResponse(WSUpgradeResponse):  # type: ignore[misc]
+    """A 101 response with the server's first text frame behind it, kept for the connection to send."""
+
+    __slots__ = ("data", "first_message")
+    data: bytes
     first_message: bytes
 
     def to_bytes(self) -> bytearray:
-        """Return the response and the frame (unmasked, RFC 6455 section 5.2)."""
-        data = super().to_bytes()
+        """Keep the response and the frame (unmasked, RFC 6455 section 5.2); give picows nothing to write."""
         size = len(self.first_message)
-        data += bytes((0x81, size)) if size < 126 else struct.pack("!BBH", 0x81, 126, size)
-        data += self.first_message
-        return data
+        header = bytes((0x81, size)) if size < 126 else struct.pack("!BBH", 0x81, 126, size)
+        self.data = b"".join((super().to_bytes(), header, self.first_message))
+        return bytearray()
 
 
 def response(status: HTTPStatus, text: str, **headers: str) -> WSUpgradeResponse:
@@ -85,14 +119,17 @@ def refuse(request: WSUpgradeRequest) -> WSUpgradeResponse | None:
     return None
 
 
-def accept(request: WSUpgradeRequest, first_message: bytes) -> FirstFrameResponse:
-    """Build the 101 response; picows adds Sec-WebSocket-Accept."""
-    accepted = FirstFrameResponse()
+def accept(
+    request: WSUpgradeRequest, first_message: bytes, connection: Connection
+) -> WSUpgradeResponseWithListener:
+    """Accept the upgrade for `connection`, which begins with `first_message`."""
+    accepted = AcceptedResponse()
     accepted.version = b"HTTP/1.1"
     accepted.status = HTTPStatus.SWITCHING_PROTOCOLS
+    # picows adds Sec-WebSocket-Accept.
     accepted.headers = CIMultiDict({"Upgrade": "websocket", "Connection": "Upgrade"})
     if _tokens(request.headers, "Sec-WebSocket-Protocol"):
         accepted.headers["Sec-WebSocket-Protocol"] = SUBPROTOCOL
     accepted.body = None
     accepted.first_message = first_message
-    return accepted
+    return WSUpgradeResponseWithListener(accepted, HandedOver(connection, accepted))

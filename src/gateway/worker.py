@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
-import signal
+import socket
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from http import HTTPStatus
-from ipaddress import ip_address
 
 import structlog
-from picows import WSUpgradeRequest, WSUpgradeResponseWithListener, ws_create_server
+from picows import WSAutoPingStrategy, WSUpgradeRequest, WSUpgradeResponseWithListener
+from picows.picows import WSProtocol
 
 from aiconexus import __version__
 from aiconexus.protocol import (
@@ -27,24 +29,34 @@ from aiconexus.protocol import (
 )
 from aiconexus.protocol.errors import CAUSES
 from aiconexus.protocol.limits import MESSAGE_MAX_BYTES, WRITE_QUEUE_MAX_BYTES
-from gateway import replies, upgrade
+from gateway import descriptors, replies, upgrade
 from gateway._connection import Connection, Router
 from gateway._frames import Scan, scan
+from gateway._mesh import ROUTED_KIND
+from gateway._routing import TableBusyError, TableFullError
 from gateway.config import Settings
-from gateway.handshake import Handshake, Registrar
+from gateway.handshake import Handshake, Registrar, Registration
 from gateway.log import PicowsLog
+from gateway.moves import FORWARDED, MESSAGE_KINDS, Moves
+from gateway.node import Node, Tally
 from gateway.registry import Registry, Session
 
 # A message over the limit is still read up to this size, so that its ERROR can name it.
-READ_MAX_BYTES = 4 * MESSAGE_MAX_BYTES
-# Every connection pays for it; most messages fit.
+FRAME_MAX_BYTES = 4 * MESSAGE_MAX_BYTES
+# For the request; picows grows it up to 16 KiB.
 READ_BUFFER_BYTES = 2048
+# Of a client that was refused because there is no room.
+RETRY_AFTER_SECONDS = 10
 TICK_SECONDS = 0.1
 # The most by which a tick moves the time: see `_tick`.
 STALL_SECONDS = 1.0
 # The time a client has to answer our CLOSE frame.
 CLOSE_TIMEOUT_SECONDS = 2.0
-DRAIN_SECONDS = 5.0
+# Of the drain time, in which the closes are spread; and how many leave in one tick at least.
+DRAIN_SHARE = 0.8
+DRAIN_STEP_MIN = 20
+# In which every connection is looked at once.
+SWEEP_TICKS = 100
 BACKLOG = 4096
 
 _ROUTED = frozenset({"OFFER", "ANSWER", "ICE_CANDIDATE", "ERROR"})
@@ -59,73 +71,121 @@ class Gateway:
     Args:
         settings: What the operator set.
         key: The gateway's identity.
+        node: What this worker shares with the others.
+        worker: Its number.
     """
 
-    def __init__(self, settings: Settings, key: DIDKey) -> None:
+    def __init__(self, settings: Settings, key: DIDKey, node: Node, worker: int = 0) -> None:
         self.settings = settings
         self.did = key.did
-        self.refused: Counter[str] = Counter()
-        self.closed: Counter[int] = Counter()
+        self.node = node
+        self.worker = worker
+        self._tally = Tally(node.counters, worker)
         self._log = structlog.get_logger("gateway")
+        if node.workers > 1:
+            self._log = self._log.bind(worker=worker)
         self._registrar = Registrar(
             key,
             public_urls=settings.public_urls,
             register_timeout=settings.register_timeout,
             ping_interval=settings.ping_interval,
             away=settings.away,
+            worker=worker,
         )
         self.router = Router(
             self,
+            table=node.table,
+            counters=node.counters,
+            worker=worker,
             message_max=MESSAGE_MAX_BYTES,
+            frame_max=FRAME_MAX_BYTES,
             write_queue_max=WRITE_QUEUE_MAX_BYTES,
+            message_rate=settings.message_rate,
+            message_burst=settings.message_burst,
             ping_interval=settings.ping_interval,
             pong_timeout=settings.pong_timeout,
             idle_timeout=settings.idle_timeout,
             close_timeout=CLOSE_TIMEOUT_SECONDS,
         )
-        self.registry = Registry(self.router.table, settings.away)
+        self.registry = Registry(node.table, worker, settings.away)
+        self.moves = Moves(
+            worker,
+            self.router,
+            self.registry,
+            admit=self._admit,
+            give=self._give,
+            give_back=self._return,
+            replace=lambda connection: self._replace(connection),
+        )
         self._started_at = time.monotonic()
+        self._connections_max = descriptors.connections_per_worker()
         self._is_draining = False
-        self._is_empty = asyncio.Event()
+        self._sweep_at = 0
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
         # Messages on their way back to their senders. Returning one can close a slow sender, whose own
         # queue then goes back: a list, not a recursion as deep as there are slow agents.
         self._returning: deque[tuple[bytes, str]] = deque()
 
     # --- HTTP ----------------------------------------------------------------------------------
 
-    def on_request(self, request: WSUpgradeRequest) -> WSUpgradeResponseWithListener:
-        """Answer a request on the public port; called by picows."""
+    def on_request(self, request: WSUpgradeRequest, address: str) -> WSUpgradeResponseWithListener:
+        """Answer a request on the public port; called by picows.
+
+        Args:
+            request: What was asked.
+            address: IP address of the client.
+        """
         if upgrade.path_of(request) == upgrade.HEALTH_PATH:
             return WSUpgradeResponseWithListener(upgrade.health(self.health()), None)
+        place = self.node.addresses.place(address)
         refusal = upgrade.refuse(request)
-        if refusal is None and self._is_draining:
-            refusal = upgrade.response(
-                HTTPStatus.SERVICE_UNAVAILABLE, "the gateway is being stopped", Retry_After="1"
-            )
+        if refusal is None and (reason := self._is_full(place)):
+            # The time to come back is random, or all that were refused would come at once.
+            seconds = str(random.randint(1, RETRY_AFTER_SECONDS))  # noqa: S311
+            refusal = upgrade.response(HTTPStatus.SERVICE_UNAVAILABLE, reason, Retry_After=seconds)
         if refusal is not None:
-            self.refused[f"http_{refusal.status.value}"] += 1
-            self._log.info("http refused", status=refusal.status.value, path=upgrade.path_of(request)[:128])
+            self._tally.refused(f"http_{refusal.status.value}")
+            self._log.info(
+                "http refused",
+                status=refusal.status.value,
+                path=upgrade.path_of(request)[:128],
+                address=address,
+                text=refusal.body.decode().strip(),
+            )
             return WSUpgradeResponseWithListener(refusal, None)
         handshake, first_message = self._registrar.begin(request.headers["Host"])
-        return WSUpgradeResponseWithListener(
-            upgrade.accept(request, first_message), Connection(self.router, handshake)
-        )
+        self.node.addresses.add(self.worker, place, 1)
+        return upgrade.accept(request, first_message, Connection(self.router, handshake, place))
+
+    def _is_full(self, place: int) -> str:
+        """Say why no further connection is taken, if none is."""
+        if self._is_draining:
+            return "the gateway is being stopped"
+        if (
+            self.node.counters.total("connections") >= self.settings.max_connections
+            or self.router.connection_count >= self._connections_max
+        ):
+            return "the gateway has as many connections as it takes"
+        limit = self.settings.max_connections_per_address
+        if limit and self.node.addresses.count(place) >= limit:
+            return f"there are {limit} connections from this address already"
+        return ""
 
     def health(self) -> dict[str, object]:
-        """Return the state of this worker, for `GET /health`."""
+        """Return the state of the node, for `GET /health`."""
+        total = self.node.counters.total
         return {
             "status": "draining" if self._is_draining else "ok",
             "version": __version__,
             "did": self.did,
             "uptime_seconds": round(time.monotonic() - self._started_at, 1),
-            "connections": self.router.connection_count,
-            "sessions": len(self.registry),
-            "away": self.registry.away_count,
-            "counters": {
-                **self.router.counters,
-                "refused": dict(self.refused),
-                "closed": {str(code): count for code, count in self.closed.items()},
-            },
+            "workers": self.node.workers,
+            "worker": {"number": self.worker, "pid": os.getpid()},
+            "connections": total("connections"),
+            "sessions": total("sessions"),
+            "away": total("away"),
+            "counters": self.node.totals(),
         }
 
     # --- messages ------------------------------------------------------------------------------
@@ -170,10 +230,13 @@ class Gateway:
                 self._close(connection, 1000)
 
     def _deliver_elsewhere(self, connection: Connection, data: bytes, found: Scan) -> None:
-        """Deal with a message whose target has no connection here."""
+        """Deal with a message whose target has no connection here that takes it."""
         assert found.to is not None
         target = self.registry.get(found.to)
-        if target is not None:
+        if target is not None and target.move is not None:
+            self.moves.hold(target, self.worker, data)
+            return
+        if target is not None and target.connection is None:
             if not target.hold(data):
                 self._refuse(connection, "away_full", found=found, field="to")
             return
@@ -181,8 +244,68 @@ class Gateway:
             decode_did(found.to)
         except DIDError as error:
             self._refuse(connection, "bad_did", str(error), found=found, field="to")
-        else:
+            return
+        route = self.node.table.get(found.to.encode())
+        if route is None or (route[0] == self.worker and target is None):
             self._refuse(connection, "not_online", found=found, field="to")
+        elif route[0] != self.worker:
+            reachable = route[0] in self.router.linked_workers()
+            self._refuse(connection, "overloaded" if reachable else "unreachable", found=found, field="to")
+        else:  # closing: its session ends in this pass of the loop
+            self._refuse(connection, "not_online", found=found, field="to")
+
+    def _give(self, session: Session, data: bytes) -> None:
+        """Deliver a message to a session of this worker, or give it back to its sender."""
+        if session.connection is None:
+            if not session.hold(data):
+                self._return(data, "away_full")
+        elif not self._send(session.connection, data):
+            self._return(data, "slow_consumer")
+        else:
+            self.node.counters.add(self.worker, "messages_routed")
+            self.node.counters.add(self.worker, "bytes_routed", len(data))
+
+    # --- other workers -------------------------------------------------------------------------
+
+    def on_moving(self, target: Connection, origin: int, data: bytes) -> None:
+        """Take a message for a session that is on its way to this worker."""
+        if target.session is not None:
+            self.moves.hold(target.session, origin, data)
+        else:
+            self.on_stray(origin, data)
+
+    def on_stray(self, origin: int, data: bytes) -> None:
+        """Take a message that another worker sent here, but whose target has gone or dropped since."""
+        found = scan(data)
+        if found.to is None:
+            return
+        session = self.registry.get(found.to)
+        if session is not None:
+            if session.move is not None:
+                self.moves.hold(session, origin, data)
+            else:
+                self._give(session, data)
+            return
+        route = self.node.table.get(found.to.encode())
+        if route is None or route[0] == self.worker:
+            self._return(data, "not_online")
+        elif not self.router.tell(route[0], FORWARDED, origin, route[2], data):
+            self._return(data, "unreachable")
+
+    def on_record(self, worker: int, kind: int, origin: int, epoch: int, data: bytes) -> None:
+        """Take what another worker says to this one."""
+        astray = self.moves.on_record(worker, kind, origin, epoch, data)
+        if astray is not None:
+            self.on_stray(origin, astray)
+        self._count_sessions()
+
+    def on_link_lost(self, worker: int, records: list[tuple[int, int, int, bytes]]) -> None:
+        """Another worker has gone: tell the senders of what it had not confirmed."""
+        self._log.warning("worker lost", lost=worker, unconfirmed=len(records))
+        for kind, _, _, data in records:
+            if kind == ROUTED_KIND or kind in MESSAGE_KINDS:
+                self._return(data, "unconfirmed")
+        self.moves.on_link_lost(worker)
 
     # --- sessions ------------------------------------------------------------------------------
 
@@ -199,27 +322,54 @@ class Gateway:
                 code = 4500
             self._close(connection, code)
             return
-        token = self._registrar.new_resume_token()
-        done = self.registry.register(
-            registration.did, connection, registration.capabilities, token, registration.resume_token
-        )
-        connection.register(done.session, registration.did.encode())
+        before = self.registry.get(registration.did)
+        if before is not None:
+            self.moves.give_up(before)
+        try:
+            done = self.registry.register(
+                registration.did,
+                connection,
+                registration.capabilities,
+                self._registrar.new_resume_token(),
+                registration.resume_token,
+            )
+        except (TableFullError, TableBusyError) as error:
+            self._refuse(connection, "gateway_full", str(error), found=found)
+            self._close(connection, 1013)
+            return
+        self._count_sessions()
+        session = done.session
+        connection.register(session, registration.did.encode(), session.epoch)
         if done.replaced is not None:
-            done.replaced.forget_session()
-            self._close(done.replaced, 4504)
-        answer = self._registrar.accept(
-            registration, session=done.session.id, resume_token=token, resumed=done.resumed
-        )
-        self._send(connection, answer)
+            self._replace(done.replaced)
+        if done.elsewhere is not None:
+            self.moves.begin(session, registration, *done.elsewhere)
+            return
+        self._admit(session, registration, done.resumed)
         self.router.flush()  # what waited for the agent may fill the queue alone
         for message in done.held:
             if not done.resumed:
                 self._return(message, "away_expired")
             elif scan(message).type in ("REGISTER", "PONG"):
                 pass  # those belonged to the old connection
-            elif not self._send(connection, message):
+            elif session.connection is None or not self._send(session.connection, message):
                 self._return(message, "slow_consumer")
-        self._log.debug("registered", did=registration.did, peer=connection.peer, resumed=done.resumed)
+
+    def _admit(self, session: Session, registration: Registration, resumed: bool) -> None:
+        """Answer a REGISTER: the agent can be reached."""
+        connection = session.connection
+        if connection is None:
+            return  # it has gone again
+        answer = self._registrar.accept(
+            registration, session=session.id, resume_token=session.resume_token, resumed=resumed
+        )
+        self._send(connection, answer)
+        self._log.debug("registered", did=session.did, peer=connection.peer, resumed=resumed)
+
+    def _replace(self, connection: Connection) -> None:
+        """Close the connection of an agent that has registered anew."""
+        connection.forget_session()
+        self._close(connection, 4504)
 
     def _end_session(self, connection: Connection, *, keep: bool) -> None:
         """Part a session from its connection; `keep` lets it be away for a while."""
@@ -235,6 +385,7 @@ class Gateway:
                         self._return(message, "away_full")
         elif self.registry.remove(session):
             self._return_all(undelivered, "not_online")
+        self._count_sessions()
 
     def _put_back(self, data: bytes) -> None:
         """Deal with a message that is older than all that waits for its target."""
@@ -265,13 +416,13 @@ class Gateway:
         found = scan(data)
         if found.from_ is None or found.from_ == self.did:
             return
-        self.refused[name] += 1
+        self._tally.refused(name)
         self._log.info("undelivered", cause=name, id=found.id, did=found.from_, to=found.to)
+        answer = replies.error(self.did, found.from_, name, field="to", correlation_id=found.id)
         sender = self.registry.get(found.from_)
         if sender is None:
-            return
-        answer = replies.error(self.did, found.from_, name, field="to", correlation_id=found.id)
-        if sender.connection is None or not self._send(sender.connection, answer):
+            self.router.forward(found.from_.encode(), answer)
+        elif sender.connection is None or not self._send(sender.connection, answer):
             sender.hold(answer)
 
     # --- refusals ------------------------------------------------------------------------------
@@ -284,6 +435,7 @@ class Gateway:
         *,
         found: Scan | None = None,
         field: str | None = None,
+        retry_after_ms: int | None = None,
     ) -> None:
         """Answer with an ERROR, count and log it once."""
         session = connection.session
@@ -291,7 +443,7 @@ class Gateway:
         message_id = found.id if found is not None else None
         if field is None and found is not None:
             field = found.field
-        self.refused[name] += 1
+        self._tally.refused(name)
         self._log.info(
             "refused",
             cause=name,
@@ -302,7 +454,13 @@ class Gateway:
             text=text or CAUSES[name].message,
         )
         answer = replies.error(
-            self.did, did or self.did, name, message=text, field=field, correlation_id=message_id
+            self.did,
+            did or self.did,
+            name,
+            message=text,
+            field=field,
+            correlation_id=message_id,
+            retry_after_ms=retry_after_ms,
         )
         self._send(connection, answer)
 
@@ -315,15 +473,24 @@ class Gateway:
         self._close(connection, code, keep=True)
 
     def _count_protocol_error(self, connection: Connection, name: str) -> None:
-        self.refused[name] += 1
+        self._tally.refused(name)
         session = connection.session
         did = session.did if session is not None else None
         self._log.info("protocol error", cause=name, did=did, peer=connection.peer)
 
-    def on_slow_consumer(self, target: Connection, sender: Connection, data: bytes) -> None:
-        """Close a connection that does not read, and tell who wrote to it."""
+    def on_slow_consumer(self, target: Connection, sender: Connection | None, data: bytes) -> None:
+        """Close a connection that does not read, and tell who wrote to it; that one may be at another worker."""
         self._close_slow_consumer(target)
-        self._refuse(sender, "slow_consumer", found=scan(data), field="to")
+        if sender is not None:
+            self._refuse(sender, "slow_consumer", found=scan(data), field="to")
+        else:
+            self._return(data, "slow_consumer")
+
+    def on_too_fast(self, connection: Connection, data: bytes, retry_after_ms: int, is_last: bool) -> None:
+        """Refuse a message over the rate of the session; close one that goes on all the same."""
+        self._refuse(connection, "rate_limited", found=scan(data), retry_after_ms=retry_after_ms)
+        if is_last:
+            self._close(connection, 4005, keep=True)
 
     def _close_slow_consumer(self, connection: Connection) -> None:
         session = connection.session
@@ -349,7 +516,7 @@ class Gateway:
         self, connection: Connection, code: int, *, keep: bool = False, retry_after_ms: int | None = None
     ) -> None:
         if connection.is_open:
-            self.closed[code] += 1
+            self._tally.closed(code)
             connection.close(code, replies.close_reason(code, retry_after_ms))
         self._end_session(connection, keep=keep)
 
@@ -365,85 +532,82 @@ class Gateway:
             self._log.info("no pong", did=session.did if session is not None else None, peer=connection.peer)
             self._close(connection, 4004, keep=True)
 
-    def on_fault(self, connection: Connection) -> None:
-        """Give up a connection whose timer failed; called while the exception is handled."""
-        self._log.exception("timer failed", peer=connection.peer)
-        connection.abort()
+    def on_fault(self, connection: Connection | None) -> None:
+        """Give up a connection that met a fault of this program; called while the exception is handled."""
+        self._log.exception("fault", peer=connection.peer if connection is not None else None)
+        if connection is not None:
+            connection.abort()
 
     def on_closed(self, connection: Connection) -> None:
         """Clean up after a connection that is gone."""
-        frames = connection.close_handshake
-        by_agent = frames is not None and frames.recv is not None and frames.recv_then_sent
+        self.node.addresses.add(self.worker, connection.counted_address, -1)
+        code = connection.received_code
         if connection.close_code == 0:  # not closed by us
-            if frames is not None and frames.sent is not None and not by_agent:
-                # picows itself refused a frame: masking, length, opcode, size.
-                code = int(frames.sent.code)
-                self.closed[code] += 1
-                self._count_protocol_error(connection, "too_large" if code == 1009 else "frame")
-            else:
-                self.closed[int(frames.recv.code) or 1005 if by_agent else 1006] += 1
+            self._tally.closed(code or 1006)
         if connection.session is None and connection.handshake is None:
             # We closed a session, maybe with one frame half written: that did not get through.
             for message in connection.take_undelivered():
                 self._put_back(message)
         # A client that says 1000 has finished; every other end may be followed by a resume.
-        self._end_session(connection, keep=not (by_agent and int(frames.recv.code) in (0, 1000)))
-        if self._is_draining and not self.router.connection_count:
-            self._is_empty.set()
+        self._end_session(connection, keep=code not in (1000, 1005))
 
     # --- life ----------------------------------------------------------------------------------
 
-    async def serve(self, on_ready: Callable[[int], None]) -> None:
-        """Serve until SIGTERM or SIGINT; the second one ends it at once.
+    async def serve(self, listener: socket.socket, on_ready: Callable[[], None]) -> None:
+        """Serve on a bound socket until `stop` is called.
 
         Args:
-            on_ready: Called with the port once connections are accepted.
-
-        Raises:
-            OSError: The address cannot be listened on.
+            listener: Bound, not listening yet; closed when it ends.
+            on_ready: Called once connections are accepted.
         """
         loop = asyncio.get_running_loop()
-        server = await ws_create_server(
-            self.on_request,
-            self.settings.host,
-            self.settings.port,
-            # aiofastnet costs 5 KiB a connection and routes no faster.
-            use_aiofastnet=False,
-            # Its pongs bypass on_ws_frame, and so the check of reserved bits and the time of the last sign.
-            enable_auto_pong=False,
-            max_frame_size=READ_MAX_BYTES,
-            read_buffer_init_size=READ_BUFFER_BYTES,
-            websocket_handshake_timeout=self.settings.register_timeout,
-            logger_name=PicowsLog(),
-            backlog=BACKLOG,
-        )
-        stop = asyncio.Event()
-        stop_now = asyncio.Event()
-
-        def on_signal() -> None:
-            (stop_now if stop.is_set() else stop).set()
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, on_signal)
+        loop.add_reader(self.router.fileno(), self.router.run_pass)
         ticking = loop.create_task(self._tick(loop))
+        server = await loop.create_server(self._protocol, sock=listener, backlog=BACKLOG)
         try:
-            on_ready(server.sockets[0].getsockname()[1])
-            self._log.info("listening", did=self.did)
-            is_local = ip_address(server.sockets[0].getsockname()[0]).is_loopback
-            if not self.settings.public_urls and not is_local:
-                self._log.warning(
-                    "no public URL",
-                    hint="the audience that agents sign is only compared with their Host header, which a "
-                    "relay in between can choose; name the address that they dial with --public-url",
-                )
-            await stop.wait()
-            await self._drain(server, stop_now)
+            self._log.debug("listening")
+            on_ready()
+            await self._stop.wait()
+            await self._drain(server)
         finally:
             ticking.cancel()
             for connection in self.router.open_connections():
                 connection.abort()
+            self.router.run_pass()
+            loop.remove_reader(self.router.fileno())
             server.close()
-            self._log.info("stopped", counters=self.health()["counters"])
+            self._log.debug("stopped")
+
+    def stop(self) -> None:
+        """Send every agent away and end; called again, end at once."""
+        (self._stop_now if self._stop.is_set() else self._stop).set()
+
+    def _protocol(self) -> WSProtocol:
+        """Let picows read the request of a new connection, and know where it comes from."""
+
+        def on_request(request: WSUpgradeRequest) -> WSUpgradeResponseWithListener:
+            address = protocol.transport.underlying_transport.get_extra_info("peername")
+            return self.on_request(request, address[0] if address else "")
+
+        protocol = WSProtocol(
+            host_port=None,
+            ws_path=None,
+            is_client_side=False,
+            ws_listener_factory=on_request,
+            logger=PicowsLog(),
+            disconnect_on_exception=True,
+            # Of the whole request: a client that sends byte by byte gets no more time.
+            websocket_handshake_timeout=self.settings.register_timeout,
+            enable_auto_ping=False,
+            auto_ping_idle_timeout=None,
+            auto_ping_reply_timeout=None,
+            auto_ping_strategy=WSAutoPingStrategy.PING_WHEN_IDLE,
+            enable_auto_pong=False,
+            max_frame_size=FRAME_MAX_BYTES,
+            extra_headers=None,
+            read_buffer_init_size=READ_BUFFER_BYTES,
+        )
+        return protocol
 
     async def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         """Move the timers: the only periodic work of a worker.
@@ -457,32 +621,70 @@ class Gateway:
             elapsed += min(now - last, STALL_SECONDS)
             last = now
             try:
-                self.router.advance(elapsed)
                 for session in self.registry.expire():
                     self._return_all(session.release(), "away_expired")
-                self.router.flush()
+                self.moves.expire()
+                self._look_for_taken_sessions()
+                self._count_sessions()
+                self.router.advance(elapsed)
             except Exception:
                 # One connection's fault must not stop the clock of all others.
                 self._log.exception("timer failed")
 
-    async def _drain(self, server: asyncio.Server, stop_now: asyncio.Event) -> None:
+    def _count_sessions(self) -> None:
+        self._tally.sessions(len(self.registry), self.registry.away_count)
+
+    def _look_for_taken_sessions(self) -> None:
+        """Close connections whose agent has registered at another worker that could not tell us.
+
+        That worker asks for the session at once; this finds those that it was unable to ask for. A few are looked
+        at in every tick.
+        """
+        connections = self.router.open_connections()
+        count = len(connections) // SWEEP_TICKS + 1
+        for connection in connections[self._sweep_at : self._sweep_at + count]:
+            session = connection.session
+            if session is None or session.move is not None:
+                continue
+            route = self.node.table.get(session.did.encode())
+            if route is None or route[2] != session.epoch:
+                self._log.warning("session taken", did=session.did)
+                self.registry.give(session.did, session.epoch)
+                self._return_all([*connection.take_undelivered(), *session.release()], "away_expired")
+                self._replace(connection)
+        self._sweep_at = self._sweep_at + count if self._sweep_at + count < len(connections) else 0
+
+    async def _drain(self, server: asyncio.Server) -> None:
         """Send every agent away with a time to come back, spread so that they do not all come at once."""
         self._is_draining = True
         server.close()
+        deadline = time.monotonic() + self.settings.drain_seconds
         connections = self.router.open_connections()
-        self._log.info("draining", connections=len(connections))
+        self._log.info("draining", connections=len(connections), seconds=self.settings.drain_seconds)
         # What cannot be delivered any more goes back while its senders are still there to be told.
         for session in self.registry.end_away():
             self._return_all(session.release(), "away_expired")
-        self.router.flush()
-        for connection in connections:
-            self._return_all(connection.take_undelivered(), "not_online")
-        self.router.flush()
-        spread_ms = 500 + len(connections)  # a thousand returns a second
-        for connection in connections:
-            self._close(connection, 4001, retry_after_ms=500 + random.randrange(spread_ms))  # noqa: S311
-        if self.router.connection_count:
-            waiting = [asyncio.ensure_future(event.wait()) for event in (stop_now, self._is_empty)]
-            await asyncio.wait(waiting, timeout=DRAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            for waiter in waiting:
-                waiter.cancel()
+        # Some of them are at other workers, which begin to close connections just as we do.
+        if await self._is_stopped(TICK_SECONDS):
+            return
+        random.shuffle(connections)
+        # The last ones keep some of the time for their CLOSE handshake.
+        steps = max(int(self.settings.drain_seconds * DRAIN_SHARE / TICK_SECONDS), 1)
+        size = max(-(-len(connections) // steps), DRAIN_STEP_MIN)
+        for start in range(0, len(connections), size):
+            for connection in connections[start : start + size]:
+                if connection.is_open:
+                    self._return_all(connection.take_undelivered(), "not_online")
+                    self._close(connection, 4001, retry_after_ms=500 + random.randrange(1_000))  # noqa: S311
+            self.router.flush()
+            if start + size < len(connections) and await self._is_stopped(TICK_SECONDS):
+                return
+        while self.router.connection_count and time.monotonic() < deadline:
+            if await self._is_stopped(TICK_SECONDS / 10):
+                return
+
+    async def _is_stopped(self, seconds: float) -> bool:
+        """Wait; tell at once if the end is to be at once."""
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._stop_now.wait(), seconds)
+        return self._stop_now.is_set()

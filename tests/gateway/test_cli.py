@@ -70,7 +70,9 @@ def test_the_console_script_and_the_module_are_the_same():
     ("option", "value"),
     [
         ("--port", "70000"),
-        ("--workers", "2"),
+        ("--workers", "0"),
+        ("--message-rate", "-1"),
+        ("--max-connections", "0"),
         ("--ping-interval", "0"),
         ("--ping-interval", "nan"),
         ("--idle-timeout", "inf"),
@@ -104,7 +106,7 @@ def test_a_port_in_use_gives_one_sentence():
         taken.listen()
         port = taken.getsockname()[1]
         done = run("--port", str(port), "--log-level", "error")
-    assert_one_sentence(done, f"127.0.0.1:{port}", "address already in use")
+    assert_one_sentence(done, f"127.0.0.1:{port}", "Address already in use")
 
 
 def test_an_address_that_is_not_of_this_machine_gives_one_sentence():
@@ -160,10 +162,10 @@ def test_the_identity_is_kept(start_gateway, tmp_path: Path):
 
 
 def test_the_log_is_json_lines_if_so_wanted(start_gateway):
-    gateway = start_gateway("--log-level", "debug")
+    gateway = start_gateway("--workers", "1", "--log-level", "debug")
     gateway.stop()
     lines = [json.loads(line) for line in gateway.log.splitlines()]
-    assert [line["event"] for line in lines] == ["listening", "draining", "stopped"]
+    assert [line["event"] for line in lines] == ["listening", "serving", "draining", "stopped", "stopped"]
 
 
 def test_a_log_that_nobody_reads_any_more_stops_nothing(tmp_path: Path):

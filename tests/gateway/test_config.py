@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 from pydantic import ValidationError
@@ -12,9 +13,13 @@ from gateway.config import Settings
 
 def test_the_defaults_are_those_of_the_help_text():
     settings = Settings()
-    assert (settings.host, settings.port, settings.workers) == ("127.0.0.1", 8000, 1)
+    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
+    assert settings.workers == len(os.sched_getaffinity(0))
     assert (settings.register_timeout, settings.ping_interval, settings.pong_timeout) == (10, 25, 10)
     assert (settings.away, settings.idle_timeout) == (30, 0)
+    assert (settings.max_connections, settings.max_connections_per_address) == (100_000, 0)
+    assert (settings.message_rate, settings.message_burst) == (200, 1000)
+    assert settings.drain_seconds == 10
     assert settings.public_urls == ()
     assert (settings.log_level, settings.log_format) == ("info", "console")
 
@@ -35,7 +40,7 @@ def test_the_environment_sets_what_no_option_does(monkeypatch):
         ("port", 65_536),
         ("port", "http"),
         ("workers", 0),
-        ("workers", 2),
+        ("workers", 65),
         ("register_timeout", 0),
         ("ping_interval", -1),
         ("ping_interval", math.nan),

@@ -78,7 +78,13 @@ def test_a_proof_is_accepted_and_answered(handshake):
     verify_envelope(json.loads(answer))
     message = decode(answer)
     assert (message.to, message.correlation_id) == (AGENT.did, registration.message.id)
-    assert message.ext == {"session": "s", "resume_token": "t", "ice_servers": [], "resumed": True}
+    assert message.ext == {
+        "session": "s",
+        "worker": 0,
+        "resume_token": "t",
+        "ice_servers": [],
+        "resumed": True,
+    }
 
 
 def test_capabilities_and_resume_may_be_left_out(handshake):

@@ -34,7 +34,7 @@ def table() -> RoutingTable:
 
 @pytest.fixture
 def registry(table) -> Registry:
-    return Registry(table, away=30)
+    return Registry(table, worker=0, away=30)
 
 
 def register(registry, did=A, connection=None, token="token", resume=None):
@@ -44,7 +44,7 @@ def register(registry, did=A, connection=None, token="token", resume=None):
 def test_a_registered_agent_has_a_route_and_a_presence(registry, table):
     before = time.time()
     session = registry.register(A, FakeConnection(7), b'[{"name":"x"}]', "token", None).session
-    assert table.get(A.encode()) == (7, session.epoch)
+    assert table.get(A.encode()) == (0, 7, session.epoch)
     assert (A in registry, B in registry, len(registry)) == (True, False, 1)
     presence = registry.presence(A)
     assert (presence.did, presence.session, presence.away) == (A, session.id, False)
@@ -63,7 +63,7 @@ def test_the_newest_registration_wins_and_returns_the_connection_it_replaced(reg
     assert not done.resumed
     assert done.session.id != first.id
     assert done.session.epoch > first.epoch
-    assert table.get(A.encode()) == (2, done.session.epoch)
+    assert table.get(A.encode()) == (0, 2, done.session.epoch)
     assert len(registry) == 1
 
 
@@ -72,7 +72,7 @@ def test_late_close_of_a_replaced_session_keeps_the_new_route(registry, table):
     second = register(registry, connection=FakeConnection(2)).session
     assert not registry.drop(first)
     assert not registry.remove(first)
-    assert table.get(A.encode()) == (2, second.epoch)
+    assert table.get(A.encode()) == (0, 2, second.epoch)
     assert registry.get(A) is second
     assert registry.away_count == 0
 
@@ -81,7 +81,7 @@ def test_a_dropped_session_is_away_and_keeps_its_route(registry, table):
     session = register(registry).session
     assert registry.drop(session)
     assert not registry.drop(session)
-    assert table.get(A.encode()) == (AWAY_INDEX, session.epoch)
+    assert table.get(A.encode()) == (0, AWAY_INDEX, session.epoch)
     assert registry.presence(A).away
     assert registry.presence(A).last_activity == pytest.approx(time.time() - 5, abs=1)
     assert (len(registry), registry.away_count) == (1, 1)
@@ -126,7 +126,7 @@ def test_a_removed_session_is_gone_with_its_route(registry, table):
 
 
 def test_sessions_expire_in_the_order_in_which_they_dropped(table):
-    registry = Registry(table, away=0.05)
+    registry = Registry(table, worker=0, away=0.05)
     sessions = [register(registry, did).session for did in (A, B)]
     assert list(registry.expire()) == []
     for session in reversed(sessions):
@@ -141,7 +141,7 @@ def test_sessions_expire_in_the_order_in_which_they_dropped(table):
 
 
 def test_one_that_came_back_in_time_does_not_expire(table):
-    registry = Registry(table, away=0.05)
+    registry = Registry(table, worker=0, away=0.05)
     registry.drop(register(registry, A).session)
     back = register(registry, A, connection=FakeConnection(2)).session
     registry.drop(register(registry, B).session)
@@ -149,7 +149,7 @@ def test_one_that_came_back_in_time_does_not_expire(table):
     while not list(registry.expire()):
         assert time.monotonic() < deadline
     assert registry.get(A) is back
-    assert table.get(A.encode()) == (2, back.epoch)
+    assert table.get(A.encode()) == (0, 2, back.epoch)
 
 
 def test_what_waits_is_bounded_in_messages_and_bytes(registry):
@@ -177,3 +177,58 @@ def test_epochs_only_grow(registry):
     epochs = [register(registry, did).session.epoch for did in (A, B, A, A, B)]
     assert epochs == sorted(set(epochs))
     assert epochs[0] >= 1
+
+
+# --- sessions that other workers take ----------------------------------------------------------
+
+
+def test_a_session_that_is_at_another_worker_is_named_not_taken(registry, table):
+    theirs, _ = table.bind(A.encode(), 3, 9)
+    done = register(registry)
+    assert done.elsewhere == (3, theirs)
+    assert (done.resumed, done.replaced, list(done.held)) == (False, None, [])
+    assert table.get(A.encode()) == (0, 1, done.session.epoch)
+
+
+def test_a_session_whose_route_was_taken_is_given_to_who_asks_by_its_epoch(registry, table):
+    connection = FakeConnection(1, (b"one",))
+    session = register(registry, connection=connection).session
+    table.bind(A.encode(), 3, 9)
+    assert registry.give(A, session.epoch + 1) is None
+    assert registry.give(A, session.epoch) is session
+    assert registry.give(A, session.epoch) is None
+    assert len(registry) == 0
+
+
+def test_a_dropped_session_whose_route_was_taken_still_waits_to_be_fetched(registry, table):
+    session = register(registry).session
+    table.bind(A.encode(), 3, 9)
+    assert registry.drop(session)
+    assert session.hold(b"waits")
+    assert A not in registry
+    assert registry.away_count == 0
+    assert registry.give(A, session.epoch) is session
+    assert list(session.release()) == [b"waits"]
+
+
+def test_an_agent_that_returns_before_the_other_worker_has_fetched_it_leaves_two_sessions(registry, table):
+    old = register(registry).session
+    theirs, _ = table.bind(A.encode(), 3, 9)
+    done = register(registry, connection=FakeConnection(2))
+    assert done.elsewhere == (3, theirs)
+    assert registry.get(A) is done.session
+    assert registry.drop(old)
+    assert registry.give(A, old.epoch) is old
+    assert registry.get(A) is done.session
+
+
+def test_a_taken_session_that_nobody_fetches_expires(table):
+    registry = Registry(table, worker=0, away=0.05)
+    session = register(registry).session
+    table.bind(A.encode(), 3, 9)
+    registry.drop(session)
+    deadline = time.monotonic() + 5
+    while not (expired := list(registry.expire())):
+        assert time.monotonic() < deadline
+    assert expired == [session]
+    assert table.get(A.encode())[0] == 3, "the route is the other worker's"

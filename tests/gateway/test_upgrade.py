@@ -91,13 +91,14 @@ def test_two_hosts_are_refused():
     ],
 )
 def test_the_first_frame_stands_behind_the_response(size, header):
-    accepted = upgrade.accept(request(), b"x" * size)
-    head, _, frame = bytes(accepted.to_bytes()).partition(b"\r\n\r\n")
+    accepted = upgrade.accept(request(), b"x" * size, None).response
+    assert accepted.to_bytes() == b"", "picows has nothing to write: the connection does"
+    head, _, frame = accepted.data.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 101 ")
     assert frame == header + b"x" * size
 
 
 def test_the_subprotocol_is_answered_only_if_it_was_offered():
-    assert "Sec-WebSocket-Protocol" not in upgrade.accept(request(), b"").headers
-    accepted = upgrade.accept(request(Sec_WebSocket_Protocol="a, ioap.v1"), b"")
+    assert "Sec-WebSocket-Protocol" not in upgrade.accept(request(), b"", None).response.headers
+    accepted = upgrade.accept(request(Sec_WebSocket_Protocol="a, ioap.v1"), b"", None).response
     assert accepted.headers["Sec-WebSocket-Protocol"] == "ioap.v1"

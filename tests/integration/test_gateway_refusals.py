@@ -476,7 +476,7 @@ def test_nobody_can_write_lines_into_the_log(start_gateway, style):
         agent.receive_error("wrong_audience", message.id)
     lines = gateway.log.splitlines()
     assert len([line for line in lines if "cause" in line]) == len(fields) + 3
-    assert len(lines) == len(fields) + 4, "besides them one line says that it listens"
+    assert len(lines) == len(fields) + 4, "besides them one line says that it serves"
     assert not [letter for letter in gateway.log if not letter.isprintable() and letter != "\n"]
 
 
@@ -496,9 +496,9 @@ def test_an_error_never_outgrows_its_limit(port):
             assert len(other.read_text()) < 2_500
 
 
-def test_a_thousand_refusals_in_one_write_are_a_thousand_errors_in_order(port, bystanders):
+def test_many_refusals_in_one_write_are_as_many_errors_in_order(port, bystanders):
     with Agent(port) as agent:
-        ids = [str(uuid4()) for _ in range(1000)]
+        ids = [str(uuid4()) for _ in range(900)]  # within the burst of a session
         agent.send(*(b'{"id":"%s"}' % name.encode() for name in ids))
         assert [agent.receive()["correlation_id"] for _ in ids] == ids
         agent.ping()

@@ -62,7 +62,13 @@ def test_the_gateway_speaks_first_and_proves_its_key(port):
 
 def test_the_answer_to_register_is_signed_and_brings_a_session(port):
     with Agent(port) as agent, Agent(port) as other:
-        assert set(agent.register_answer["ext"]) == {"session", "resume_token", "ice_servers", "resumed"}
+        assert set(agent.register_answer["ext"]) == {
+            "session",
+            "worker",
+            "resume_token",
+            "ice_servers",
+            "resumed",
+        }
         assert not agent.resumed
         assert agent.session != other.session
         assert agent.resume_token != other.resume_token
@@ -446,7 +452,7 @@ def test_silence_is_pinged_and_an_answer_keeps_the_session(start_gateway):
 
 
 def test_an_agent_that_talks_is_not_pinged(start_gateway):
-    gateway = start_gateway("--ping-interval", "1")
+    gateway = start_gateway("--ping-interval", "1", "--message-rate", "0")
     with Agent(gateway.port) as agent:
         end = time.monotonic() + 1.5
         while time.monotonic() < end:
@@ -567,7 +573,8 @@ def test_an_upgrade_during_the_drain_is_503(start_gateway):
         assert agent.read_close().close_code == 4001
         late.write(request[-2:])
         status, headers = late.read_head()
-        assert (status, headers["retry-after"]) == (503, "1")
+        assert status == 503
+        assert 1 <= int(headers["retry-after"]) <= 10
 
 
 def test_a_gateway_on_the_same_port_serves_the_agents_again(start_gateway, tmp_path):
@@ -620,10 +627,10 @@ def test_a_public_key_is_the_one_in_the_did(port):
 def test_time_in_which_the_gateway_stood_still_is_nobodys_silence(start_gateway):
     gateway = start_gateway("--ping-interval", "1", "--pong-timeout", "1")
     with Agent(gateway.port) as agent:
-        gateway.signal(signal.SIGSTOP)
+        gateway.signal_workers(signal.SIGSTOP)
         time.sleep(3.5)  # longer than both together: the time itself is what is tested
         agent.write_frame(PONG)  # a sign of life that it can only read when it runs again
-        gateway.signal(signal.SIGCONT)
+        gateway.signal_workers(signal.SIGCONT)
         data = agent.message(agent.gateway_did, PingPayload(sequence=7))
         agent.send(data)
         while (got := agent.read_frame()).opcode == PING:

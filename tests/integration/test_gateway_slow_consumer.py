@@ -6,6 +6,7 @@ import json
 import random
 import threading
 from collections import Counter, deque
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,17 @@ from wire import PING, TEXT, Agent, assert_exchange, close_frame, frame, wait_un
 QUEUE_MAX = 1_048_576
 # The smallest that Linux takes; the sender's side of a connection still holds up to 4 MiB (tcp_wmem).
 TINY = 2048
+
+
+@pytest.fixture
+def start_gateway(start_gateway):
+    """One worker, so that the answer to a PING says that all before it is dealt with; and no limit of messages."""
+    return partial(start_gateway, "--workers", "1", "--message-rate", "0")
+
+
+@pytest.fixture
+def gateway(start_gateway):
+    return start_gateway()
 
 
 @pytest.fixture
@@ -185,7 +197,7 @@ def test_partial_writes_keep_the_stream_whole_and_in_order(gateway, port, seed):
 
 def resident(gateway) -> int:
     """Return the resident memory of a gateway in bytes."""
-    return int(Path(f"/proc/{gateway.pid}/statm").read_text().split()[1]) * 4096
+    return int(Path(f"/proc/{gateway.worker_pids[0]}/statm").read_text().split()[1]) * 4096
 
 
 def in_kernel(agent: Agent) -> int:

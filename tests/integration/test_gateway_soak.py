@@ -144,8 +144,9 @@ class Peer:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("seed", [1])
-async def test_every_message_is_delivered_or_comes_back(gateway, seed):
+@pytest.mark.parametrize(("workers", "seed"), [(1, 1), (3, 2)])
+async def test_every_message_is_delivered_or_comes_back(start_gateway, workers, seed):
+    gateway = start_gateway("--workers", str(workers), "--message-rate", "0")
     rng = random.Random(seed)
     slots = asyncio.Semaphore(100)
     peers = [Peer(gateway.port, DIDKey.from_seed(rng.randbytes(32))) for _ in range(AGENTS)]
@@ -218,7 +219,8 @@ def usage(pid: int) -> tuple[int, int]:
 
 def test_connections_that_end_leave_nothing_behind(start_gateway):
     """Every kind of end, again and again: memory and descriptors stay where they were."""
-    gateway = start_gateway("--away", "0", "--log-level", "error")
+    gateway = start_gateway("--workers", "1", "--away", "0", "--log-level", "error")
+    (worker,) = gateway.worker_pids
     port = gateway.port
     key = DIDKey.generate()
 
@@ -254,12 +256,12 @@ def test_connections_that_end_leave_nothing_behind(start_gateway):
     for number in range(400):
         cycle(number)
     wait_until(lambda: gateway.health()["connections"] == 0)
-    before = usage(gateway.pid)
+    before = usage(worker)
     for number in range(cycles):
         cycle(number)
     wait_until(lambda: gateway.health()["connections"] == 0)
     gc.collect()
-    wait_until(lambda: usage(gateway.pid)[1] <= before[1])
-    after = usage(gateway.pid)
+    wait_until(lambda: usage(worker)[1] <= before[1])
+    after = usage(worker)
     # 1 KB per cycle would be a leaked connection.
     assert after[0] - before[0] < 500_000 + 400 * cycles

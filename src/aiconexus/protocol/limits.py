@@ -24,6 +24,8 @@ AWAY_MAX_MESSAGES: Final = 64  # wait for a dropped session: an offer and its ca
 AWAY_MAX_BYTES: Final = 65_536
 WRITE_QUEUE_MAX_BYTES: Final = 1_048_576  # 16 of the largest messages; above it: slow consumer
 REPLAY_GUARD_CAPACITY: Final = 65_536  # ids; 8 MiB, 270 messages a second over the window
+MESSAGE_RATE: Final = 200  # messages per second of one session: ten connections set up in a second
+MESSAGE_BURST: Final = 1_000  # messages at once: what an agent says that meets fifty others
 
 # --- times -------------------------------------------------------------------------------------
 
@@ -32,6 +34,7 @@ REGISTER_CLOCK_SKEW_SECONDS: Final = 60.0  # gateway and agent; the gateway's `t
 CLOCK_SKEW_SECONDS: Final = 120.0  # agent and agent: each may be off by the above
 PING_INTERVAL_SECONDS: Final = 25.0  # of silence; proxies and NATs drop after 30 to 60
 PONG_TIMEOUT_SECONDS: Final = 10.0
+DRAIN_SECONDS: Final = 10.0  # until a gateway that stops has sent everybody away
 AWAY_SECONDS: Final = 30.0  # a change of network takes a phone 5 to 20
 RECONNECT_BASE_SECONDS: Final = 0.5
 RECONNECT_MAX_SECONDS: Final = 30.0  # an outage that lasted is over for all within this time

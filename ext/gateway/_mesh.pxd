@@ -1,0 +1,69 @@
+"""The stream between two workers of a node, over a Unix socket pair.
+
+Records of one loop pass leave as one batch. A batch is kept until the other worker has confirmed it: it confirms,
+cumulatively, how many bytes of the stream it has dealt with, its writes to agents included. What it had not
+confirmed when it died can be taken back, to tell the senders.
+
+Stream: batches. Batch: BatchHead, then its records. Record: Record, then `size` bytes, padded to a multiple of 8.
+Both ends are processes of one program on one machine, so numbers are in its byte order.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef enum:
+    LINK_MAX = 4_194_304    # bytes that may wait to be confirmed: a third of a second at 20,000 messages/s
+    BATCH_MAX = 65_536      # bytes after which a new batch begins
+    CONFIRM_BYTES = 65_536  # of batches, after which they are confirmed even if there is nothing else to say
+
+cdef enum RecordKind:
+    ROUTED = 1   # a message for (connection, epoch) of the other worker
+    FIRST_OTHER  # from here on: for the handler, see gateway.moves
+
+cdef struct Record:
+    uint32_t size        # of the payload, in bytes
+    uint16_t origin      # worker to which the sender of the message is connected
+    uint16_t kind
+    uint32_t connection
+    uint32_t unused
+    uint64_t epoch
+
+cdef struct BatchHead:
+    uint32_t size        # of the records behind it, in bytes
+    uint32_t unused
+    uint64_t confirmed   # bytes of the opposite stream
+
+# Takes one record; the payload is valid during the call.
+ctypedef int (*Deliver)(void* owner, Link link, const Record* record, const char* payload) except -1
+
+cdef class Link:
+    cdef:
+        readonly int worker      # at the other end
+        readonly int fd          # -1: closed
+        readonly bint is_blocked
+        # What was said to the other worker and not confirmed: `out[0]` is byte `base` of the stream.
+        char* out                # owned
+        size_t out_size, out_capacity
+        size_t written           # bytes of `out` that the kernel has taken
+        size_t batch             # where the open batch begins; == out_size: none is open
+        uint64_t base
+        # What it said to us.
+        char* held               # owned: the beginning of a batch whose rest is not here yet
+        size_t held_size, held_capacity
+        uint64_t dealt_with      # bytes of its stream in whole batches that were delivered
+        uint64_t written_out     # ... and whose messages were written to the agents
+        uint64_t told            # ... and confirmed
+        bint has_records         # in what was dealt with since
+        bint owes                # a confirmation of records
+
+    # Add a record to the open batch. False: too much waits to be confirmed.
+    cdef bint append(self, uint16_t kind, uint16_t origin, uint32_t connection, uint64_t epoch,
+                     const char* payload, size_t size) except -1
+    # Everything that was dealt with has been written to the agents.
+    cdef void settle(self) noexcept
+    # Write what waits, with a confirmation of everything that was dealt with. False: the link is broken.
+    cdef bint flush(self, bint confirm_now) except -1
+    # Read once, delivering whole batches. False: the link is broken.
+    cdef bint read(self, char* buffer, size_t capacity, Deliver deliver, void* owner) except -1
+    cdef size_t deliver_batches(self, char* data, size_t size, Deliver deliver, void* owner) except? 0
+    cdef int confirm(self, uint64_t position) except -1
+    cdef int reserve(self, size_t more) except -1

@@ -1,0 +1,237 @@
+"""The stream between two workers; see _mesh.pxd."""
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memcpy, memmove, memset
+
+import os
+import socket
+
+cdef extern from "<sys/socket.h>" nogil:
+    ssize_t send(int fd, const void* data, size_t size, int flags)
+    ssize_t recv(int fd, void* data, size_t size, int flags)
+    int MSG_DONTWAIT
+    int MSG_NOSIGNAL
+
+cdef enum:
+    # An empty link gives memory over this back.
+    KEPT_BYTES = 262_144
+
+ROUTED_KIND = ROUTED
+FIRST_OTHER_KIND = FIRST_OTHER
+
+
+def socket_pair():
+    """Return the two ends of a new link."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    for end in ends:
+        end.setblocking(False)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    return ends
+
+
+cdef size_t padded(size_t size) noexcept nogil:
+    return (size + 7) & ~<size_t>7
+
+
+cdef class Link:
+    """One end of the stream between two workers.
+
+    Args:
+        worker: The number of the worker at the other end.
+        fd: The socket, not blocking. The link owns it.
+    """
+
+    def __cinit__(self, int worker, int fd):
+        self.worker = worker
+        self.fd = fd
+
+    def __dealloc__(self):
+        free(self.out)
+        free(self.held)
+        self.close()
+
+    def close(self):
+        """Close the socket; what was not confirmed stays to be taken."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    @property
+    def unconfirmed_bytes(self):
+        """Bytes that wait to be confirmed."""
+        return self.out_size
+
+    # --- sending -------------------------------------------------------------------------------
+
+    cdef int reserve(self, size_t more) except -1:
+        cdef size_t capacity = self.out_capacity or 16_384
+        cdef char* grown
+        if self.out_size + more <= self.out_capacity:
+            return 0
+        while capacity < self.out_size + more:
+            capacity *= 2
+        grown = <char*>realloc(self.out, capacity)
+        if grown == NULL:
+            raise MemoryError()
+        self.out = grown
+        self.out_capacity = capacity
+        return 0
+
+    cdef bint append(
+        self, uint16_t kind, uint16_t origin, uint32_t connection, uint64_t epoch, const char* payload, size_t size
+    ) except -1:
+        cdef size_t needed = sizeof(Record) + padded(size)
+        cdef Record* record
+        if self.fd < 0 or self.out_size + needed + sizeof(BatchHead) > LINK_MAX:
+            return False
+        self.reserve(needed + sizeof(BatchHead))
+        if self.out_size - self.batch >= BATCH_MAX:
+            self.end_batch()
+        if self.batch == self.out_size:
+            memset(self.out + self.out_size, 0, sizeof(BatchHead))
+            self.out_size += sizeof(BatchHead)
+        record = <Record*>(self.out + self.out_size)
+        record.size = <uint32_t>size
+        record.origin = origin
+        record.kind = kind
+        record.connection = connection
+        record.unused = 0
+        record.epoch = epoch
+        memcpy(self.out + self.out_size + sizeof(Record), payload, size)
+        memset(self.out + self.out_size + sizeof(Record) + size, 0, padded(size) - size)
+        self.out_size += needed
+        return True
+
+    def end_batch(self):
+        """Close the open batch, if there is one."""
+        cdef BatchHead* head
+        if self.batch < self.out_size:
+            head = <BatchHead*>(self.out + self.batch)
+            head.size = <uint32_t>(self.out_size - self.batch - sizeof(BatchHead))
+            head.confirmed = self.told = self.written_out
+            self.owes = False
+            self.batch = self.out_size
+
+    cdef void settle(self) noexcept:
+        self.written_out = self.dealt_with
+        # A confirmation is not confirmed, or two idle workers would never stop.
+        self.owes = self.owes or self.has_records
+        self.has_records = False
+
+    cdef bint flush(self, bint confirm_now) except -1:
+        cdef ssize_t sent
+        if self.fd < 0:
+            return False
+        if self.batch < self.out_size:
+            self.end_batch()
+        elif (
+            self.owes
+            and (confirm_now or self.written_out - self.told >= CONFIRM_BYTES)
+            and self.written == self.out_size
+        ):
+            # Nothing to say but the confirmation: a batch without records.
+            self.reserve(sizeof(BatchHead))
+            memset(self.out + self.out_size, 0, sizeof(BatchHead))
+            self.out_size += sizeof(BatchHead)
+            self.end_batch()
+        while self.written < self.out_size and not self.is_blocked:
+            sent = send(self.fd, self.out + self.written, self.out_size - self.written, MSG_DONTWAIT | MSG_NOSIGNAL)
+            if sent >= 0:
+                self.written += sent
+            elif errno == EAGAIN:
+                self.is_blocked = True
+            elif errno != EINTR:
+                return False
+        return True
+
+    cdef int confirm(self, uint64_t position) except -1:
+        """Forget what the other worker has dealt with."""
+        cdef size_t done = position - self.base
+        if position < self.base or done > self.written:
+            raise RuntimeError(f"worker {self.worker} confirms what it was not told")
+        if done == 0:
+            return 0
+        self.base = position
+        self.out_size -= done
+        self.written -= done
+        self.batch -= done
+        if self.out_size:
+            memmove(self.out, self.out + done, self.out_size)
+        elif self.out_capacity > KEPT_BYTES:
+            free(self.out)
+            self.out = NULL
+            self.out_capacity = 0
+        return 0
+
+    def take_unconfirmed(self):
+        """Return (kind, origin, epoch, payload) of every record that was not confirmed, and forget them."""
+        cdef list records = []
+        cdef size_t position = 0, end
+        cdef Record* record
+        self.end_batch()
+        while position < self.out_size:
+            end = position + sizeof(BatchHead) + (<BatchHead*>(self.out + position)).size
+            position += sizeof(BatchHead)
+            while position < end:
+                record = <Record*>(self.out + position)
+                position += sizeof(Record)
+                records.append((
+                    record.kind,
+                    record.origin,
+                    record.epoch,
+                    PyBytes_FromStringAndSize(self.out + position, record.size),
+                ))
+                position += padded(record.size)
+        self.base += self.out_size
+        self.out_size = self.written = self.batch = 0
+        return records
+
+    # --- receiving -----------------------------------------------------------------------------
+
+    cdef bint read(self, char* buffer, size_t capacity, Deliver deliver, void* owner) except -1:
+        cdef ssize_t received
+        cdef size_t size, used
+        cdef char* grown
+        # A batch is BATCH_MAX and one message at most: the rest of one always fits behind its beginning.
+        if self.held_size:
+            memcpy(buffer, self.held, self.held_size)
+        received = recv(self.fd, buffer + self.held_size, capacity - self.held_size, MSG_DONTWAIT)
+        if received == 0 or (received < 0 and errno != EAGAIN and errno != EINTR):
+            return False
+        if received < 0:
+            return True
+        size = self.held_size + received
+        used = self.deliver_batches(buffer, size, deliver, owner)
+        self.held_size = size - used
+        if self.held_size > self.held_capacity:
+            grown = <char*>realloc(self.held, self.held_size)
+            if grown == NULL:
+                raise MemoryError()
+            self.held = grown
+            self.held_capacity = self.held_size
+        memcpy(self.held, buffer + used, self.held_size)
+        return True
+
+    cdef size_t deliver_batches(self, char* data, size_t size, Deliver deliver, void* owner) except? 0:
+        """Deliver the whole batches at the start of `data`; return their size."""
+        cdef size_t position = 0, end
+        cdef BatchHead* head
+        cdef Record* record
+        while size - position >= sizeof(BatchHead):
+            head = <BatchHead*>(data + position)
+            end = position + sizeof(BatchHead) + head.size
+            if end > size:
+                break
+            self.confirm(head.confirmed)
+            self.dealt_with += end - position
+            self.has_records = self.has_records or head.size > 0
+            position += sizeof(BatchHead)
+            while position < end:
+                record = <Record*>(data + position)
+                position += sizeof(Record)
+                deliver(owner, self, record, data + position)
+                position += padded(record.size)
+        return position

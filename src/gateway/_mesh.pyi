@@ -1,0 +1,7 @@
+from socket import socket
+from typing import Final
+
+ROUTED_KIND: Final[int]
+FIRST_OTHER_KIND: Final[int]
+
+def socket_pair() -> tuple[socket, socket]: ...

@@ -1,0 +1,265 @@
+"""How a session comes over from another worker when its agent does: with what waits for it, in order.
+
+The agent was at worker OLD and registers at worker NEW. NEW binds the route, so that every worker sends to NEW from
+then on, but what was sent before may still be on its way through OLD. So::
+
+    NEW → OLD           MOVE     give me the session of that epoch
+    NEW → every other   FENCE    say so to OLD behind all that you have sent it
+    each → OLD → NEW    MARK     behind this nothing of mine comes through OLD
+    OLD → NEW           HANDED   whether the resume token was right; behind it HELD: what waited, in order
+    OLD → NEW           FORWARDED  what still reached OLD
+
+and NEW holds back what a worker sends directly until that worker's MARK has come. What one agent sends to another
+thus arrives in the order in which it was sent. If OLD does not answer in time, NEW goes on without it, and what comes
+through OLD later goes back to its senders: never out of order, never in silence.
+
+Kinds are those of records between workers (ext/gateway/_mesh.pxd); the epoch in a record is that of the session at NEW.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import orjson
+
+from aiconexus.protocol.limits import WRITE_QUEUE_MAX_BYTES
+from gateway._connection import Connection, Router
+from gateway._frames import scan
+from gateway._mesh import FIRST_OTHER_KIND
+
+if TYPE_CHECKING:
+    from gateway.handshake import Registration
+    from gateway.registry import Registry, Session
+
+MOVE, FENCE, MARK, HANDED, HELD, FORWARDED = range(FIRST_OTHER_KIND, FIRST_OTHER_KIND + 6)
+# Of records that hold an agent's message.
+MESSAGE_KINDS = frozenset({HELD, FORWARDED})
+# A worker that is alive answers within a loop pass.
+MOVE_SECONDS = 2.0
+
+
+@dataclass(slots=True)
+class Move:
+    """A session on its way.
+
+    Attributes:
+        session: At this worker, the new one.
+        registration: To be answered once it is known whether the session is resumed.
+        old: The worker it comes from.
+        waits: Workers whose MARK has not come.
+        held: What they sent directly, by worker.
+        is_answered: The agent has the answer to its REGISTER.
+        deadline: In seconds of the monotonic clock.
+        next: A MOVE that asks for the session already: (worker, epoch there, data).
+    """
+
+    session: Session
+    registration: Registration
+    old: int
+    waits: set[int]
+    deadline: float
+    held: dict[int, deque[bytes]] = field(default_factory=dict)
+    held_bytes: int = 0
+    is_answered: bool = False
+    next: tuple[int, int, bytes] | None = None
+
+
+class Moves:
+    """The sessions that come to this worker and go from it.
+
+    Args:
+        worker: The number of this worker.
+        router: Where records are sent.
+        registry: The sessions of this worker.
+        admit: Answers a REGISTER: (session, registration, resumed).
+        give: Delivers a message to a session, or gives it back to its sender.
+        give_back: Tells the sender of a message that it was not delivered: (data, cause).
+        replace: Closes a connection whose agent is elsewhere now.
+    """
+
+    def __init__(
+        self,
+        worker: int,
+        router: Router,
+        registry: Registry,
+        *,
+        admit: Callable[[Session, Registration, bool], None],
+        give: Callable[[Session, bytes], None],
+        give_back: Callable[[bytes, str], None],
+        replace: Callable[[Connection], None],
+    ) -> None:
+        self._worker = worker
+        self._router = router
+        self._registry = registry
+        self._admit = admit
+        self._give = give
+        self._give_back = give_back
+        self._replace = replace
+        self._moves: dict[int, Move] = {}
+
+    # --- at the new worker ---------------------------------------------------------------------
+
+    def begin(self, session: Session, registration: Registration, old: int, old_epoch: int) -> None:
+        """Fetch a session from the worker that had it."""
+        others = set(self._router.linked_workers()) - {old}
+        move = Move(
+            session,
+            registration,
+            old,
+            waits={old, self._worker, *others},
+            deadline=time.monotonic() + MOVE_SECONDS,
+        )
+        request = {"did": session.did, "epoch": old_epoch, "resume": registration.resume_token}
+        if not self._router.tell(old, MOVE, self._worker, session.epoch, orjson.dumps(request)):
+            # Nobody is there any more. Its route names an epoch that nobody owns.
+            self._admit(session, registration, False)
+            return
+        self._moves[session.epoch] = move
+        session.move = move
+        self._set_moving(move, True)
+        home = orjson.dumps({"old": old, "new": self._worker})
+        for worker in others:
+            if not self._router.tell(worker, FENCE, self._worker, session.epoch, home):
+                move.waits.discard(worker)
+        self._router.tell(old, MARK, self._worker, session.epoch, home)
+
+    def hold(self, session: Session, origin: int, data: bytes) -> None:
+        """Take a message that a worker, or this one, sent directly to a session that is on its way."""
+        move = session.move
+        if move is None or (move.is_answered and origin not in move.waits):
+            self._give(session, data)
+        elif move.held_bytes + len(data) > WRITE_QUEUE_MAX_BYTES:
+            self._give_back(data, "overloaded")
+        else:
+            move.held.setdefault(origin, deque()).append(data)
+            move.held_bytes += len(data)
+
+    def _handed(self, move: Move, data: bytes) -> None:
+        answer = orjson.loads(data)
+        if move.is_answered:
+            return
+        session = move.session
+        if answer["resumed"]:
+            session.id = answer["session"]
+            session.connected_at = answer["connected_at"]
+        move.is_answered = True
+        self._admit(session, move.registration, answer["resumed"])
+
+    def _mark(self, move: Move, origin: int) -> None:
+        move.waits.discard(origin)
+        for data in move.held.pop(origin, ()):
+            self._give(move.session, data)
+        if not move.waits:
+            self._end(move)
+
+    def _end(self, move: Move) -> None:
+        """Let the session be like any other."""
+        session = move.session
+        del self._moves[session.epoch]
+        if not move.is_answered:
+            move.is_answered = True
+            self._admit(session, move.registration, False)
+        for held in move.held.values():
+            for data in held:
+                self._give(session, data)
+        session.move = None
+        self._set_moving(move, False)
+        if move.next is not None:
+            self._hand_over(*move.next)
+
+    def _give_up(self, move: Move) -> None:
+        """Go on without what is still to come through the old worker."""
+        move.session.old_path_closed = True
+        self._end(move)
+
+    def give_up(self, session: Session) -> None:
+        """Go on at once, for the session itself is being replaced."""
+        if session.move is not None:
+            self._give_up(session.move)
+
+    @staticmethod
+    def _set_moving(move: Move, value: bool) -> None:
+        if move.session.connection is not None:
+            move.session.connection.is_moving = value
+
+    # --- at the old worker ---------------------------------------------------------------------
+
+    def _hand_over(self, new: int, epoch: int, data: bytes) -> None:
+        request = orjson.loads(data)
+        session = self._registry.get(request["did"])
+        if session is not None and session.epoch == request["epoch"] and session.move is not None:
+            session.move.next = (new, epoch, data)
+            return
+        session = self._registry.give(request["did"], request["epoch"])
+        resumed = (
+            session is not None and request["resume"] is not None and request["resume"] == session.resume_token
+        )
+        answer: dict[str, object] = {"resumed": resumed}
+        waiting: list[bytes] = []
+        if session is not None:
+            if resumed:
+                answer.update(session=session.id, connected_at=session.connected_at)
+            connection, session.connection = session.connection, None
+            if connection is not None:
+                waiting.extend(connection.take_undelivered())
+                self._replace(connection)
+            waiting.extend(session.release())
+        self._router.tell(new, HANDED, self._worker, epoch, orjson.dumps(answer))
+        for message in waiting:
+            if not resumed:
+                self._give_back(message, "away_expired")
+            elif scan(message).type in ("REGISTER", "PONG"):
+                pass  # those belonged to the old connection
+            elif not self._router.tell(new, HELD, self._worker, epoch, message):
+                self._give_back(message, "overloaded")
+        self._router.tell(new, MARK, self._worker, epoch, b"")
+
+    # --- at every worker -----------------------------------------------------------------------
+
+    def on_record(self, worker: int, kind: int, origin: int, epoch: int, data: bytes) -> bytes | None:
+        """Take a record from another worker.
+
+        Returns:
+            A message whose target is not here, or None.
+        """
+        if kind == MOVE:
+            self._hand_over(worker, epoch, data)
+        elif kind == FENCE:
+            self._router.tell(orjson.loads(data)["old"], MARK, self._worker, epoch, data)
+        elif kind == MARK and data:
+            self._router.tell(orjson.loads(data)["new"], MARK, origin, epoch, b"")
+        elif kind == MARK:
+            if (move := self._moves.get(epoch)) is not None:
+                self._mark(move, origin)
+        elif kind == HANDED:
+            if (move := self._moves.get(epoch)) is not None:
+                self._handed(move, data)
+        elif kind in MESSAGE_KINDS:
+            to = scan(data).to
+            session = self._registry.get(to) if to is not None else None
+            if session is None or session.epoch != epoch:
+                return data
+            if session.old_path_closed:
+                self._give_back(data, "away_expired")
+            else:
+                self._give(session, data)
+        return None
+
+    def on_link_lost(self, worker: int) -> None:
+        """Another worker has gone: its marks will not come, nor what had to come through it."""
+        for move in list(self._moves.values()):
+            if worker == move.old:
+                self._give_up(move)
+            elif worker in move.waits:
+                self._mark(move, worker)
+
+    def expire(self) -> None:
+        """Go on with the sessions whose old worker does not answer."""
+        now = time.monotonic()
+        # The oldest come first.
+        while self._moves and (move := next(iter(self._moves.values()))).deadline <= now:
+            self._give_up(move)
