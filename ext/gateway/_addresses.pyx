@@ -1,8 +1,8 @@
-"""How many connections come from one address: a count-min sketch (Cormode and Muthukrishnan, 2005) per worker.
+"""How many connections come from one address: a count-min sketch (Cormode and Muthukrishnan, 2005).
 
-Each worker writes only its own, so nobody locks, and what a dead worker held is forgotten by zeroing. The count
-is never too small. It is too large only for an address that collides with others in both rows: with 10,000
-addresses, one in 50 has any company at all.
+Each worker writes only its own, so nobody locks, and what a dead worker held is forgotten by zeroing. The
+count is never too small. It is too large only for an address that collides with others in both rows: of
+10,000 addresses, two in a hundred.
 """
 
 from hashlib import blake2b
@@ -34,9 +34,9 @@ cdef class Addresses:
         """Return how many connections there are from an address."""
         cdef uint32_t first = place % BUCKETS, second = BUCKETS + place // BUCKETS
         cdef uint32_t by_first = 0, by_second = 0
-        cdef int worker
+        cdef int _worker
         cdef uint32_t* cells = self.cells
-        for worker in range(self.workers):
+        for _worker in range(self.workers):
             by_first += cells[first]
             by_second += cells[second]
             cells += ROWS * BUCKETS

@@ -1,8 +1,8 @@
 """The connections of one worker and the path of a message through them.
 
-A message goes from the worker's read buffer through the scanner and the routing table into the write queue of
-its target, or into the stream to the worker that has the target: no Python object, no task, no allocation.
-Everything else is handed to `Router.handler` (gateway.worker), which is Python.
+A message goes from the worker's read buffer through the scanner and the routing table into the write queue
+of its target, or into the stream to the worker that has the target: no Python object, no task, no
+allocation. Everything else is handed to `Router.handler` (gateway.worker), which is Python.
 
 The sockets stand in an epoll set of the router's own, which stands in the event loop as one descriptor. So one
 pass reads from many agents into one buffer, and at its end each target gets what came for it in one write.
@@ -116,7 +116,9 @@ cdef class Connection:
     cdef int hold(self, const char* data, Py_ssize_t size) except -1
     cdef bint allow(self) noexcept
     cdef int receive(self, const char* data, Py_ssize_t size) except -1
-    cdef int receive_rare(self, uint8_t opcode, bint fin, uint8_t rsv, const char* data, Py_ssize_t size) except -1
+    cdef int receive_rare(
+        self, uint8_t opcode, bint fin, uint8_t rsv, const char* data, Py_ssize_t size
+    ) except -1
     cdef int receive_close(self, const char* data, Py_ssize_t size) except -1
     cdef int write_out(self) except -1
     cdef int write_goodbye(self) except -1

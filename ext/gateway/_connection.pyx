@@ -23,13 +23,12 @@ from gateway._counters cimport (
 )
 from gateway._frames cimport ANSWER, ERROR, ICE_CANDIDATE, OFFER, OK, Envelope, is_utf8, scan_envelope
 from gateway._mesh cimport ROUTED, Link, Record
-from gateway._routing cimport AWAY, DID_PREFIX_SIZE, DID_SIZE, Route, RoutingTable
+from gateway._routing cimport DID_PREFIX_SIZE, DID_SIZE, Route, RoutingTable
 from gateway._timers cimport TICKS_PER_SECOND, TimerWheel
 from gateway._websocket cimport (
     BINARY,
     CLOSE,
     CONTINUATION,
-    FRAME_BROKEN,
     FRAME_PARTIAL,
     FRAME_TOO_LARGE,
     FRAME_WHOLE,
@@ -47,8 +46,10 @@ from gateway._websocket cimport (
 cdef extern from "<sys/socket.h>" nogil:
     ssize_t send(int fd, const void* data, size_t size, int flags)
     ssize_t recv(int fd, void* data, size_t size, int flags)
+    int shutdown(int fd, int how)
     int MSG_DONTWAIT
     int MSG_NOSIGNAL
+    int SHUT_WR
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -102,7 +103,8 @@ cdef class Router:
 
     Args:
         handler: Gets what is not routed: `on_message(connection, data)`, `on_moving(target, origin, data)`,
-            `on_stray(origin, data)`, `on_record(link, kind, origin, epoch, data)`, `on_link_lost(worker, records)`,
+            `on_stray(origin, data)`, `on_record(worker, kind, origin, epoch, data)`,
+            `on_link_lost(worker, records)`,
             `on_refused_frame(connection, name, close_code)`, `on_slow_consumer(target, sender, data)`,
             `on_too_fast(connection, data, retry_after_ms, is_last)`, `on_timeout(connection, name)`,
             `on_fault(connection)` and `on_closed(connection)`.
@@ -346,7 +348,7 @@ cdef class Router:
         return [link.worker for link in self.links if link is not None]
 
     def tell(self, int worker, int kind, int origin, uint64_t epoch, bytes data not None):
-        """Send another worker a record for its handler; False if it cannot be reached or has too much to read."""
+        """Send another worker a record for its handler; False if it cannot be reached or is behind."""
         cdef Link link = self.links[worker]
         return link is not None and link.append(
             kind, origin, 0, epoch, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data)
@@ -360,11 +362,18 @@ cdef class Router:
         """
         cdef Route route
         cdef Link link
-        if not self.table.find(PyBytes_AS_STRING(did) + DID_PREFIX_SIZE, &route) or route.worker == self.worker:
+        if not self.table.find(PyBytes_AS_STRING(did) + DID_PREFIX_SIZE, &route):
+            return None
+        if route.worker == self.worker:
             return None
         link = self.links[route.worker]
         return link is not None and link.append(
-            ROUTED, self.worker, route.connection, route.epoch, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data)
+            ROUTED,
+            self.worker,
+            route.connection,
+            route.epoch,
+            PyBytes_AS_STRING(data),
+            PyBytes_GET_SIZE(data),
         )
 
     cdef int unblock(self, Link link) except -1:
@@ -436,8 +445,12 @@ cdef class Connection:
             os.close(self.fd)
 
     def open(self, int fd, bytes first not None):
-        """Begin on a socket, which the connection owns from now on, by sending `first`: the 101 response
-        and the gateway's first frame."""
+        """Begin on a socket, which the connection owns from now on.
+
+        Args:
+            fd: It, not blocking.
+            first: What is sent: the 101 response and the gateway's first frame.
+        """
         cdef Router router = self.router
         self.fd = fd
         if router.free_indices:
@@ -561,9 +574,9 @@ cdef class Connection:
     cdef int on_readable(self) except -1:
         """Read once, and take every frame that is there.
 
-        A connection owns memory for reading only while it has sent part of a frame. A short part is copied back
-        before the next read; the rest of a long frame is read behind its beginning, or a client that sends byte
-        by byte would have it copied every time.
+        A connection owns memory for reading only while it has sent part of a frame. A short part is copied
+        back before the next read; the rest of a long frame is read behind its beginning, or a client that
+        sends byte by byte would have it copied every time.
         """
         cdef Router router = self.router
         cdef ssize_t received
@@ -868,6 +881,10 @@ cdef class Connection:
                 return 0
         if self.is_ending:
             self.router.bury(self)
+        elif self.is_deaf:
+            # The client broke the framing: no CLOSE of its can be found. It learns that all is said; closing
+            # while it still sends would reset the connection, and maybe take the CLOSE frame with it.
+            shutdown(self.fd, SHUT_WR)
         return 0
 
     cdef int block(self) except -1:

@@ -1,11 +1,11 @@
 """The stream between two workers of a node, over a Unix socket pair.
 
-Records of one loop pass leave as one batch. A batch is kept until the other worker has confirmed it: it confirms,
-cumulatively, how many bytes of the stream it has dealt with, its writes to agents included. What it had not
-confirmed when it died can be taken back, to tell the senders.
+Records of one loop pass leave as one batch. A batch is kept until the other worker has confirmed it: it
+confirms, cumulatively, how many bytes of the stream it has dealt with, its writes to agents included. What it
+had not confirmed when it died can be taken back, to tell the senders.
 
-Stream: batches. Batch: BatchHead, then its records. Record: Record, then `size` bytes, padded to a multiple of 8.
-Both ends are processes of one program on one machine, so numbers are in its byte order.
+Stream: batches. Batch: BatchHead, then its records. Record: Record, then `size` bytes, padded to a multiple
+of 8. Both ends are processes of one program on one machine, so numbers are in its byte order.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t

@@ -81,7 +81,13 @@ cdef class Link:
         return 0
 
     cdef bint append(
-        self, uint16_t kind, uint16_t origin, uint32_t connection, uint64_t epoch, const char* payload, size_t size
+        self,
+        uint16_t kind,
+        uint16_t origin,
+        uint32_t connection,
+        uint64_t epoch,
+        const char* payload,
+        size_t size,
     ) except -1:
         cdef size_t needed = sizeof(Record) + padded(size)
         cdef Record* record
@@ -138,7 +144,9 @@ cdef class Link:
             self.out_size += sizeof(BatchHead)
             self.end_batch()
         while self.written < self.out_size and not self.is_blocked:
-            sent = send(self.fd, self.out + self.written, self.out_size - self.written, MSG_DONTWAIT | MSG_NOSIGNAL)
+            sent = send(
+                self.fd, self.out + self.written, self.out_size - self.written, MSG_DONTWAIT | MSG_NOSIGNAL
+            )
             if sent >= 0:
                 self.written += sent
             elif errno == EAGAIN:

@@ -46,7 +46,9 @@ cdef class RoutingTable:
     cdef bint find(self, const char* key, Route* out) noexcept nogil
     # Give the route of `key` to a connection and return its new epoch; `replaced` gets what was there
     # before, with state USED, if anything was.
-    cdef uint64_t bind_key(self, const char* key, uint16_t worker, uint32_t connection, Route* replaced) except 0
+    cdef uint64_t bind_key(
+        self, const char* key, uint16_t worker, uint32_t connection, Route* replaced
+    ) except 0
     cdef bint read(self, const char* key, uint64_t index, Route* out) noexcept nogil
     cdef int lock(self) except -1
     cdef bint try_lock(self) noexcept nogil

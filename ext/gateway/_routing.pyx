@@ -1,7 +1,7 @@
 """Routing table: open addressing with linear probing in shared memory, at most half full; see _routing.pxd.
 
 A removed slot is only marked, for a reader that holds no lock must not miss what is moved under its eyes.
-Marks that end a run of slots are taken away at once and others are used again, so searches stay short.
+Marks at the end of a run of slots are taken away at once and others are used again: searches stay short.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
@@ -35,7 +35,9 @@ cdef extern from *:
     }
 
     static inline uint32_t aic_load(const uint32_t *from) { return __atomic_load_n(from, __ATOMIC_ACQUIRE); }
-    static inline void aic_store(uint32_t *to, uint32_t value) { __atomic_store_n(to, value, __ATOMIC_RELEASE); }
+    static inline void aic_store(uint32_t *to, uint32_t value) {
+        __atomic_store_n(to, value, __ATOMIC_RELEASE);
+    }
     static inline void aic_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
     static inline void aic_relax(void) {
     #if defined(__x86_64__) || defined(__i386__)
@@ -294,7 +296,7 @@ cdef class RoutingTable:
         """Give the route of a DID (ASCII) to a connection of a worker: the newest proven session wins.
 
         Returns:
-            The epoch of the new session, and (worker, connection, epoch) of the one that it replaced, or None.
+            The epoch of the new session, and (worker, connection, epoch) of the one it replaced, or None.
 
         Raises:
             TableFullError: No room.
@@ -366,11 +368,13 @@ cdef class RoutingTable:
         """Count the slots that are half written, and those that no search can reach; for tests."""
         cdef uint64_t index, torn = 0, lost = 0, used = 0
         cdef Route route
+        cdef bint found
         self.lock()
         self.unlock()
         for index in range(self.mask + 1):
             torn += self.slots[index].sequence & 1
             if self.slots[index].state == USED:
                 used += 1
-                lost += not (self.find(self.slots[index].key, &route) and route.epoch == self.slots[index].epoch)
+                found = self.find(self.slots[index].key, &route)
+                lost += not (found and route.epoch == self.slots[index].epoch)
         return {"torn": torn, "lost": lost, "used": used}

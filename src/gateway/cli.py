@@ -60,7 +60,7 @@ def _banner(settings: Settings, key: DIDKey, port: int) -> None:
             -1,
             (
                 "descriptors",
-                f"{fit:,} of {settings.max_connections:,} connections fit; raise the limit (ulimit -n) or --workers",
+                f"{fit:,} of {settings.max_connections:,} connections fit; raise `ulimit -n` or --workers",
             ),
         )
     console = Console(highlight=False, soft_wrap=True)

@@ -1,19 +1,20 @@
 """How a session comes over from another worker when its agent does: with what waits for it, in order.
 
-The agent was at worker OLD and registers at worker NEW. NEW binds the route, so that every worker sends to NEW from
-then on, but what was sent before may still be on its way through OLD. So::
+The agent was at worker OLD and registers at worker NEW. NEW binds the route, so that every worker sends to
+NEW from then on, but what was sent before may still be on its way through OLD. So::
 
-    NEW → OLD           MOVE     give me the session of that epoch
-    NEW → every other   FENCE    say so to OLD behind all that you have sent it
-    each → OLD → NEW    MARK     behind this nothing of mine comes through OLD
-    OLD → NEW           HANDED   whether the resume token was right; behind it HELD: what waited, in order
+    NEW → OLD           MOVE       give me the session of that epoch
+    NEW → every other   FENCE      say so to OLD behind all that you have sent it
+    each → OLD → NEW    MARK       behind this nothing of mine comes through OLD
+    OLD → NEW           HANDED     whether the resume token was right; behind it HELD: what waited, in order
     OLD → NEW           FORWARDED  what still reached OLD
 
-and NEW holds back what a worker sends directly until that worker's MARK has come. What one agent sends to another
-thus arrives in the order in which it was sent. If OLD does not answer in time, NEW goes on without it, and what comes
-through OLD later goes back to its senders: never out of order, never in silence.
+and NEW holds back what a worker sends directly until that worker's MARK has come. What one agent sends to
+another thus arrives in the order in which it was sent. If OLD does not answer in time, NEW goes on without
+it, and what comes through OLD later goes back to its senders: never out of order, never in silence.
 
-Kinds are those of records between workers (ext/gateway/_mesh.pxd); the epoch in a record is that of the session at NEW.
+Kinds are those of records between workers (ext/gateway/_mesh.pxd); the epoch in a record is that of the
+session at NEW.
 """
 
 from __future__ import annotations
@@ -196,7 +197,9 @@ class Moves:
             return
         session = self._registry.give(request["did"], request["epoch"])
         resumed = (
-            session is not None and request["resume"] is not None and request["resume"] == session.resume_token
+            session is not None
+            and request["resume"] is not None
+            and request["resume"] == session.resume_token
         )
         answer: dict[str, object] = {"resumed": resumed}
         waiting: list[bytes] = []

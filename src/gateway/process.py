@@ -53,7 +53,7 @@ class WorkerProcess:
         loop = asyncio.get_running_loop()
         self._line.setblocking(False)
         loop.add_reader(self._line.fileno(), self._on_line)
-        # Both come from the supervisor; a terminal sends SIGINT to the whole group, which must not count twice.
+        # A terminal sends SIGINT to the whole group; the supervisor passes it on as SIGTERM.
         loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
         loop.add_signal_handler(signal.SIGINT, lambda: None)
         await self._may_serve.wait()

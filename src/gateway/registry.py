@@ -21,8 +21,8 @@ class Session:
     """A registered agent. `connection` is None while it is away.
 
     `epoch` grows with every registration: whatever an older connection of the same DID still does, it
-    cannot touch what belongs to a newer epoch. `move` is set while the session comes over from another worker;
-    `old_path_closed` once what is still on its way through that worker would come too late.
+    cannot touch what belongs to a newer epoch. `move` is set while the session comes over from another
+    worker; `old_path_closed` once what is still on its way through that worker would come too late.
     """
 
     __slots__ = (

@@ -1,4 +1,4 @@
-"""The parent of the workers: starts them, links them with each other, restarts what dies, passes signals on."""
+"""The parent of the workers: starts them, links them, restarts what dies, passes signals on."""
 
 from __future__ import annotations
 
@@ -99,7 +99,10 @@ class Supervisor:
         watch_at = time.monotonic() + WATCH_SECONDS
         while any(worker.pid for worker in self._workers) or not self._is_stopping:
             now = time.monotonic()
-            due = [watch_at, *(worker.restart_at for worker in self._workers if worker.restart_at is not None)]
+            due = [
+                watch_at,
+                *(worker.restart_at for worker in self._workers if worker.restart_at is not None),
+            ]
             for key, _ in self._selector.select(max(min(due) - now, 0)):
                 if key.fileobj is wake:
                     self._on_signals(wake.recv(4096))
@@ -143,7 +146,9 @@ class Supervisor:
             # One that does not read its line is stopped or dying; the new one does not wait for it.
             with suppress(OSError):
                 assert other.line is not None
-                socket.send_fds(other.line, [LINK + b" %d" % worker.number], [far.fileno()], socket.MSG_DONTWAIT)
+                socket.send_fds(
+                    other.line, [LINK + b" %d" % worker.number], [far.fileno()], socket.MSG_DONTWAIT
+                )
                 worker.waits_for.add(other.number)
             far.close()
         self._let_serve(worker)
@@ -212,7 +217,7 @@ class Supervisor:
     # --- watching ------------------------------------------------------------------------------
 
     def _watch(self, now: float) -> None:
-        """Kill workers whose event loop has stopped turning; let new ones serve that waited for such a one."""
+        """Kill workers whose event loop does not turn; let new ones serve that waited for such a one."""
         for worker in self._workers:
             if not worker.pid:
                 continue
@@ -289,8 +294,8 @@ def bind(address: socket.socket) -> socket.socket:
 def reserve(host: str, port: int) -> socket.socket:
     """Bind an address for the workers, unless somebody listens there already.
 
-    With SO_REUSEPORT alone a second gateway would start beside the first one and get half of its agents. So the
-    address is tried without it first: that fails while anybody listens.
+    With SO_REUSEPORT alone a second gateway would start beside the first one and get half of its agents.
+    So the address is tried without it first: that fails while anybody listens.
 
     Raises:
         OSError: The address is in use, not this machine's, or not allowed.

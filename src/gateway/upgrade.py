@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import struct
+from collections.abc import Callable
 from http import HTTPStatus
 
 import orjson
 from multidict import CIMultiDict
 from picows import (
+    WSAutoPingStrategy,
     WSFrame,
     WSListener,
     WSTransport,
@@ -16,14 +19,18 @@ from picows import (
     WSUpgradeResponse,
     WSUpgradeResponseWithListener,
 )
+from picows.picows import WSProtocol  # type: ignore[attr-defined]  # not in its stubs
 
-from aiconexus.protocol.limits import ENDPOINT_PATH, SUBPROTOCOL
+from aiconexus.protocol.limits import ENDPOINT_PATH, MESSAGE_MAX_BYTES, SUBPROTOCOL
 from gateway._connection import Connection
+from gateway.log import PicowsLog
 
 HEALTH_PATH = "/health"
+# picows grows it up to 16 KiB.
+REQUEST_BUFFER_BYTES = 2048
 
 
-class HandedOver(WSListener):  # type: ignore[misc]
+class HandedOver(WSListener):
     """Takes the socket away from picows once the upgrade is accepted.
 
     picows reads and checks the request; from the 101 response on a `Connection` has the socket to itself.
@@ -43,12 +50,12 @@ class HandedOver(WSListener):  # type: ignore[misc]
         handle.abort()
         self._connection.open(fd, self._response.data)
 
-    def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:  # noqa: ARG002
-        """Refuse a client that spoke before it was answered (RFC 6455 section 4.1): picows has read its words."""
+    def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
+        """Refuse a client that spoke before it was answered (RFC 6455 section 4.1)."""
         self._connection.refuse_early_frame()
 
 
-class AcceptedResponse(WSUpgradeResponse):  # type: ignore[misc]
+class AcceptedResponse(WSUpgradeResponse):
     """A 101 response with the server's first text frame behind it, kept for the connection to send."""
 
     __slots__ = ("data", "first_message")
@@ -61,6 +68,45 @@ class AcceptedResponse(WSUpgradeResponse):  # type: ignore[misc]
         header = bytes((0x81, size)) if size < 126 else struct.pack("!BBH", 0x81, 126, size)
         self.data = b"".join((super().to_bytes(), header, self.first_message))
         return bytearray()
+
+
+class RequestProtocol(WSProtocol):  # type: ignore[misc]
+    """Reads one HTTP request of a new connection, and knows where it comes from.
+
+    Args:
+        on_request: Answers it: (request, IP address of the client).
+        timeout: Seconds for the whole request.
+    """
+
+    def __init__(
+        self, on_request: Callable[[WSUpgradeRequest, str], WSUpgradeResponseWithListener], timeout: float
+    ) -> None:
+        self._address = address = [""]
+        # No reference to self, or every refused request would be work for the garbage collector.
+        super().__init__(
+            host_port=None,
+            ws_path=None,
+            is_client_side=False,
+            ws_listener_factory=lambda request: on_request(request, address[0]),
+            logger=PicowsLog(),
+            disconnect_on_exception=True,
+            websocket_handshake_timeout=timeout,
+            enable_auto_ping=False,
+            auto_ping_idle_timeout=None,
+            auto_ping_reply_timeout=None,
+            auto_ping_strategy=WSAutoPingStrategy.PING_WHEN_IDLE,
+            enable_auto_pong=False,
+            max_frame_size=MESSAGE_MAX_BYTES,  # of what is sent too early, see HandedOver
+            extra_headers=None,
+            read_buffer_init_size=REQUEST_BUFFER_BYTES,
+        )
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Note the address before the request is read."""
+        peer = transport.get_extra_info("peername")
+        if peer:
+            self._address[0] = peer[0]
+        super().connection_made(transport)
 
 
 def response(status: HTTPStatus, text: str, **headers: str) -> WSUpgradeResponse:

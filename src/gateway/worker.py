@@ -13,8 +13,7 @@ from contextlib import suppress
 from http import HTTPStatus
 
 import structlog
-from picows import WSAutoPingStrategy, WSUpgradeRequest, WSUpgradeResponseWithListener
-from picows.picows import WSProtocol
+from picows import WSUpgradeRequest, WSUpgradeResponseWithListener
 
 from aiconexus import __version__
 from aiconexus.protocol import (
@@ -36,15 +35,12 @@ from gateway._mesh import ROUTED_KIND
 from gateway._routing import TableBusyError, TableFullError
 from gateway.config import Settings
 from gateway.handshake import Handshake, Registrar, Registration
-from gateway.log import PicowsLog
 from gateway.moves import FORWARDED, MESSAGE_KINDS, Moves
 from gateway.node import Node, Tally
 from gateway.registry import Registry, Session
 
 # A message over the limit is still read up to this size, so that its ERROR can name it.
 FRAME_MAX_BYTES = 4 * MESSAGE_MAX_BYTES
-# For the request; picows grows it up to 16 KiB.
-READ_BUFFER_BYTES = 2048
 # Of a client that was refused because there is no room.
 RETRY_AFTER_SECONDS = 10
 TICK_SECONDS = 0.1
@@ -115,7 +111,7 @@ class Gateway:
             admit=self._admit,
             give=self._give,
             give_back=self._return,
-            replace=lambda connection: self._replace(connection),
+            replace=self._replace,
         )
         self._started_at = time.monotonic()
         self._connections_max = descriptors.connections_per_worker()
@@ -151,7 +147,7 @@ class Gateway:
                 status=refusal.status.value,
                 path=upgrade.path_of(request)[:128],
                 address=address,
-                text=refusal.body.decode().strip(),
+                text=(refusal.body or b"").decode().strip(),
             )
             return WSUpgradeResponseWithListener(refusal, None)
         handshake, first_message = self._registrar.begin(request.headers["Host"])
@@ -479,7 +475,7 @@ class Gateway:
         self._log.info("protocol error", cause=name, did=did, peer=connection.peer)
 
     def on_slow_consumer(self, target: Connection, sender: Connection | None, data: bytes) -> None:
-        """Close a connection that does not read, and tell who wrote to it; that one may be at another worker."""
+        """Close a connection that does not read, and tell who wrote to it, here or at another worker."""
         self._close_slow_consumer(target)
         if sender is not None:
             self._refuse(sender, "slow_consumer", found=scan(data), field="to")
@@ -563,7 +559,12 @@ class Gateway:
         loop = asyncio.get_running_loop()
         loop.add_reader(self.router.fileno(), self.router.run_pass)
         ticking = loop.create_task(self._tick(loop))
-        server = await loop.create_server(self._protocol, sock=listener, backlog=BACKLOG)
+        server = await loop.create_server(
+            # The time is for the whole request: a client that sends byte by byte gets no more.
+            lambda: upgrade.RequestProtocol(self.on_request, self.settings.register_timeout),
+            sock=listener,
+            backlog=BACKLOG,
+        )
         try:
             self._log.debug("listening")
             on_ready()
@@ -581,33 +582,6 @@ class Gateway:
     def stop(self) -> None:
         """Send every agent away and end; called again, end at once."""
         (self._stop_now if self._stop.is_set() else self._stop).set()
-
-    def _protocol(self) -> WSProtocol:
-        """Let picows read the request of a new connection, and know where it comes from."""
-
-        def on_request(request: WSUpgradeRequest) -> WSUpgradeResponseWithListener:
-            address = protocol.transport.underlying_transport.get_extra_info("peername")
-            return self.on_request(request, address[0] if address else "")
-
-        protocol = WSProtocol(
-            host_port=None,
-            ws_path=None,
-            is_client_side=False,
-            ws_listener_factory=on_request,
-            logger=PicowsLog(),
-            disconnect_on_exception=True,
-            # Of the whole request: a client that sends byte by byte gets no more time.
-            websocket_handshake_timeout=self.settings.register_timeout,
-            enable_auto_ping=False,
-            auto_ping_idle_timeout=None,
-            auto_ping_reply_timeout=None,
-            auto_ping_strategy=WSAutoPingStrategy.PING_WHEN_IDLE,
-            enable_auto_pong=False,
-            max_frame_size=FRAME_MAX_BYTES,
-            extra_headers=None,
-            read_buffer_init_size=READ_BUFFER_BYTES,
-        )
-        return protocol
 
     async def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         """Move the timers: the only periodic work of a worker.
@@ -637,8 +611,8 @@ class Gateway:
     def _look_for_taken_sessions(self) -> None:
         """Close connections whose agent has registered at another worker that could not tell us.
 
-        That worker asks for the session at once; this finds those that it was unable to ask for. A few are looked
-        at in every tick.
+        That worker asks for the session at once; this finds those that it was unable to ask for. A few are
+        looked at in every tick.
         """
         connections = self.router.open_connections()
         count = len(connections) // SWEEP_TICKS + 1

@@ -19,7 +19,7 @@ TINY = 2048
 
 @pytest.fixture
 def start_gateway(start_gateway):
-    """One worker, so that the answer to a PING says that all before it is dealt with; and no limit of messages."""
+    """One worker, so that the answer to a PING says that all before it is dealt with; no message limit."""
     return partial(start_gateway, "--workers", "1", "--message-rate", "0")
 
 
