@@ -4,8 +4,9 @@ A message goes from the worker's read buffer through the scanner and the routing
 of its target, or into the stream to the worker that has the target: no Python object, no task, no
 allocation. Everything else is handed to `Router.handler` (gateway.worker), which is Python.
 
-The sockets stand in an epoll set of the router's own, which stands in the event loop as one descriptor. So one
-pass reads from many agents into one buffer, and at its end each target gets what came for it in one write.
+The sockets stand in an epoll set of the router's own, which stands in the event loop as one descriptor. So
+one pass reads from many agents into one buffer, and at its end each target gets what came for it in one
+write.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t

@@ -468,7 +468,7 @@ cdef class Connection:
             router.bury(self)
 
     def refuse_early_frame(self):
-        """Close a connection of which somebody else has read a frame: where the next one begins is unknown."""
+        """Close a connection of which somebody else has read: where the next frame begins is unknown."""
         if not self.is_deaf:
             self.is_deaf = True
             self.router.handler.on_refused_frame(self, "early_frame", 1002)
