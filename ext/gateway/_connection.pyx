@@ -103,7 +103,7 @@ cdef class Router:
 
     Args:
         handler: Gets what is not routed: `on_message(connection, data)`, `on_moving(target, origin, data)`,
-            `on_stray(origin, data)`, `on_record(worker, kind, origin, epoch, data)`,
+            `on_stray(origin, epoch, data)`, `on_record(worker, kind, origin, epoch, data)`,
             `on_link_lost(worker, records)`,
             `on_refused_frame(connection, name, close_code)`, `on_slow_consumer(target, sender, data)`,
             `on_too_fast(connection, data, retry_after_ms, is_last)`, `on_timeout(connection, name)`,
@@ -417,7 +417,9 @@ cdef class Router:
                         target, None, PyBytes_FromStringAndSize(payload, record.size)
                     )
                 return 0
-        self.handler.on_stray(record.origin, PyBytes_FromStringAndSize(payload, record.size))
+        self.handler.on_stray(
+            record.origin, record.epoch, PyBytes_FromStringAndSize(payload, record.size)
+        )
         return 0
 
 

@@ -41,6 +41,8 @@ MOVE, FENCE, MARK, HANDED, HELD, FORWARDED = range(FIRST_OTHER_KIND, FIRST_OTHER
 MESSAGE_KINDS = frozenset({HELD, FORWARDED})
 # A worker that is alive answers within a loop pass.
 MOVE_SECONDS = 2.0
+# For which it is known where a session went: longer than anything is on its way between workers.
+GONE_SECONDS = 10.0
 
 
 @dataclass(slots=True)
@@ -52,6 +54,8 @@ class Move:
         registration: To be answered once it is known whether the session is resumed.
         old: The worker it comes from.
         waits: Workers whose MARK has not come.
+        early: Workers whose MARK came before that of the old worker: what they sent through it may be among
+            what waited there, and comes behind HANDED.
         held: What they sent directly, by worker.
         is_answered: The agent has the answer to its REGISTER.
         deadline: In seconds of the monotonic clock.
@@ -63,6 +67,7 @@ class Move:
     old: int
     waits: set[int]
     deadline: float
+    early: set[int] = field(default_factory=set)
     held: dict[int, deque[bytes]] = field(default_factory=dict)
     held_bytes: int = 0
     is_answered: bool = False
@@ -101,6 +106,9 @@ class Moves:
         self._give_back = give_back
         self._replace = replace
         self._moves: dict[int, Move] = {}
+        # By epoch, of sessions that were given away: worker and epoch where they went, and until when
+        # messages for them may still come here.
+        self._gone: dict[int, tuple[int, int, float]] = {}
 
     # --- at the new worker ---------------------------------------------------------------------
 
@@ -151,9 +159,14 @@ class Moves:
         self._admit(session, move.registration, answer["resumed"])
 
     def _mark(self, move: Move, origin: int) -> None:
-        move.waits.discard(origin)
-        for data in move.held.pop(origin, ()):
-            self._give(move.session, data)
+        move.early.add(origin)
+        if origin != move.old and move.old in move.waits:
+            return
+        for worker in move.early:
+            move.waits.discard(worker)
+            for data in move.held.pop(worker, ()):
+                self._give(move.session, data)
+        move.early.clear()
         if not move.waits:
             self._end(move)
 
@@ -223,12 +236,8 @@ class Moves:
 
     # --- at every worker -----------------------------------------------------------------------
 
-    def on_record(self, worker: int, kind: int, origin: int, epoch: int, data: bytes) -> bytes | None:
-        """Take a record from another worker.
-
-        Returns:
-            A message whose target is not here, or None.
-        """
+    def on_record(self, worker: int, kind: int, origin: int, epoch: int, data: bytes) -> None:
+        """Take a record from another worker."""
         if kind == MOVE:
             self._hand_over(worker, epoch, data)
         elif kind == FENCE:
@@ -242,22 +251,41 @@ class Moves:
             if (move := self._moves.get(epoch)) is not None:
                 self._handed(move, data)
         elif kind in MESSAGE_KINDS:
-            to = scan(data).to
-            session = self._registry.get(to) if to is not None else None
-            if session is None or session.epoch != epoch:
-                return data
+            self.pass_on(origin, epoch, data)
+
+    def pass_on(self, origin: int, epoch: int, data: bytes) -> None:
+        """Deliver a message that was sent to the session of an epoch, wherever the session is by now.
+
+        It goes the way that the session went, worker by worker: on the short way it might overtake what is
+        older.
+        """
+        to = scan(data).to
+        assert to is not None
+        session = self._registry.find(to, epoch)
+        if session is not None:
             if session.old_path_closed:
                 self._give_back(data, "away_expired")
             else:
                 self._give(session, data)
-        return None
+            return
+        if epoch in self._gone:
+            worker, epoch, _ = self._gone[epoch]
+            if not self._router.tell(worker, FORWARDED, origin, epoch, data):
+                self._give_back(data, "unreachable")
+            return
+        # That session ended. A newer one may be anywhere.
+        session = self._registry.get(to)
+        if session is not None:
+            self.hold(session, origin, data)
+        elif not self._router.forward(to.encode(), data):
+            self._give_back(data, "not_online")
 
     def on_link_lost(self, worker: int) -> None:
         """Another worker has gone: its marks will not come, nor what had to come through it."""
         for move in list(self._moves.values()):
             if worker == move.old:
                 self._give_up(move)
-            elif worker in move.waits:
+            else:
                 self._mark(move, worker)
 
     def expire(self) -> None:
@@ -266,3 +294,5 @@ class Moves:
         # The oldest come first.
         while self._moves and (move := next(iter(self._moves.values()))).deadline <= now:
             self._give_up(move)
+        while self._gone and next(iter(self._gone.values()))[2] <= now:
+            del self._gone[next(iter(self._gone))]

@@ -148,6 +148,11 @@ class Registry:
         """Return the session of a DID, here or away."""
         return self._sessions.get(did)
 
+    def find(self, did: str, epoch: int) -> Session | None:
+        """Return the session of an epoch, if it has not been given away."""
+        session = self._taken.get(epoch) or self._sessions.get(did)
+        return session if session is not None and session.epoch == epoch else None
+
     def presence(self, did: str) -> Presence | None:
         """Return what is known of a DID."""
         session = self._sessions.get(did)

@@ -35,7 +35,7 @@ from gateway._mesh import ROUTED_KIND
 from gateway._routing import TableBusyError, TableFullError
 from gateway.config import Settings
 from gateway.handshake import Handshake, Registrar, Registration
-from gateway.moves import FORWARDED, MESSAGE_KINDS, Moves
+from gateway.moves import MESSAGE_KINDS, Moves
 from gateway.node import Node, Tally
 from gateway.registry import Registry, Session
 
@@ -181,6 +181,7 @@ class Gateway:
             "connections": total("connections"),
             "sessions": total("sessions"),
             "away": total("away"),
+            "routes": len(self.node.table),
             "counters": self.node.totals(),
         }
 
@@ -241,14 +242,14 @@ class Gateway:
         except DIDError as error:
             self._refuse(connection, "bad_did", str(error), found=found, field="to")
             return
-        route = self.node.table.get(found.to.encode())
-        if route is None or (route[0] == self.worker and target is None):
+        # The session may have gone to another worker just now.
+        is_forwarded = self.router.forward(found.to.encode(), data)
+        if is_forwarded is None:
             self._refuse(connection, "not_online", found=found, field="to")
-        elif route[0] != self.worker:
-            reachable = route[0] in self.router.linked_workers()
+        elif not is_forwarded:
+            route = self.node.table.get(found.to.encode())
+            reachable = route is None or route[0] in self.router.linked_workers()
             self._refuse(connection, "overloaded" if reachable else "unreachable", found=found, field="to")
-        else:  # closing: its session ends in this pass of the loop
-            self._refuse(connection, "not_online", found=found, field="to")
 
     def _give(self, session: Session, data: bytes) -> None:
         """Deliver a message to a session of this worker, or give it back to its sender."""
@@ -268,31 +269,15 @@ class Gateway:
         if target.session is not None:
             self.moves.hold(target.session, origin, data)
         else:
-            self.on_stray(origin, data)
-
-    def on_stray(self, origin: int, data: bytes) -> None:
-        """Take a message that another worker sent here, but whose target has gone or dropped since."""
-        found = scan(data)
-        if found.to is None:
-            return
-        session = self.registry.get(found.to)
-        if session is not None:
-            if session.move is not None:
-                self.moves.hold(session, origin, data)
-            else:
-                self._give(session, data)
-            return
-        route = self.node.table.get(found.to.encode())
-        if route is None or route[0] == self.worker:
             self._return(data, "not_online")
-        elif not self.router.tell(route[0], FORWARDED, origin, route[2], data):
-            self._return(data, "unreachable")
+
+    def on_stray(self, origin: int, epoch: int, data: bytes) -> None:
+        """Take a message for a session that has dropped, or is no longer here."""
+        self.moves.pass_on(origin, epoch, data)
 
     def on_record(self, worker: int, kind: int, origin: int, epoch: int, data: bytes) -> None:
         """Take what another worker says to this one."""
-        astray = self.moves.on_record(worker, kind, origin, epoch, data)
-        if astray is not None:
-            self.on_stray(origin, astray)
+        self.moves.on_record(worker, kind, origin, epoch, data)
         self._count_sessions()
 
     def on_link_lost(self, worker: int, records: list[tuple[int, int, int, bytes]]) -> None:
