@@ -12,7 +12,7 @@ help:
 	@echo "make demo          two agents meet through a gateway and work together"
 	@echo "make test          build with checks, lint, and run all tests"
 	@echo "make test-pythons  build and run the tests on the oldest and the newest Python (nox)"
-	@echo "make bench         measure the relay and the parts of its path"
+	@echo "make bench         measure the relay beside other servers, and the parts of its path (needs npm)"
 	@echo "make clean         remove what was built"
 
 demo: $(RELEASE)/.ready
@@ -45,9 +45,11 @@ test-newest:
 	$(DEV)/bin/nox --session tests-3.13 --reuse-existing-virtualenvs --no-install
 
 bench: $(RELEASE)/.ready
+	@command -v npm > /dev/null || { echo "make bench: the PeerJS server needs Node.js with npm" >&2; exit 1; }
 	$(RELEASE)/bin/pip install --quiet '.[bench]'
+	npm install --silent --no-audit --no-fund --prefix build/bench/peer peer@latest
 	$(RELEASE)/bin/python -m pytest bench --benchmark-only
-	$(RELEASE)/bin/python -m bench.relay --write
+	$(RELEASE)/bin/python -m bench.relay --all --rounds 5 --write
 
 clean:
 	rm -rf build $(DEV) $(RELEASE) .nox src/*.egg-info src/gateway/*.so ext/gateway/*.c

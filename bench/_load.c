@@ -5,6 +5,9 @@
  * in eight hex digits; the receiver compares each one whole with what it must be, so a message that
  * was lost, reordered, altered or misrouted ends the run. One thread, level-triggered epoll, one
  * recv() per readable connection, one send() per burst.
+ *
+ * A frame from the server is a message; or, where the connection `streams`, a piece of a byte stream
+ * in which messages follow each other, and the server may ask for a sign of life between two of them.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -26,7 +29,8 @@
 #define PASS_EVENTS 1024
 #define SEQUENCE_DIGITS 8         /* hex: 2^32 messages per connection */
 #define FRAME_HEADER_BYTES 8      /* masked, 16-bit length: payloads of 126..65535 bytes */
-#define CONTROL_PAYLOAD_BYTES 125 /* RFC 6455 §5.5 */
+#define FRAME_MAX_BYTES (READ_BUFFER_BYTES / 2) /* from the server; a frame is read whole */
+#define SHORT_PAYLOAD_BYTES 125   /* with a 7-bit length; a control frame has no other (RFC 6455 §5.5) */
 
 enum { OPCODE_CLOSE = 0x8, OPCODE_PING = 0x9, OPCODE_PONG = 0xA };
 
@@ -38,6 +42,9 @@ struct load_connection {
     uint32_t sends_sequence, receives_sequence; /* offset of the hex digits in the payload */
     int32_t fd;
     uint32_t opcode; /* of the frames it sends */
+    uint32_t streams; /* 0: a frame is a message */
+    const uint8_t *asks, *answers; /* of a stream: the server's question, and what is sent for it */
+    uint32_t asks_bytes, answers_bytes; /* up to 125; 0: it never asks */
 };
 
 struct load_result {
@@ -63,6 +70,12 @@ struct connection {
     uint32_t burst_received;
     uint8_t *held; /* the beginning of a frame whose rest has not arrived */
     size_t held_bytes;
+
+    bool streams;
+    uint8_t *partial; /* the beginning of a message whose rest is in another frame */
+    size_t partial_bytes;
+    uint8_t asks[SHORT_PAYLOAD_BYTES], answers[SHORT_PAYLOAD_BYTES];
+    uint8_t asks_bytes, answers_bytes, opcode;
 };
 
 /* Latencies, log-linear: 64 buckets per power of two. */
@@ -165,9 +178,11 @@ static bool send_messages(struct load *load, struct connection *c, uint32_t coun
     return true;
 }
 
-static bool send_pong(struct load *load, struct connection *c, const uint8_t *payload, uint8_t bytes)
+/* Send a frame with a payload of at most SHORT_PAYLOAD_BYTES. */
+static bool send_short(struct load *load, struct connection *c, uint8_t opcode, const uint8_t *payload,
+                       uint8_t bytes)
 {
-    uint8_t frame[6 + CONTROL_PAYLOAD_BYTES] = {0x80 | OPCODE_PONG, 0x80 | bytes}; /* mask of zeros */
+    uint8_t frame[6 + SHORT_PAYLOAD_BYTES] = {0x80 | opcode, 0x80 | bytes}; /* mask of zeros */
     memcpy(frame + 6, payload, bytes);
     if (send(c->fd, frame, 6u + bytes, MSG_NOSIGNAL) != 6 + bytes)
         return fail(load, "send: no room for a PONG");
@@ -216,6 +231,46 @@ static bool on_message(struct load *load, struct connection *c, const uint8_t *m
     return now >= load->end_ns || send_messages(load, c, load->burst);
 }
 
+static bool on_question(struct load *load, struct connection *c, const uint8_t *question)
+{
+    if (memcmp(question, c->asks, c->asks_bytes) != 0)
+        return fail(load, "unexpected message: %.*s", c->asks_bytes, (const char *)question);
+    return send_short(load, c, c->opcode, c->answers, c->answers_bytes);
+}
+
+/* Handle the next bytes of a stream: any number of messages, the first and the last perhaps in part. */
+static bool on_stream(struct load *load, struct connection *c, const uint8_t *data, size_t bytes,
+                      uint64_t now)
+{
+    while (bytes) {
+        const uint8_t first = c->partial_bytes ? c->partial[0] : data[0];
+        const bool asked = c->asks_bytes && first == c->asks[0];
+        const size_t whole = asked ? c->asks_bytes : c->expected_bytes;
+        const uint8_t *message = data;
+        size_t used = whole;
+        if (c->partial_bytes || bytes < whole) {
+            used = whole - c->partial_bytes < bytes ? whole - c->partial_bytes : bytes;
+            memcpy(c->partial + c->partial_bytes, data, used);
+            c->partial_bytes += used;
+            message = c->partial;
+            if (c->partial_bytes < whole) {
+                /* A refusal is shorter than a message: see it now, not when the silence is over. */
+                size_t fixed = c->partial_bytes < c->expected_sequence ? c->partial_bytes
+                                                                       : c->expected_sequence;
+                if (!asked && memcmp(message, c->expected, fixed) != 0)
+                    return diagnose(load, c, message, c->partial_bytes);
+                return true;
+            }
+            c->partial_bytes = 0;
+        }
+        data += used;
+        bytes -= used;
+        if (!(asked ? on_question(load, c, message) : on_message(load, c, message, whole, now)))
+            return false;
+    }
+    return true;
+}
+
 /* Handle the frame at the start of `data`; `*used` gets its bytes, or 0 if it is not all there. */
 static bool on_frame(struct load *load, struct connection *c, const uint8_t *data, size_t bytes,
                      uint64_t now, size_t *used)
@@ -229,30 +284,36 @@ static bool on_frame(struct load *load, struct connection *c, const uint8_t *dat
             return true;
         payload = (size_t)data[2] << 8 | data[3];
         header = 4;
-    } else if (payload > 126) {
-        return fail(load, "a masked frame, or one of 64 KiB and more");
+    } else if (payload == 127) {
+        if (bytes < 10)
+            return true;
+        payload = 0;
+        for (int i = 2; i < 10; i++)
+            payload = payload << 8 | data[i];
+        header = 10;
+    } else if (payload > 127) {
+        return fail(load, "a masked frame");
     }
+    if (payload > FRAME_MAX_BYTES)
+        return fail(load, "a frame of %zu bytes", payload);
     if (bytes < header + payload)
         return true;
     *used = header + payload;
     const uint8_t *start = data + header;
     const unsigned opcode = data[0] & 0x0f;
-    if (opcode == OPCODE_PING && payload <= CONTROL_PAYLOAD_BYTES)
-        return send_pong(load, c, start, (uint8_t)payload);
+    if (opcode == OPCODE_PING && payload <= SHORT_PAYLOAD_BYTES)
+        return send_short(load, c, OPCODE_PONG, start, (uint8_t)payload);
     if (opcode == OPCODE_PONG)
         return true;
     if (opcode == OPCODE_CLOSE)
         return fail(load, "the server closed a connection: %d %.*s",
                     payload < 2 ? 1005 : start[0] << 8 | start[1], payload < 2 ? 0 : (int)payload - 2,
                     (const char *)start + 2);
+    if (c->streams)
+        return on_stream(load, c, start, payload, now);
     if (!(data[0] & 0x80))
         return fail(load, "a fragmented message");
-    /* A server may put several messages into one frame. */
-    size_t size = payload && payload % c->expected_bytes == 0 ? c->expected_bytes : payload;
-    for (size_t done = 0; done < payload; done += size)
-        if (!on_message(load, c, start + done, size, now))
-            return false;
-    return true;
+    return on_message(load, c, start, payload, now);
 }
 
 static bool on_readable(struct load *load, struct connection *c)
@@ -372,6 +433,7 @@ void load_close(struct load *load)
         free(load->connections[i].frames);
         free(load->connections[i].expected);
         free(load->connections[i].held);
+        free(load->connections[i].partial);
     }
     free(load->connections);
     free(load->read_buffer);
@@ -407,7 +469,21 @@ static bool prepare(struct connection *c, const struct load_connection *spec, ui
     c->expected_bytes = spec->receives_bytes;
     c->expected_sequence = spec->receives_sequence;
     write_sequence(c->expected + c->expected_sequence, 0);
-    return true;
+
+    c->opcode = (uint8_t)spec->opcode;
+    c->streams = spec->streams;
+    if (!c->streams)
+        return true;
+    /* The first byte must tell a question from a message. */
+    if (spec->asks_bytes > SHORT_PAYLOAD_BYTES || spec->answers_bytes > SHORT_PAYLOAD_BYTES ||
+        (spec->asks_bytes && spec->asks[0] == c->expected[0]))
+        return false;
+    c->asks_bytes = (uint8_t)spec->asks_bytes;
+    c->answers_bytes = (uint8_t)spec->answers_bytes;
+    memcpy(c->asks, spec->asks, c->asks_bytes);
+    memcpy(c->answers, spec->answers, c->answers_bytes);
+    c->partial = malloc(c->expected_bytes > c->asks_bytes ? c->expected_bytes : c->asks_bytes);
+    return c->partial;
 }
 
 /* Take `count` connected sockets, two and two partners. Return NULL if that cannot be. */

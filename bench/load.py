@@ -27,14 +27,29 @@ class Template(NamedTuple):
     digits: int
 
 
+class Stream(NamedTuple):
+    """How a server speaks whose messages follow each other in a byte stream, in frames cut anywhere.
+
+    Between two messages it may ask for a sign of life, with `asks`, and is sent `answers`. Both have at most
+    125 bytes, and `asks` does not begin like a message.
+    """
+
+    asks: bytes = b""
+    answers: bytes = b""
+
+
 @dataclass(frozen=True)
 class Endpoint:
-    """An open, registered connection: what it sends, and what its partner makes it receive."""
+    """An open, registered connection: what it sends, and what its partner makes it receive.
+
+    Without `stream`, each frame that arrives must hold one message.
+    """
 
     connection: WebSocket
     sends: Template
     receives: Template
     opcode: int = TEXT
+    stream: Stream | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,11 @@ class _Connection(ctypes.Structure):
         ("receives_sequence", ctypes.c_uint32),
         ("fd", ctypes.c_int32),
         ("opcode", ctypes.c_uint32),
+        ("streams", ctypes.c_uint32),
+        ("asks", ctypes.c_char_p),
+        ("answers", ctypes.c_char_p),
+        ("asks_bytes", ctypes.c_uint32),
+        ("answers_bytes", ctypes.c_uint32),
     ]
 
 
@@ -114,6 +134,9 @@ class Load:
             spec.receives_bytes = len(endpoint.receives.payload)
             spec.fd = endpoint.connection.fileno()
             spec.opcode = endpoint.opcode
+            spec.streams = endpoint.stream is not None
+            spec.asks, spec.answers = stream = endpoint.stream or Stream()
+            spec.asks_bytes, spec.answers_bytes = map(len, stream)
         self._handle = self._library.load_open(specs, len(endpoints), burst, spin)
         if not self._handle:
             raise LoadError("the load client takes pairs of sockets and messages of 126 to 65,535 bytes")

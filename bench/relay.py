@@ -1,7 +1,7 @@
 """Relay benchmark: what one routed message costs the gateway, beside the least that it could cost.
 
-Both servers run at once on one core and take turns; the load client has the other core. Usage:
-`python -m bench.relay`; bench/README.md says how to read the result.
+All servers run at once on one core and take turns; the load client has the other core. Usage:
+`python -m bench.relay [--all]`; bench/README.md says how to read the result.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from bench.compile import CompileError
 from bench.cpu import Cores, choose_cores, cpu_time, pin
 from bench.load import Load, LoadError
 from bench.report import Comparison, Figures
+from bench.rivals import RIVALS
 from bench.servers import Floor, Gateway, RunningGateway, Server, ServerError
 from bench.websocket import WebSocketError
 
@@ -50,11 +51,15 @@ class Mode:
         return f"{self.name}: {how} per write, {self.pairs:,} pairs, closed loop"
 
 
+FEW_PAIRS, MANY_PAIRS = 100, 1000
+
 MODES = (
-    Mode("single", pairs=100),  # one frame per read: what OFFER and ANSWER look like
-    Mode("burst", pairs=100, burst=8),  # eight frames in one read: trickle ICE
-    Mode("paced", pairs=1000, rate=10_000),  # a load that leaves the server idle half of the time
+    Mode("single", FEW_PAIRS),  # one frame per read: what OFFER and ANSWER look like
+    Mode("burst", FEW_PAIRS, burst=8),  # eight frames in one read: trickle ICE
+    Mode("paced", MANY_PAIRS, rate=10_000),  # a load that leaves the server idle half of the time
+    Mode("crowd", MANY_PAIRS),  # as single: what a message costs more because many are connected
 )
+QUICK_MODES = ("single", "burst", "paced")  # without other servers, `crowd` is only on demand
 
 
 @dataclass(frozen=True)
@@ -108,8 +113,14 @@ def compare(
 ) -> list[Comparison]:
     """Run every mode against every server in turn, round by round, so that noise hits all alike."""
     agents = [DIDKey.generate() for _ in range(2 * max(mode.pairs for mode in modes))]
-    comparisons = [Comparison(mode.title) for mode in modes]
-    schedule = list(product(range(plan.rounds), zip(modes, comparisons, strict=True), servers))
+    comparisons = [Comparison(mode.title, closed_loop=not mode.rate) for mode in modes]
+    schedule = [
+        (turn, mode, comparison, server)
+        for turn, (mode, comparison), server in product(
+            range(plan.rounds), zip(modes, comparisons, strict=True), servers
+        )
+        if server.keeps_up or not mode.rate
+    ]
     with ExitStack() as stack:
         for server in servers:
             stack.callback(server.stop)
@@ -117,7 +128,7 @@ def compare(
         pin(plan.cores.client)
         progress = stack.enter_context(Progress(console=console, transient=True))
         task = progress.add_task("", total=len(schedule))
-        for turn, (mode, comparison), server in schedule:
+        for turn, mode, comparison, server in schedule:
             progress.update(task, description=f"round {turn + 1}: {mode.name}, {server.name}")
             try:
                 figures = measure(server, mode, plan, agents)
@@ -132,8 +143,8 @@ def as_json(modes: Sequence[Mode], comparisons: Sequence[Comparison], subject: s
     """Return the figures of `subject` by mode; those of the other servers stand in them by name."""
     return {
         mode.name: {
-            **comparison.medians(subject),
-            **{name: comparison.medians(name) for name in comparison.rounds if name != subject},
+            **comparison.medians(subject, subject),
+            **{name: comparison.medians(name, subject) for name in comparison.rounds if name != subject},
         }
         for mode, comparison in zip(modes, comparisons, strict=True)
     }
@@ -144,24 +155,30 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
     seconds: Annotated[float, typer.Option(min=0.1, max=600, help="Per mode, server and round.")] = 3.0,
     mode: Annotated[list[str] | None, typer.Option(help="Only this mode; may be repeated.")] = None,
-    pairs: Annotated[int, typer.Option(min=1, help="Pairs of agents in the closed loops.")] = 100,
-    paced_pairs: Annotated[int, typer.Option(min=1, help="Pairs of agents in the open loop.")] = 1000,
+    against: Annotated[
+        list[str] | None, typer.Option(help=f"Also: {', '.join(RIVALS)}; may be repeated.")
+    ] = None,
+    against_all: Annotated[bool, typer.Option("--all", help="Against all of these.")] = False,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of agents in single and burst.")] = FEW_PAIRS,
+    paced_pairs: Annotated[int, typer.Option(min=1, help="Pairs of agents in paced and crowd.")] = MANY_PAIRS,
     rate: Annotated[int, typer.Option(min=1, help="Messages/s in the open loop.")] = 10_000,
     url: Annotated[str | None, typer.Option(help="Measure a running gateway at this ws:// URL.")] = None,
     pid: Annotated[int | None, typer.Option(help="Its process, for the CPU time; with --url.")] = None,
     as_json_line: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
     write: Annotated[bool, typer.Option(help="Update bench/RESULTS.md.")] = False,
 ) -> None:
-    """Measure what one routed message costs the gateway, beside a relay in C that checks nothing."""
-    names = mode or [known.name for known in MODES]
+    """Measure what one routed message costs the gateway, beside a relay in C and what others would take."""
+    rivals = list(RIVALS) if against_all else list(dict.fromkeys(against or []))
     all_modes = {
-        known.name: replace(known, pairs=paced_pairs, rate=rate)
-        if known.rate
-        else replace(known, pairs=pairs)
+        known.name: replace(
+            known, pairs=paced_pairs if known.pairs == MANY_PAIRS else pairs, rate=rate if known.rate else 0
+        )
         for known in MODES
     }
-    if unknown := set(names) - set(all_modes):
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(all_modes)}")
+    names = mode or (all_modes if rivals else QUICK_MODES)
+    for given, there in ((names, all_modes), (rivals, RIVALS)):
+        if unknown := set(given) - set(there):
+            raise typer.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(there)}")
     if (url is None) != (pid is None):
         raise typer.BadParameter("--url and --pid go together")
     modes = [all_modes[name] for name in all_modes if name in names]
@@ -174,17 +191,30 @@ def main(
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    servers: list[Server] = [Floor(), gateway, *(RIVALS[name]() for name in rivals)]
     try:
-        comparisons = compare([Floor(), gateway], modes, plan, errors)
+        for server in servers:
+            versions |= server.versions()
+        comparisons = compare(servers, modes, plan, errors)
     except (CompileError, ServerError) as error:
         print(f"bench.relay: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
 
     for comparison in comparisons:
-        console.print(report.table(comparison))
+        console.print(report.table(comparison, gateway.name))
+        if note := comparison.note():
+            console.print(note)
     console.print(plan.conditions)
     if write:
-        report.write_section("relay", report.markdown(comparisons, described, versions, plan.conditions))
+        section = report.markdown(
+            comparisons,
+            gateway.name,
+            machine=described,
+            versions=versions,
+            conditions=plan.conditions,
+            differences={server.name: server.differs for server in servers},
+        )
+        report.write_section("relay", section)
     if as_json_line:
         figures = as_json(modes, comparisons, gateway.name)
         print(json.dumps({"machine": described, "versions": versions, "modes": figures}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from aiconexus.protocol import DIDKey, Message, MessageType, RegisterPayload, de
 from aiconexus.protocol.limits import ENDPOINT_PATH, SUBPROTOCOL
 from bench import compile as build
 from bench.cpu import pin
-from bench.load import Endpoint
+from bench.load import TEXT, Endpoint, Stream, Template
 from bench.offers import offer
 from bench.websocket import WebSocket
 
@@ -40,7 +41,12 @@ class Server(ABC):
     """
 
     name: ClassVar[str]
+    differs: ClassVar[str]  # what it does for a message and what it does not: a reader must not guess
     path: ClassVar[str] = ENDPOINT_PATH
+    environment: ClassVar[dict[str, str]] = {}  # beside ours
+    opcode: ClassVar[int] = TEXT
+    stream: ClassVar[Stream | None] = None
+    keeps_up: ClassVar[bool] = True  # False: it cannot carry the open loop's load
     url: str
     pid: int
     _process: subprocess.Popen[bytes] | None = None
@@ -53,17 +59,34 @@ class Server(ABC):
     def connect(self, agent: DIDKey) -> WebSocket:
         """Open a connection and register `agent` on it."""
 
-    def pair(self, first: DIDKey, second: DIDKey) -> tuple[Endpoint, Endpoint]:
-        """Connect two agents for a conversation.
+    def sends(self, sender: DIDKey, target: DIDKey) -> Template:
+        """Return what one agent sends to another."""
+        return offer(sender, target)
 
-        A server that wraps messages, or has a protocol of its own, overrides this: what it delivers
-        may differ from what was sent.
-        """
-        asks, answers = offer(first, second), offer(second, first)
-        return (
-            Endpoint(self.connect(first), sends=asks, receives=answers),
-            Endpoint(self.connect(second), sends=answers, receives=asks),
+    def delivers(self, sender: DIDKey, target: DIDKey) -> Template:
+        """Return what arrives of it."""
+        return self.sends(sender, target)
+
+    def pair(self, first: DIDKey, second: DIDKey) -> tuple[Endpoint, Endpoint]:
+        """Connect two agents for a conversation."""
+        return self._endpoint(first, second), self._endpoint(second, first)
+
+    def _endpoint(self, agent: DIDKey, partner: DIDKey) -> Endpoint:
+        return Endpoint(
+            self.connect(agent),
+            sends=self.sends(agent, partner),
+            receives=self.delivers(partner, agent),
+            opcode=self.opcode,
+            stream=self.stream,
         )
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of its parts, beside those that `machine.versions` knows.
+
+        Raises:
+            ServerError: It is not installed.
+        """
+        return {}
 
     def is_ready(self) -> bool:
         """Tell whether it takes connections."""
@@ -89,6 +112,7 @@ class Server(ABC):
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
+                env=os.environ | self.environment,
                 preexec_fn=before_exec,  # noqa: PLW1509  (no thread has been started yet)
             )
         self.pid = self._process.pid
@@ -118,6 +142,10 @@ class Floor(Server):
     """C and epoll, no checks: bench/_floor.c."""
 
     name = "floor"
+    differs = (
+        "C. Searches each message for its `to` and checks nothing: neither JSON nor UTF-8, nor who sent it. "
+        "Collects what goes to one target until the end of the loop pass."
+    )
 
     def command(self, port: int) -> list[str]:
         """Compile it first, if need be."""
@@ -135,6 +163,12 @@ class Gateway(Server):
     """AIConexus, one worker."""
 
     name = "gateway"
+    differs = (
+        "AIConexus, one worker. An agent proves its key when it registers. For each message: a strict scan "
+        "of the whole JSON, UTF-8 included, `from` compared with the session, limits, counters; forwards "
+        "the bytes as they came. What cannot be delivered comes back as ERROR. Signatures are the "
+        "receiver's to verify."
+    )
 
     def command(self, port: int) -> list[str]:
         """Refuse to measure anything but a release build."""

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import random
 import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from aiconexus.protocol import DIDKey
-from bench.load import Endpoint, Load, LoadError
+from bench.load import Endpoint, Load, LoadError, Stream, Template
 from bench.offers import MESSAGE_BYTES, offer
-
-FRAME_BYTES = 8 + MESSAGE_BYTES  # masked, 16-bit length
 
 Relay = Callable[[int, bytes], bytes]
 
 
-def frame(payload: bytes, opcode: int = 0x1) -> bytes:
-    if len(payload) < 126:
-        return bytes([0x80 | opcode, len(payload)]) + payload
-    return bytes([0x80 | opcode, 126]) + len(payload).to_bytes(2, "big") + payload
+def frame(payload: bytes, opcode: int = 0x1, *, final: bool = True) -> bytes:
+    first, size = 0x80 * final | opcode, len(payload)
+    if size < 126:
+        return bytes([first, size]) + payload
+    if size < 65_536:
+        return bytes([first, 126]) + size.to_bytes(2, "big") + payload
+    return bytes([first, 127]) + size.to_bytes(8, "big") + payload
+
+
+def read_frame(server: socket.socket) -> bytes:
+    """Return the payload of the next masked frame, or nothing at the end."""
+    header = server.recv(2, socket.MSG_WAITALL)
+    if len(header) < 2:
+        return b""
+    size = header[1] & 0x7F
+    if size == 126:
+        size = int.from_bytes(server.recv(2, socket.MSG_WAITALL), "big")
+    key = server.recv(4, socket.MSG_WAITALL)
+    masked = server.recv(size, socket.MSG_WAITALL)
+    return bytes(byte ^ key[index % 4] for index, byte in enumerate(masked))
 
 
 def faithful(count: int, payload: bytes) -> bytes:
@@ -31,7 +48,7 @@ def faithful(count: int, payload: bytes) -> bytes:
 
 @contextmanager
 def pair(relay: Relay) -> Iterator[list[Endpoint]]:
-    """Two endpoints; when one sends a message, the other gets the bytes `relay(count, payload)`."""
+    """Two endpoints; when one sends a message, the `count`th, the other gets `relay(count, payload)`."""
     with ExitStack() as stack:
         sockets = [socket.socketpair() for _ in range(2)]
         for each in sockets:
@@ -40,16 +57,15 @@ def pair(relay: Relay) -> Iterator[list[Endpoint]]:
         servers = [server for _, server in sockets]
 
         def serve() -> None:
-            count = 0
-            while True:
-                ready, _, _ = select.select(servers, [], [], 20)
-                for server in ready or servers:
-                    data = server.recv(FRAME_BYTES, socket.MSG_WAITALL)
-                    if len(data) < FRAME_BYTES:
-                        return
-                    key = data[4:8] * (MESSAGE_BYTES // 4)
-                    payload = bytes(a ^ b for a, b in zip(data[8:], key, strict=True))
-                    count += 1
+            count, talking = 0, list(servers)
+            while talking:
+                ready, _, _ = select.select(talking, [], [], 20)
+                for server in ready or list(talking):
+                    payload = read_frame(server)
+                    if not payload:
+                        talking.remove(server)
+                        continue
+                    count += len(payload) == MESSAGE_BYTES
                     other = servers[1 - servers.index(server)]
                     other.sendall(relay(count, payload))
 
@@ -120,4 +136,112 @@ def swap() -> Relay:
 )
 def test_a_fault_ends_the_run(relay, reason):
     with pair(relay) as endpoints, Load(endpoints, 8) as load, pytest.raises(LoadError, match=reason):
+        load.run(0.5)
+
+
+def streamed(payload: bytes) -> bytes:
+    return b"MSG " + payload + b"\r\n"
+
+
+def as_stream(endpoints: list[Endpoint]) -> list[Endpoint]:
+    """Let the endpoints expect the payloads in a byte stream with questions in it."""
+    return [
+        replace(
+            endpoint,
+            receives=Template(streamed(endpoint.receives.payload), endpoint.receives.digits + 4),
+            stream=Stream(asks=b"PING\r\n", answers=b"PONG\r\n"),
+        )
+        for endpoint in endpoints
+    ]
+
+
+class Streaming:
+    """Collects a burst, then sends it in frames that `cut` makes; notes what answers its questions."""
+
+    def __init__(self, burst: int, cut: Callable[[bytes], bytes]) -> None:
+        self.burst, self.cut = burst, cut
+        self.held = b""
+        self.answers: list[bytes] = []
+
+    def __call__(self, count: int, payload: bytes) -> bytes:
+        if len(payload) < MESSAGE_BYTES:
+            self.answers.append(payload)
+            return b""
+        self.held += streamed(payload)
+        if count % self.burst:
+            return b""
+        data, self.held = self.held, b""
+        return self.cut(data)
+
+
+def pieces(data: bytes) -> bytes:
+    """Cut anywhere, also between the frames of a fragmented message."""
+    chance = random.Random(len(data))
+    cuts = sorted({0, len(data), *(chance.randrange(len(data)) for _ in range(20))})
+    return b"".join(
+        frame(data[start:end], opcode=0x2 if chance.random() < 0.5 else 0x0, final=chance.random() < 0.5)
+        for start, end in pairwise(cuts)
+    )
+
+
+def bytewise(data: bytes) -> bytes:
+    return b"".join(frame(data[i : i + 1]) for i in range(len(data)))
+
+
+@pytest.mark.parametrize(
+    ("burst", "cut"),
+    [(1, frame), (8, frame), (120, frame), (8, pieces), (2, bytewise)],
+    ids=["one", "batch", "64-bit length", "pieces", "bytewise"],
+)
+def test_messages_of_a_stream_are_found_in_any_frames(burst, cut):
+    relay = Streaming(burst, cut)
+    with pair(relay) as endpoints, Load(as_stream(endpoints), burst) as load:
+        assert load.run(0.1).messages >= burst
+    assert relay.answers == []
+
+
+@pytest.mark.parametrize("cut", [frame, pieces, bytewise])
+def test_questions_in_a_stream_are_answered(cut):
+    asked = 0
+
+    def ask(data: bytes) -> bytes:
+        nonlocal asked
+        asked += 2
+        half = len(data) // 2  # between two messages
+        return cut(b"PING\r\n" + data[:half] + b"PING\r\n" + data[half:])
+
+    relay = Streaming(2, ask)
+    with pair(relay) as endpoints, Load(as_stream(endpoints), 2) as load:
+        load.run(0.1)
+    assert relay.answers == asked * [b"PONG\r\n"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (lambda data: b"", "lost"),
+        (lambda data: 2 * data, "repeated"),
+        (lambda data: data[602 + 4 :] + data[: 602 + 4], "reordered"),
+        (lambda data: data.replace(b"OFFER", b"OFFEr"), "unexpected message"),
+        (lambda data: data[1:], "unexpected message"),
+        (lambda data: b"-ERR 'no'\r\n", "unexpected message of [0-9]+ bytes: -"),
+        (lambda data: b"PONG\r\n" + data, "unexpected message: PONG"),
+    ],
+    ids=["lost", "repeated", "reordered", "altered", "cut", "refused", "not the question"],
+)
+@pytest.mark.parametrize("cut", [frame, pieces], ids=["frame", "pieces"])
+def test_a_fault_in_a_stream_ends_the_run(fault, reason, cut):
+    bursts = 0
+
+    def once(data: bytes) -> bytes:
+        nonlocal bursts
+        bursts += 1
+        data = fault(data) if bursts == 5 else data
+        return cut(data) if data else b""
+
+    with (
+        pair(Streaming(8, once)) as endpoints,
+        Load(as_stream(endpoints), 8) as load,
+        pytest.raises(LoadError, match=reason),
+    ):
         load.run(0.5)

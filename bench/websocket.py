@@ -8,11 +8,11 @@ from __future__ import annotations
 import base64
 import os
 import socket
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 HANDSHAKE_TIMEOUT = 15.0  # s, for each read; the gateway itself gives up after 10
 
-_TEXT, _CLOSE = 0x1, 0x8
+_TEXT, _BINARY, _CLOSE = 0x1, 0x2, 0x8
 _GOING_NORMALLY = 1000
 
 
@@ -30,7 +30,8 @@ class WebSocket:
         self._socket = socket.create_connection((parts.hostname, parts.port or 80), HANDSHAKE_TIMEOUT)
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._upgrade(parts.netloc, parts.path or "/", subprotocol)
+            target = urlunsplit(("", "", parts.path or "/", parts.query, ""))
+            self._upgrade(parts.netloc, target, subprotocol)
         except BaseException:
             self._socket.close()
             raise
@@ -88,9 +89,9 @@ class WebSocket:
         masked = (int.from_bytes(payload, "big") ^ mask).to_bytes(size, "big")
         self._socket.sendall(bytes([0x80 | opcode]) + length + key + masked)
 
-    def send(self, message: bytes) -> None:
-        """Send a text message of at most 64 KiB."""
-        self._send(_TEXT, message)
+    def send(self, message: bytes, *, binary: bool = False) -> None:
+        """Send a message of at most 64 KiB: text, which must be UTF-8, or `binary`."""
+        self._send(_BINARY if binary else _TEXT, message)
 
     def receive(self) -> bytes:
         """Return the next text or binary message; other frames than a close are skipped."""
