@@ -23,7 +23,7 @@ from aiconexus.protocol import DIDKey, ReplayGuard, encode
 from aiconexus.protocol.limits import ENDPOINT_PATH, PING_INTERVAL_SECONDS, SUBPROTOCOL
 
 DIAL_TIMEOUT = 15.0  # s, for each read and write of the handshake; the gateway itself gives up after 10
-# The gateway pings who is silent; who hears nothing for two intervals gives up (PROTOCOL_DESIGN.md section 7).
+# The gateway pings who is silent; who hears nothing for two intervals gives up (PROTOCOL_DESIGN.md, 7).
 SILENCE_MAX = 2 * PING_INTERVAL_SECONDS
 NO_STATUS, ABNORMAL = 1005, 1006  # RFC 6455 section 7.1.5: never on the wire
 
