@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 GOODBYE_TIMEOUT = 5.0  # s, until the gateway has noticed that a connection ends
 AWAY_MAX = 2.0  # s; the gateway keeps a dropped session for 30
 NORMAL, DRAINING = 1000, 4001
-DRAIN_MEMORY = 30.0  # s after a drain's CLOSE in which an HTTP 503 is part of it
+DRAIN_MEMORY = 30.0  # s after a drain's CLOSE in which absences, lost sessions and HTTP 503 are part of it
 # What the gateway says of an agent that has gone.
 ABSENT = frozenset({"not_online", "away_expired", "away_full", "unreachable"})
 NOTICE_MAX = 2.0  # s; one agent may read such an ERROR before the other reads its CLOSE
@@ -86,6 +86,11 @@ class Agent:
     def is_ready(self) -> bool:
         """Whether it can begin something now."""
         return self._connection is not None and not self._is_stepping_aside
+
+    @property
+    def _is_drain(self) -> bool:
+        """Whether a gateway stops, or just did. It and its successor know nothing of each other."""
+        return time.monotonic() < self.swarm.drained_at + DRAIN_MEMORY
 
     # --- connection ----------------------------------------------------------------------------
 
@@ -189,7 +194,6 @@ class Agent:
 
     def _connect(self, how: str, delay: float = 0.0) -> None:
         statistics = self.swarm.statistics
-        was_away_since = time.monotonic()
         if delay:
             gevent.sleep(self._backoff.next(delay))
         while True:
@@ -204,8 +208,7 @@ class Agent:
                 )
                 break
             except TurnedAwayError as error:
-                is_drain = began < self.swarm.drained_at + DRAIN_MEMORY
-                statistics.turned_away(time.monotonic() - began, None if is_drain else error)
+                statistics.turned_away(time.monotonic() - began, None if self._is_drain else error)
                 delay = error.retry_after
             except (*NETWORK_ERRORS, AIConexusError) as error:
                 statistics.not_registered(how, time.monotonic() - began, error)
@@ -214,11 +217,13 @@ class Agent:
         self._connection = connection
         self.registered_at = time.monotonic()
         self._gateway, self._token = connection.gateway, connection.resume_token
-        if how == "resumed" and not connection.resumed and self.swarm.drained_at < was_away_since:
-            failure = SessionError("the gateway did not keep the session")
-            statistics.not_registered(how, self.registered_at - began, failure)
+        elapsed = self.registered_at - began
+        if how != "resumed" or connection.resumed:
+            statistics.registered(how, elapsed)
+        elif self._is_drain:
+            statistics.registered("not resumed: drain", elapsed)
         else:
-            statistics.registered(how, self.registered_at - began)
+            statistics.not_registered(how, elapsed, SessionError("the gateway did not keep the session"))
 
     def _start_reading(self) -> None:
         self._reader = gevent.spawn(self._read)
@@ -366,8 +371,8 @@ class Agent:
         """Find out whether an agent was really gone: its own greenlet may read of it a little later."""
         failure: RoutingError | None = RoutingError(f"{payload.code.value} {name}: {payload.message}")
         while time.monotonic() < arrived_at + NOTICE_MAX:
-            if max(target.ended_at, self.swarm.drained_at) >= sent.at:
-                name, failure = f"{name}: partner was sent away", None
+            if self._is_drain or target.ended_at >= sent.at:
+                name, failure = f"{name}: {'drain' if self._is_drain else 'partner was lost'}", None
                 break
             gevent.sleep(0.05)
         self.swarm.statistics.routing_error(name, arrived_at - sent.at, failure)

@@ -75,10 +75,10 @@ def addresses(text: str) -> tuple[str, ...]:
 
 def add_options(parser: Any) -> None:
     """Add the options to Locust's parser; its web UI shows them all."""
-    group = parser.add_argument_group("Signaling options")
 
+    # Not as a group: the web UI would not know them.
     def add(name: str, default: object, type: Callable[[str], Any], help: str) -> None:  # noqa: A002
-        group.add_argument(
+        parser.add_argument(
             f"--{name}",
             default=default,
             type=type,
