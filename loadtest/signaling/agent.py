@@ -27,7 +27,7 @@ from aiconexus.protocol import (
     verify_message,
 )
 from aiconexus.protocol.errors import close_code
-from signaling.connection import ABNORMAL, NETWORK_ERRORS, SILENCE_MAX, Connection, TurnedAwayError
+from signaling.connection import ABNORMAL, DRAINING, NETWORK_ERRORS, SILENCE_MAX, Connection, TurnedAwayError
 from signaling.exchange import Exchange
 from signaling.ledger import DeliveryError, Sent
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 GOODBYE_TIMEOUT = 5.0  # s, until the gateway has noticed that a connection ends
 AWAY_MAX = 2.0  # s; the gateway keeps a dropped session for 30
-NORMAL, DRAINING = 1000, 4001
+NORMAL = 1000  # the close code of who has finished
 DRAIN_MEMORY = 30.0  # s after a drain's CLOSE in which absences, lost sessions and HTTP 503 are part of it
 # What the gateway says of an agent that has gone.
 ABSENT = frozenset({"not_online", "away_expired", "away_full", "unreachable"})
@@ -208,6 +208,8 @@ class Agent:
                 )
                 break
             except TurnedAwayError as error:
+                if error.is_drain:
+                    self.swarm.drained_at = began
                 statistics.turned_away(time.monotonic() - began, None if self._is_drain else error)
                 delay = error.retry_after
             except (*NETWORK_ERRORS, AIConexusError) as error:

@@ -17,15 +17,17 @@ from websocket import (
     WebSocketException,
 )
 
-from aiconexus.client.backoff import retry_after_http
+from aiconexus.client.backoff import retry_after, retry_after_http
 from aiconexus.client.handshake import answer_challenge, audience, read_answer, read_challenge
 from aiconexus.protocol import DIDKey, ReplayGuard, encode
+from aiconexus.protocol.errors import close_code
 from aiconexus.protocol.limits import ENDPOINT_PATH, PING_INTERVAL_SECONDS, SUBPROTOCOL
 
 DIAL_TIMEOUT = 15.0  # s, for each read and write of the handshake; the gateway itself gives up after 10
 # The gateway pings who is silent; who hears nothing for two intervals gives up (PROTOCOL_DESIGN.md, 7).
 SILENCE_MAX = 2 * PING_INTERVAL_SECONDS
 NO_STATUS, ABNORMAL = 1005, 1006  # RFC 6455 section 7.1.5: never on the wire
+DRAINING = 4001  # PROTOCOL_DESIGN.md, 11
 
 # Linux: choose the port when connecting, not when binding. So a port serves many targets; without it the
 # ports of an address are used up for all of them together (ip(7)). `socket` knows it since Python 3.12.
@@ -35,10 +37,16 @@ NETWORK_ERRORS = (OSError, WebSocketException)
 
 
 class TurnedAwayError(Exception):
-    """HTTP 503 instead of the upgrade. `retry_after` is in seconds. The text is the gateway's."""
+    """HTTP 503 instead of the upgrade, or a drain before the answer to REGISTER.
 
-    def __init__(self, text: str, retry_after: float) -> None:
+    Attributes:
+        retry_after: Earliest return, in seconds.
+        is_drain: Whether it is known to be a drain.
+    """
+
+    def __init__(self, text: str, retry_after: float, *, is_drain: bool = False) -> None:
         self.retry_after = retry_after
+        self.is_drain = is_drain
         super().__init__(text)
 
 
@@ -109,6 +117,7 @@ class Connection:
         gateway: The DID that the gateway has proven.
         resumed: Whether the session before goes on.
         resume_token: For the next connection.
+        received_close: Code and reason of the gateway's CLOSE frame, once it came.
     """
 
     def __init__(
@@ -133,6 +142,7 @@ class Connection:
             TurnedAwayError: The gateway takes nobody now.
             OSError, WebSocketException, AIConexusError: It did not work out.
         """
+        self.received_close: tuple[int, str] | None = None
         self._websocket = _WebSocket(skip_utf8_validation=True)  # the parser looks at it
         self._websocket.settimeout(DIAL_TIMEOUT)
         try:
@@ -154,13 +164,18 @@ class Connection:
             raise TurnedAwayError(
                 text, retry_after_http((error.resp_headers or {}).get("retry-after"))
             ) from None
+        except WebSocketConnectionClosedException as error:
+            self.abandon()
+            code, reason = self.received_close or (ABNORMAL, "")
+            if code != DRAINING:
+                raise
+            raise TurnedAwayError(str(error), retry_after(close_code(code), reason), is_drain=True) from None
         except BaseException:
             self.abandon()
             raise
         self.gateway = challenge.gateway_did
         self.resumed = session.resumed
         self.resume_token = token
-        self.received_close: tuple[int, str] | None = None
         self._websocket.settimeout(SILENCE_MAX)
 
     def write(self, message: bytes) -> None:

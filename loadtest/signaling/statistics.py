@@ -35,8 +35,8 @@ class Statistics:
         self.count("REGISTER", how, seconds, failure=failure)
 
     def turned_away(self, seconds: float, failure: Exception | None) -> None:
-        """Report an HTTP 503; no failure while the gateway stops."""
-        self.count("REGISTER", "503", seconds, failure=failure)
+        """Report a gateway that takes nobody; no failure while it stops."""
+        self.count("REGISTER", "turned away", seconds, failure=failure)
 
     def answered(self, seconds: float, size: int, *, was_away: bool) -> None:
         """Report an ANSWER: from the OFFER, or from the return of an agent that was away."""
