@@ -15,6 +15,7 @@ MODULES = [
     "_connection",
     "_counters",
     "_frames",
+    "_ledger",
     "_memory",
     "_mesh",
     "_routing",

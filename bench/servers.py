@@ -173,7 +173,21 @@ class Gateway(Server):
     def command(self, port: int) -> list[str]:
         """Refuse to measure anything but a release build."""
         _check_extensions()
-        return [sys.executable, "-m", "gateway.server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--message-rate", "1000000", "--message-burst", "1000000"]
+        return [
+            sys.executable,
+            "-m",
+            "gateway.server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+            "--message-rate",
+            "1000000",
+            "--message-burst",
+            "1000000",
+        ]
 
     def is_ready(self) -> bool:
         """Ask GET /health."""

@@ -12,6 +12,7 @@ write.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from gateway._counters cimport Counters
+from gateway._ledger cimport Ledger
 from gateway._mesh cimport Link, Record
 from gateway._routing cimport DID_SIZE, RoutingTable
 from gateway._timers cimport Timer, TimerWheel
@@ -44,6 +45,7 @@ cdef class Router:
         list connections
         list free_indices
         list links              # Link or None by worker
+        Ledger ledger
         Counters counters_of    # keeps `counted` alive
         uint64_t* counted       # this worker's row
         uint32_t ping_ticks, pong_ticks, idle_ticks, close_ticks
@@ -79,6 +81,7 @@ cdef class Connection:
         bytearray fragments         # of an unfinished message (RFC 6455 section 5.4)
         bytes unanswered_ping       # the latest that came while writing was blocked
         bytes goodbye               # the CLOSE frame, as far as it is not written
+        object recorded             # deque: numbers in the ledger of the frames in `out`; None: not slow
         uint64_t epoch              # of the session
         int fd
         uint32_t fragment_count
@@ -124,7 +127,8 @@ cdef class Connection:
     cdef int write_out(self) except -1
     cdef int write_goodbye(self) except -1
     cdef int block(self) except -1
-    cdef void drop_head(self, uint32_t size) noexcept
+    cdef int drop_head(self, uint32_t size) except -1
+    cdef int record(self, const char* frame) except -1
     cdef void release_queue(self) noexcept
     cdef int end(self) except -1
     cdef uint32_t next_check(self) noexcept

@@ -10,6 +10,7 @@ from libc.string cimport memcmp, memcpy, memmove
 
 import os
 import socket
+from collections import deque
 
 from gateway._counters cimport (
     BYTES_ROUTED,
@@ -19,9 +20,12 @@ from gateway._counters cimport (
     MESSAGES_RECEIVED,
     MESSAGES_ROUTED,
     PINGS_SENT,
+    UNCONFIRMED_BYTES,
+    WAITING,
     Counters,
 )
 from gateway._frames cimport ANSWER, ERROR, ICE_CANDIDATE, OFFER, OK, Envelope, is_utf8, scan_envelope
+from gateway._ledger cimport NO_RECORD, Ledger
 from gateway._mesh cimport ROUTED, Link, Record
 from gateway._routing cimport DID_PREFIX_SIZE, DID_SIZE, Route, RoutingTable
 from gateway._timers cimport TICKS_PER_SECOND, TimerWheel
@@ -110,6 +114,7 @@ cdef class Router:
             `on_fault(connection)` and `on_closed(connection)`.
         table: The routes of the node.
         counters: Those of the node.
+        ledger: Where messages are written down that slow agents have not taken.
         worker: The number of this worker.
         message_max: Bytes of a message that is routed.
         frame_max: Bytes of a frame that is read, so that its refusal can name the message in it.
@@ -136,6 +141,7 @@ cdef class Router:
         *,
         RoutingTable table not None,
         Counters counters not None,
+        Ledger ledger not None,
         int worker,
         Py_ssize_t message_max,
         Py_ssize_t frame_max,
@@ -149,6 +155,7 @@ cdef class Router:
     ):
         self.handler = handler
         self.table = table
+        self.ledger = ledger
         self.counters_of = counters
         self.counted = counters.row(worker)
         self.worker = worker
@@ -188,9 +195,17 @@ cdef class Router:
 
     def advance(self, double seconds):
         """Let time pass up to `seconds` since the worker started: timers fire, batches are confirmed."""
+        cdef Link link
+        cdef uint64_t unconfirmed = 0
         self.counted[HEARTBEATS] += 1
         self.timers.advance(<uint32_t>(seconds * TICKS_PER_SECOND), fire)
         self.end_pass(True)
+        self.ledger.settle()
+        for link in self.links:
+            if link is not None:
+                unconfirmed += link.out_size
+        self.counted[UNCONFIRMED_BYTES] = unconfirmed
+        self.counted[WAITING] = self.ledger.size
 
     @property
     def connection_count(self):
@@ -562,6 +577,8 @@ cdef class Connection:
         position = kept
         while position < self.out_size:
             size = frame_size(self.out + position, &header)
+            if self.recorded is not None:
+                self.router.ledger.strike(self.recorded.pop())
             if self.out[position] == <char>(0x80 | TEXT):
                 messages.append(PyBytes_FromStringAndSize(self.out + position + header, size - header))
             position += size
@@ -803,7 +820,7 @@ cdef class Connection:
     # --- sending -------------------------------------------------------------------------------
 
     cdef bint queue(self, uint8_t opcode, const char* payload, Py_ssize_t size) except -1:
-        cdef uint32_t capacity
+        cdef uint32_t capacity, header
         cdef char* grown
         if self.out_size + size + HEADER_MAX > self.router.write_queue_max:
             return False
@@ -819,9 +836,11 @@ cdef class Connection:
                 raise MemoryError()
             self.out = grown
             self.out_capacity = capacity
-        self.out_size += write_header(self.out + self.out_size, <Opcode>opcode, size)
-        memcpy(self.out + self.out_size, payload, size)
-        self.out_size += <uint32_t>size
+        header = write_header(self.out + self.out_size, <Opcode>opcode, size)
+        memcpy(self.out + self.out_size + header, payload, size)
+        if self.recorded is not None:
+            self.record(self.out + self.out_size)
+        self.out_size += header + <uint32_t>size
         self.router.mark(self)
         return True
 
@@ -890,7 +909,14 @@ cdef class Connection:
         return 0
 
     cdef int block(self) except -1:
+        cdef uint32_t position = 0, header
         self.is_blocked = True
+        if self.recorded is None:
+            # What came for it from other workers is confirmed now: if this one dies, they tell the senders.
+            self.recorded = deque()
+            while position < self.out_size:
+                self.record(self.out + position)
+                position += frame_size(self.out + position, &header)
         self.router.watch(self.fd, EPOLL_CTL_MOD, EPOLLIN | EPOLLOUT, <uint64_t><void*>self)
         return 0
 
@@ -907,15 +933,29 @@ cdef class Connection:
         self.write_out()
         return 0
 
-    cdef void drop_head(self, uint32_t size) noexcept:
+    cdef int record(self, const char* frame) except -1:
+        cdef uint32_t header, size = frame_size(frame, &header)
+        cdef int number = NO_RECORD
+        if frame[0] == <char>(0x80 | TEXT):
+            number = self.router.ledger.write(frame + header, size - header)
+        self.recorded.append(number)
+        return 0
+
+    cdef int drop_head(self, uint32_t size) except -1:
         """Forget the first `size` bytes of the queue."""
+        cdef uint32_t position = 0, header
         if size == 0:
-            return
+            return 0
+        while self.recorded is not None and position < size:
+            self.router.ledger.strike(self.recorded.popleft())
+            position += frame_size(self.out + position, &header)
         self.out_size -= size
         if self.out_size:
             memmove(self.out, self.out + size, self.out_size)
         else:
             self.release_queue()
+            self.recorded = None
+        return 0
 
     cdef void release_queue(self) noexcept:
         if self.out != NULL:
@@ -941,7 +981,7 @@ cdef class Connection:
             router.connections[self.index] = None
             router.free_indices.append(self.index)
             router.counted[CONNECTIONS] -= 1
-            self.session = self.handshake = self.fragments = None
+            self.session = self.handshake = self.fragments = self.recorded = None
         return 0
 
     # --- time ----------------------------------------------------------------------------------

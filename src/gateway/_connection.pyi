@@ -1,6 +1,7 @@
 from typing import Protocol
 
 from gateway._counters import Counters
+from gateway._ledger import Ledger
 from gateway._routing import RoutingTable
 from gateway.handshake import Handshake
 from gateway.registry import Session
@@ -28,6 +29,7 @@ class Router:
         *,
         table: RoutingTable,
         counters: Counters,
+        ledger: Ledger,
         worker: int,
         message_max: int,
         frame_max: int,

@@ -8,6 +8,7 @@ from http import HTTPStatus
 from aiconexus.protocol.errors import CAUSES, CLOSE_CODES
 from gateway._addresses import Addresses
 from gateway._counters import Counters
+from gateway._ledger import Ledger
 from gateway._routing import RoutingTable
 
 # Refusals that are no ERROR: of frames (RFC 6455) and of HTTP requests.
@@ -41,6 +42,7 @@ class Node:
     table: RoutingTable
     counters: Counters
     addresses: Addresses
+    ledger: Ledger
 
     @classmethod
     def create(cls, workers: int, agents: int) -> Node:
@@ -56,6 +58,7 @@ class Node:
                 ),
             ),
             addresses=Addresses(workers),
+            ledger=Ledger(workers),
         )
 
     def forget(self, worker: int) -> int:

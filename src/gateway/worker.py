@@ -92,6 +92,7 @@ class Gateway:
             self,
             table=node.table,
             counters=node.counters,
+            ledger=node.ledger,
             worker=worker,
             message_max=MESSAGE_MAX_BYTES,
             frame_max=FRAME_MAX_BYTES,
@@ -103,11 +104,12 @@ class Gateway:
             idle_timeout=settings.idle_timeout,
             close_timeout=CLOSE_TIMEOUT_SECONDS,
         )
-        self.registry = Registry(node.table, worker, settings.away)
+        self.registry = Registry(node.table, node.ledger, worker, settings.away)
         self.moves = Moves(
             worker,
             self.router,
             self.registry,
+            node.ledger,
             admit=self._admit,
             give=self._give,
             give_back=self._return,
@@ -117,6 +119,7 @@ class Gateway:
         self._connections_max = descriptors.connections_per_worker()
         self._is_draining = False
         self._sweep_at = 0
+        self._generations: dict[int, int] = {}
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         # Messages on their way back to their senders. Returning one can close a slow sender, whose own
@@ -182,6 +185,8 @@ class Gateway:
             "sessions": total("sessions"),
             "away": total("away"),
             "routes": len(self.node.table),
+            "waiting": total("waiting"),
+            "unconfirmed_bytes": total("unconfirmed_bytes"),
             "counters": self.node.totals(),
         }
 
@@ -275,6 +280,17 @@ class Gateway:
         """Take a message for a session that has dropped, or is no longer here."""
         self.moves.pass_on(origin, epoch, data)
 
+    def add_link(self, worker: int, generation: int, fd: int) -> None:
+        """Talk to another worker.
+
+        Args:
+            worker: Its number.
+            generation: How many processes have had that number before.
+            fd: A socket that leads to it.
+        """
+        self.router.add_link(worker, fd)
+        self._generations[worker] = generation
+
     def on_record(self, worker: int, kind: int, origin: int, epoch: int, data: bytes) -> None:
         """Take what another worker says to this one."""
         self.moves.on_record(worker, kind, origin, epoch, data)
@@ -283,10 +299,16 @@ class Gateway:
     def on_link_lost(self, worker: int, records: list[tuple[int, int, int, bytes]]) -> None:
         """Another worker has gone: tell the senders of what it had not confirmed."""
         self._log.warning("worker lost", lost=worker, unconfirmed=len(records))
+        told = set()
         for kind, _, _, data in records:
             if kind == ROUTED_KIND or kind in MESSAGE_KINDS:
+                told.add(scan(data).id)
                 self._return(data, "unconfirmed")
         self.moves.on_link_lost(worker)
+        # What it had confirmed, and kept for agents that were away or slow.
+        for sender, target, message_id in self.node.ledger.read(worker, self._generations.pop(worker, 0)):
+            if sender in self.registry and message_id not in told:
+                self._answer_sender(sender, target, message_id, "unconfirmed")
 
     # --- sessions ------------------------------------------------------------------------------
 
@@ -397,12 +419,15 @@ class Gateway:
         found = scan(data)
         if found.from_ is None or found.from_ == self.did:
             return
+        self._answer_sender(found.from_, found.to, found.id, name)
+
+    def _answer_sender(self, did: str, to: str | None, message_id: str | None, name: str) -> None:
         self._tally.refused(name)
-        self._log.info("undelivered", cause=name, id=found.id, did=found.from_, to=found.to)
-        answer = replies.error(self.did, found.from_, name, field="to", correlation_id=found.id)
-        sender = self.registry.get(found.from_)
+        self._log.info("undelivered", cause=name, id=message_id, did=did, to=to)
+        answer = replies.error(self.did, did, name, field="to", correlation_id=message_id)
+        sender = self.registry.get(did)
         if sender is None:
-            self.router.forward(found.from_.encode(), answer)
+            self.router.forward(did.encode(), answer)
         elif sender.connection is None or not self._send(sender.connection, answer):
             sender.hold(answer)
 
