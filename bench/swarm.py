@@ -312,7 +312,7 @@ def _relay(
         endpoints.append(Endpoint(first.connection, sends=asks, receives=answers))
         endpoints.append(Endpoint(second.connection, sends=answers, receives=asks))
     with Load(endpoints, count_faults=plan.rate > 0) as load:
-        _drive(load, WARM_UP_SECONDS, plan.rate, clients, lambda passed: None)
+        warm_up = _drive(load, WARM_UP_SECONDS, plan.rate, clients, lambda passed: None)
         cpu = cpu_time(pid) if pid is not None else 0
 
         def on_progress(passed: float) -> None:
@@ -321,26 +321,28 @@ def _relay(
         result = _drive(load, plan.relay, plan.rate, clients, on_progress)
         cpu = cpu_time(pid) - cpu if pid is not None else 0
         percentiles = {f"{percent:g}": round(load.percentile_ms(percent), 4) for percent in PERCENTS}
-    show(plan.relay, f"{result.messages:,} messages, {result.messages / result.seconds:,.0f}/s")
+    per_second = result.messages / result.seconds if result.seconds else 0.0
+    show(plan.relay, f"{result.messages:,} messages, {per_second:,.0f}/s")
     return {
         "pairs": len(pairs),
         "rate": plan.rate,
         "seconds": round(result.seconds, 3),
         "messages": result.messages,
-        "messages_per_second": round(result.messages / result.seconds, 1),
+        "messages_per_second": round(per_second, 1),
         "p50_ms": round(result.p50_ms, 4),
         "p99_ms": round(result.p99_ms, 4),
         "percentiles_ms": percentiles,
-        "undelivered": result.undelivered,
-        "reordered": result.reordered,
-        "repeated": result.repeated,
-        "foreign": result.foreign,
-        "first_fault": result.fault,
+        # What goes wrong while it warms up is wrong, too.
+        "undelivered": warm_up.undelivered + result.undelivered,
+        "reordered": warm_up.reordered + result.reordered,
+        "repeated": warm_up.repeated + result.repeated,
+        "foreign": warm_up.foreign + result.foreign,
+        "first_fault": warm_up.fault or result.fault,
         "us_per_message": round(cpu / 1e3 / result.messages, 3)
         if pid is not None and result.messages
         else None,
         "client_busy": round(result.client_cpu_seconds / result.seconds, 3) if result.seconds else None,
-    }, result.ended
+    }, warm_up.ended + result.ended
 
 
 def _drive(
@@ -377,17 +379,23 @@ def run(plan: Plan, workers: int, url: str | None, pid: int | None, console: Con
     """Measure a gateway that runs, or one that is started for it; return the result."""
     with ExitStack() as stack:
         display = Display(console)
-        if url is None:
+        if url is not None:
+            workers = 0  # as many as the agents see
+            if pid is not None:
+                RunningGateway(url, pid).start(None)
+        else:
             gateway = SwarmGateway(workers, plan.agents)
             gateway.start(None)
             stack.callback(gateway.stop)
             url, pid = gateway.url, gateway.pid
-        elif pid is not None:
-            RunningGateway(url, pid).start(None)
         stack.enter_context(display)
         figures = measure(url, pid, plan, display)
-    figures["workers"] = workers if pid is not None else len(figures["agents_per_worker"])
-    return {"machine": machine.describe(), "versions": machine.versions(), **figures}
+    return {
+        "machine": machine.describe(),
+        "versions": machine.versions(),
+        "workers": workers or len(figures["agents_per_worker"]),
+        **figures,
+    }
 
 
 def is_clean(figures: dict[str, Any]) -> bool:
