@@ -67,7 +67,8 @@ def draw_latency(results: Sequence[Result], theme: Theme) -> Figure | None:
         return None
     result = max(paced, key=lambda result: (result["agents"], result["workers"]))
     figure, [axes] = _figure(theme, 1, 3.6)
-    for place, (name, relay) in enumerate(result["relay"].items()):
+    for place, name in enumerate(NAMES):
+        relay = result["relay"][name]
         if relay is None:
             continue
         points = [(float(percent), value) for percent, value in relay["percentiles_ms"].items()]

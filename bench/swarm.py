@@ -445,7 +445,7 @@ def save(figures: dict[str, Any], folder: Path) -> Path:
     relays = [relay for relay in figures["relay"].values() if relay is not None]
     loop = "closed" if relays and not relays[0]["rate"] else "paced" if relays else "idle"
     path = folder / f"swarm-{figures['workers']}-workers-{figures['agents']}-agents-{loop}.json"
-    path.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps(figures, indent=1) + "\n")
     return path
 
 
