@@ -96,7 +96,7 @@ def draw_latency(results: Sequence[Result], theme: Theme) -> Figure | None:
         theme,
         "Latency of a routed message",
         f"{rate:,} messages/s of 600 bytes between {2 * result['relay']['within']['pairs']:,} of "
-        f"{result['registered']:,} connected agents, {_workers(result['workers'])}. {_machine(result)}",
+        f"{result['registered']:,} connected agents, {_workers(result['workers'])}.\n{_machine(result)}",
     )
     return figure
 
@@ -134,9 +134,8 @@ def draw_connections(results: Sequence[Result], theme: Theme) -> Figure | None:
         )
     for axes in (top, bottom):
         axes.set_xlim(0)
-        axes.set_ylim(0)
+        axes.set_ylim(0, 1.2 * axes.dataLim.y1)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.margins(y=0.15)
     top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     top.tick_params(labelbottom=False)
     top.set_ylabel("private memory, MiB")
@@ -150,7 +149,7 @@ def draw_connections(results: Sequence[Result], theme: Theme) -> Figure | None:
         theme,
         "What idle agents cost the gateway",
         f"All processes of the gateway{only}; pings on, {known[-1]['capability_bytes']} bytes of "
-        f"capabilities each. {_machine(known[-1])}",
+        f"capabilities each.\n{_machine(known[-1])}",
     )
     return figure
 
