@@ -28,7 +28,7 @@ from bench.holders import (
     Progress,
     Ready,
 )
-from bench.registration import Gateway
+from bench.registration import Dialer
 
 START_TIMEOUT = 60.0  # s for an interpreter to start and import, beside others
 STOP_TIMEOUT = 10.0  # s
@@ -94,9 +94,9 @@ class Clients:
             for number in range(processes):
                 # Shares differ by one agent at most.
                 count = agents * (number + 1) // processes - agents * number // processes
-                gateway = Gateway(url, _source(url, number))
+                dialer = Dialer(url, _source(url, number))
                 ours, theirs = spawn.Pipe()
-                share = holders.Share(gateway, count, capability_bytes)
+                share = holders.Share(dialer, count, capability_bytes)
                 process = spawn.Process(target=holders.main, args=(share, theirs), daemon=True)
                 process.start()
                 theirs.close()

@@ -24,7 +24,7 @@ from typing import Any
 from aiconexus.protocol import DIDKey
 from aiconexus.protocol.errors import AIConexusError
 from bench.hold import Counts, Hold
-from bench.registration import Gateway, RegistrationError, register
+from bench.registration import Dialer, RegistrationError, register
 
 IN_FLIGHT = 32  # handshakes of one process at once: the gateway is busy, and its 10 s are never near
 REGISTER_TIMEOUT = 20.0  # s without a step of a handshake
@@ -39,7 +39,7 @@ _PR_SET_PDEATHSIG = 1
 class Share:
     """What one client process has to hold."""
 
-    gateway: Gateway
+    dialer: Dialer
     agents: int
     capability_bytes: int
 
@@ -206,11 +206,11 @@ class _Holder:
             self._seeds[number] = secrets.token_bytes(32)
             key = DIDKey.from_seed(self._seeds[number])
             try:
-                connection = self._share.gateway.dial()
+                connection = self._share.dialer.dial()
             except OSError as error:
                 self._note_failure(error)
                 continue
-            steps = register(connection, key, self._share.gateway, self._capabilities)
+            steps = register(connection, key, self._share.dialer, self._capabilities)
             self._handshakes[connection.fileno()] = _Handshake(number, connection, steps)
             self._poller.register(connection.fileno(), next(steps))
             return

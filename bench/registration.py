@@ -25,7 +25,7 @@ class RegistrationError(Exception):
 
 
 @dataclass(frozen=True)
-class Gateway:
+class Dialer:
     """Where the agents of one process dial, and from which address.
 
     Args:
@@ -69,9 +69,9 @@ def prove(greeting: Message, key: DIDKey, url: str, capabilities: list[Any]) -> 
 
 
 def register(
-    connection: socket.socket, key: DIDKey, gateway: Gateway, capabilities: list[Any]
+    connection: socket.socket, key: DIDKey, dialer: Dialer, capabilities: list[Any]
 ) -> Generator[int, None, int]:
-    """Upgrade a connection that `Gateway.dial` began, and register an agent on it.
+    """Upgrade a connection that `Dialer.dial` began, and register an agent on it.
 
     Yields:
         The epoll event to wait for.
@@ -83,7 +83,7 @@ def register(
         RegistrationError: The gateway refused.
         OSError: The connection failed.
     """
-    parts = urlsplit(gateway.url)
+    parts = urlsplit(dialer.url)
     yield select.EPOLLOUT
     if error := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
         raise OSError(error, os.strerror(error))
@@ -103,10 +103,10 @@ def register(
             raise RegistrationError("an HTTP response head of more than 16 KiB")
     status = bytes(buffer).split(b"\r\n", 1)[0].decode("latin-1")
     if status.split(" ")[1:2] != ["101"]:
-        raise RegistrationError(f"no WebSocket at {gateway.url}: {status}")
+        raise RegistrationError(f"no WebSocket at {dialer.url}: {status}")
     del buffer[: end + 4]
 
-    message = prove((yield from _message(connection, buffer)), key, gateway.url, capabilities)
+    message = prove((yield from _message(connection, buffer)), key, dialer.url, capabilities)
     connection.send(_masked(encode(message)))
     answer = yield from _message(connection, buffer)
     if answer.type is not MessageType.REGISTER or answer.correlation_id != message.id:

@@ -7,10 +7,8 @@ bench/README.md says how to read the result.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -43,8 +41,6 @@ WARM_UP_SECONDS = 0.5  # of each relay: buffers reach their size; not measured
 PERCENTS = (1, 2, 5, *range(10, 95, 5), 95, 96, 97, 98, 99, 99.5, 99.8, 99.9, 99.95, 99.99)
 MAX_CONNECTIONS_SPARE = 1000  # connections beside those of the agents: health checks, late closes
 
-_WIDE = 200  # characters: no option of --help is cut
-
 
 class SwarmError(Exception):
     """The swarm cannot be measured. The text is for the user."""
@@ -71,28 +67,11 @@ class SwarmGateway(Gateway):
 
     def __init__(self, workers: int, agents: int) -> None:
         self.workers = workers
-        self._options = {
+        self.options = {
+            **Gateway.options,
             "--workers": workers,
             "--max-connections": agents + MAX_CONNECTIONS_SPARE,
-            "--message-rate": 0,  # few pairs carry the traffic of many
         }
-
-    def command(self, port: int) -> list[str]:
-        """Leave out options that this gateway does not have; they would have no effect."""
-        command = super().command(port)
-        help_ = subprocess.run(
-            [sys.executable, "-m", "gateway.server", "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "COLUMNS": str(_WIDE)},
-        ).stdout.split()
-        if "--workers" not in help_ and self.workers > 1:
-            raise ServerError("this gateway has one worker only")
-        for option, value in self._options.items():
-            if option in help_ and option not in command:
-                command += [option, str(value)]
-        return command
 
     def is_ready(self) -> bool:
         """Wait for the last worker too: agents go to those that listen already."""
