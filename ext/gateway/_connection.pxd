@@ -11,6 +11,7 @@ write.
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
+from gateway._addresses cimport Addresses
 from gateway._counters cimport Counters
 from gateway._ledger cimport Ledger
 from gateway._mesh cimport Link, Record
@@ -46,6 +47,7 @@ cdef class Router:
         list free_indices
         list links              # Link or None by worker
         Ledger ledger
+        Addresses addresses
         Counters counters_of    # keeps `counted` alive
         uint64_t* counted       # this worker's row
         uint32_t ping_ticks, pong_ticks, idle_ticks, close_ticks
@@ -102,7 +104,7 @@ cdef class Connection:
         Timer timer
         # Token bucket: thousandths of messages, and when they were counted.
         uint32_t tokens, tokens_at
-        uint32_t refused_in_row
+        uint32_t refused_in_row     # since the bucket was half full
         # What was read of a frame whose rest is not here yet.
         char* held          # owned; NULL: nothing
         uint32_t held_size, held_capacity

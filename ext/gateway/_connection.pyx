@@ -9,9 +9,9 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memmove
 
 import os
-import socket
 from collections import deque
 
+from gateway._addresses cimport Addresses
 from gateway._counters cimport (
     BYTES_ROUTED,
     CONNECTIONS,
@@ -88,6 +88,7 @@ cdef int fire(void* owner) except -1:
         connection.on_timer()
     except Exception:
         # The fault of one must not stop the clock of the others.
+        connection.router.bury(connection)
         connection.router.handler.on_fault(connection)
     return 0
 
@@ -115,6 +116,7 @@ cdef class Router:
         table: The routes of the node.
         counters: Those of the node.
         ledger: Where messages are written down that slow agents have not taken.
+        addresses: Where connections are counted by address.
         worker: The number of this worker.
         message_max: Bytes of a message that is routed.
         frame_max: Bytes of a frame that is read, so that its refusal can name the message in it.
@@ -142,6 +144,7 @@ cdef class Router:
         RoutingTable table not None,
         Counters counters not None,
         Ledger ledger not None,
+        Addresses addresses not None,
         int worker,
         Py_ssize_t message_max,
         Py_ssize_t frame_max,
@@ -156,6 +159,7 @@ cdef class Router:
         self.handler = handler
         self.table = table
         self.ledger = ledger
+        self.addresses = addresses
         self.counters_of = counters
         self.counted = counters.row(worker)
         self.worker = worker
@@ -258,6 +262,7 @@ cdef class Router:
                 if flags & (EPOLLIN | EPOLLHUP | EPOLLERR):
                     connection.on_readable()
             except Exception:
+                self.bury(connection)
                 self.handler.on_fault(connection)
         self.end_pass(False)
 
@@ -305,6 +310,7 @@ cdef class Router:
                 connection.write_out()
             except Exception:
                 # Not the fault of those who wrote to it.
+                self.bury(connection)
                 self.handler.on_fault(connection)
         return 0
 
@@ -477,6 +483,7 @@ cdef class Connection:
             self.index = <uint32_t>len(router.connections)
             router.connections.append(self)
         router.counted[CONNECTIONS] += 1
+        router.addresses.add(router.worker, self.address, 1)
         self.last_heard = router.timers.now
         router.timers.arm(&self.timer, router.timers.now + ticks(self.handshake.timeout))
         router.watch(fd, EPOLL_CTL_ADD, EPOLLIN, <uint64_t><void*>self)
@@ -498,11 +505,6 @@ cdef class Connection:
         if self.fd < 0:
             return None
         return peer_of(self.fd)
-
-    @property
-    def counted_address(self):
-        """The number under which its address is counted."""
-        return self.address
 
     @property
     def silent_seconds(self):
@@ -690,7 +692,8 @@ cdef class Connection:
         if self.tokens < TOKEN:
             return False
         self.tokens -= TOKEN
-        self.refused_in_row = 0
+        if self.tokens >= router.message_burst * TOKEN // 2:
+            self.refused_in_row = 0  # it has slowed down
         return True
 
     cdef int receive(self, const char* data, Py_ssize_t size) except -1:
@@ -970,8 +973,8 @@ cdef class Connection:
             return 0
         self.state = CLOSED
         router.timers.cancel(&self.timer)
-        router.watch(self.fd, EPOLL_CTL_DEL, 0, 0)
         try:
+            router.watch(self.fd, EPOLL_CTL_DEL, 0, 0)
             router.handler.on_closed(self)
         finally:
             # Whatever went wrong: the index and the socket are given back. A route that still names the index
@@ -981,6 +984,7 @@ cdef class Connection:
             router.connections[self.index] = None
             router.free_indices.append(self.index)
             router.counted[CONNECTIONS] -= 1
+            router.addresses.add(router.worker, self.address, -1)
             self.session = self.handshake = self.fragments = self.recorded = None
         return 0
 
@@ -1025,11 +1029,39 @@ cdef class Connection:
         return 0
 
 
-def peer_of(int fd):
+cdef extern from "<arpa/inet.h>" nogil:
+    enum:
+        AF_INET, AF_INET6, INET6_ADDRSTRLEN
+    struct in_addr:
+        pass
+    struct in6_addr:
+        pass
+    struct sockaddr_in:
+        uint16_t sin_port
+        in_addr sin_addr
+    struct sockaddr_in6:
+        uint16_t sin6_port
+        in6_addr sin6_addr
+    struct sockaddr:
+        unsigned short sa_family
+    struct sockaddr_storage:
+        pass
+    ctypedef unsigned int socklen_t
+    int getpeername(int fd, sockaddr* address, socklen_t* size)
+    const char* inet_ntop(int family, const void* address, char* text, socklen_t size)
+    uint16_t ntohs(uint16_t value)
+
+
+cdef str peer_of(int fd):
     """Return address and port of the other side of a socket; None if it has none any more."""
-    with socket.socket(fileno=os.dup(fd)) as end:
-        try:
-            host, port, *_ = end.getpeername()
-        except OSError:
-            return None
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    cdef sockaddr_storage storage
+    cdef socklen_t size = sizeof(storage)
+    cdef sockaddr* address = <sockaddr*>&storage
+    cdef char text[INET6_ADDRSTRLEN]
+    if getpeername(fd, address, &size) != 0:
+        return None
+    if address.sa_family == AF_INET6:
+        inet_ntop(AF_INET6, &(<sockaddr_in6*>address).sin6_addr, text, INET6_ADDRSTRLEN)
+        return f"[{text.decode()}]:{ntohs((<sockaddr_in6*>address).sin6_port)}"
+    inet_ntop(AF_INET, &(<sockaddr_in*>address).sin_addr, text, INET6_ADDRSTRLEN)
+    return f"{text.decode()}:{ntohs((<sockaddr_in*>address).sin_port)}"

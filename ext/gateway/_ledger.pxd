@@ -8,6 +8,7 @@ from libc.stdint cimport uint32_t
 
 cdef enum:
     RECORDS = 65_536     # per worker; 10 MiB of memory, of which only what is used is real
+    WAITING_MAX_BYTES = 268_435_456  # that wait in one worker: 4,000 agents that are away with full queues
     GENERATIONS = 2      # the next process with a worker's number writes elsewhere, while others still read
 
 # Instead of a number.
@@ -19,7 +20,7 @@ cdef struct Waiting:
     char sender[56]      # DIDs
     char target[56]
     char id[36]
-    uint32_t is_used     # written last
+    uint32_t size        # bytes of the message; 0: no record. Written last
 
 cdef class Ledger:
     cdef:
@@ -29,6 +30,7 @@ cdef class Ledger:
         Waiting* own      # those of this process; NULL in the supervisor
         list free         # numbers
         list leaving      # numbers that are struck out at the next `settle`
+        size_t waiting_bytes
 
     cdef int write(self, const char* data, Py_ssize_t size) except -3
     cpdef int strike(self, int number) except -1

@@ -1,6 +1,7 @@
 """Which messages a worker keeps for later; see _ledger.pxd."""
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdint cimport uint32_t
 from libc.string cimport memcpy
 
 from gateway._frames cimport OK, Envelope, scan_envelope
@@ -33,8 +34,8 @@ cdef class Ledger:
         cdef Waiting* own = self.of(worker, generation)
         cdef int number
         for number in range(RECORDS):
-            if own[number].is_used:
-                own[number].is_used = 0
+            if own[number].size:
+                own[number].size = 0
         self.own = own
         self.free = list(range(RECORDS - 1, -1, -1))
 
@@ -52,14 +53,15 @@ cdef class Ledger:
         cdef int number
         if scan_envelope(data, size, &envelope) != OK:
             return NO_RECORD
-        if not self.free:
+        if not self.free or self.waiting_bytes + size > WAITING_MAX_BYTES:
             return NO_ROOM
         number = self.free.pop()
         record = &self.own[number]
         memcpy(record.sender, envelope.from_.data, 56)
         memcpy(record.target, envelope.to.data, 56)
         memcpy(record.id, envelope.id.data, 36)
-        record.is_used = 1
+        record.size = <uint32_t>size
+        self.waiting_bytes += size
         return number
 
     cpdef int strike(self, int number) except -1:
@@ -77,7 +79,8 @@ cdef class Ledger:
         """Strike out what has left."""
         cdef int number
         for number in self.leaving:
-            self.own[number].is_used = 0
+            self.waiting_bytes -= self.own[number].size
+            self.own[number].size = 0
         self.free.extend(self.leaving)
         self.leaving.clear()
 
@@ -87,7 +90,7 @@ cdef class Ledger:
         cdef list found = []
         cdef int number
         for number in range(RECORDS):
-            if records[number].is_used:
+            if records[number].size:
                 found.append((
                     PyBytes_FromStringAndSize(records[number].sender, 56).decode(),
                     PyBytes_FromStringAndSize(records[number].target, 56).decode(),

@@ -1,7 +1,8 @@
 """Routing table: open addressing with linear probing in shared memory, at most half full; see _routing.pxd.
 
-Removing a route closes the gap (Knuth 6.4, algorithm R), so searches stay short for ever. Routes move then, and a
-reader that holds no lock might miss one; so whoever finds nothing looks again if any gap was closed meanwhile.
+Removing a route closes the gap (Knuth 6.4, algorithm R), so searches stay short for ever. Routes move then,
+and a reader that holds no lock might miss one; so whoever finds nothing looks again if a gap was closed
+meanwhile.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
@@ -307,8 +308,8 @@ cdef class RoutingTable:
     cdef void close_gap(self, uint64_t hole) noexcept nogil:
         """Move what was pushed past the hole back into it, and so on, until nothing is.
 
-        Whoever finds that this was interrupted begins again at `head.hole`: what was moved already is then moved
-        once more to where it is.
+        Whoever finds that this was interrupted begins again at `head.hole`: what was moved already is then
+        moved once more to where it is.
         """
         cdef Route nothing
         cdef uint64_t index = hole, home

@@ -26,6 +26,7 @@ _HTTP_REFUSALS = (
     HTTPStatus.BAD_REQUEST,
     HTTPStatus.NOT_FOUND,
     HTTPStatus.UPGRADE_REQUIRED,
+    HTTPStatus.INTERNAL_SERVER_ERROR,
     HTTPStatus.SERVICE_UNAVAILABLE,
 )
 _REFUSED = (*CAUSES, *_FRAME_FAULTS, *(f"http_{status.value}" for status in _HTTP_REFUSALS))

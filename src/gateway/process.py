@@ -19,6 +19,8 @@ SERVE = b"serve"  # everybody who runs has a link to you: begin
 READY = b"ready"  # I accept connections
 
 _WORD_MAX = 64
+# Blocked from the fork until there are handlers for them.
+STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 
 
 class WorkerProcess:
@@ -56,6 +58,7 @@ class WorkerProcess:
         # A terminal sends SIGINT to the whole group; the supervisor passes it on as SIGTERM.
         loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
         loop.add_signal_handler(signal.SIGINT, lambda: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         await self._may_serve.wait()
         await self._gateway.serve(self._listener, lambda: self._say(READY))
 

@@ -19,7 +19,7 @@ from aiconexus.protocol import DIDKey
 from gateway._mesh import socket_pair
 from gateway.config import Settings
 from gateway.node import Node
-from gateway.process import LINK, LINKED, READY, SERVE, WorkerProcess
+from gateway.process import LINK, LINKED, READY, SERVE, STOP_SIGNALS, WorkerProcess
 from gateway.worker import Gateway
 
 # A worker that dies is started again after this; twice the time after every death that follows soon.
@@ -129,6 +129,8 @@ class Supervisor:
         pairs = [(other, *socket_pair()) for other in running]
         parent = os.getpid()
         worker.generation += 1
+        # A signal that comes before the worker can take it must wait for that, not be lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         worker.pid = os.fork()
         if worker.pid == 0:
             line.close()
@@ -140,6 +142,7 @@ class Supervisor:
                 their_line,
                 [(other.number, other.generation, near) for other, near, _ in pairs],
             )
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         their_line.close()
         worker.line = line
         worker.started_at = worker.silent_since = time.monotonic()
