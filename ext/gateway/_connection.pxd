@@ -28,7 +28,8 @@ cdef enum:
     INPUT_BYTES = 524_288     # one read; the largest frame and the largest batch fit twice
     EVENTS_MAX = 256          # of one pass: what came for a target waits for the others' reads
     POOLED_BYTES = 16_384     # 25 messages of the usual size; longer queues grow by realloc
-    POOL_MAX = 1_024          # buffers kept: 16 MiB
+    POOL_MAX = 256            # buffers kept: 4 MiB, one for every socket of a pass
+    TRIM_TICKS = 50           # how often free memory goes back to the system, if there was much to free
     HELD_COPY_MAX = 4_096     # see Connection.on_readable
     FRAGMENTS_MAX = 4_096     # of one message; without an end a connection would cost for nothing
     BLOCKED_PATIENCE = 5      # times close_timeout
@@ -62,6 +63,8 @@ cdef class Router:
         # Free write buffers of POOLED_BYTES each. Owned.
         void** pool
         Py_ssize_t pool_size
+        bint has_freed          # large buffers, since the last time
+        uint32_t trimmed_at     # tick
 
     cdef char* acquire(self) except NULL
     cdef void release(self, char* data, uint32_t capacity) noexcept

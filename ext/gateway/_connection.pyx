@@ -67,6 +67,18 @@ cdef extern from "<sys/epoll.h>" nogil:
     int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLL_CTL_DEL
     int EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP
 
+cdef extern from *:
+    """
+    #include <stdlib.h>
+    #ifdef __GLIBC__
+    #include <malloc.h>
+    #define aic_trim() malloc_trim(0)
+    #else
+    #define aic_trim() ((void)0)
+    #endif
+    """
+    void aic_trim() noexcept
+
 # What one agent may send to another through the gateway.
 cdef uint32_t ROUTED_TYPES = (1 << OFFER) | (1 << ANSWER) | (1 << ICE_CANDIDATE) | (1 << ERROR)
 
@@ -209,6 +221,10 @@ cdef class Router:
             if link is not None:
                 unconfirmed += link.out_size
         self.counted[UNCONFIRMED_BYTES] = unconfirmed
+        if self.has_freed and self.timers.now - self.trimmed_at >= TRIM_TICKS:
+            self.has_freed = False
+            self.trimmed_at = self.timers.now
+            aic_trim()  # or a burst of large messages would be kept for the next one
         self.counted[WAITING] = self.ledger.size
 
     @property
@@ -353,6 +369,7 @@ cdef class Router:
             self.pool_size += 1
         else:
             free(data)
+            self.has_freed = True
 
     # --- other workers -------------------------------------------------------------------------
 
@@ -634,6 +651,7 @@ cdef class Connection:
                 return 0
         if self.held != NULL:
             free(self.held)
+            router.has_freed = router.has_freed or self.held_capacity >= HELD_COPY_MAX
             self.held = NULL
             self.held_capacity = 0
         return 0
