@@ -217,6 +217,7 @@ class Moves:
             session.move.next = (new, epoch, data)
             return
         session = self._registry.give(request["did"], request["epoch"])
+        self._gone[request["epoch"]] = (new, epoch, time.monotonic() + GONE_SECONDS)
         resumed = (
             session is not None
             and request["resume"] is not None
@@ -259,29 +260,40 @@ class Moves:
             if (move := self._moves.get(epoch)) is not None:
                 self._handed(move, data)
         elif kind in MESSAGE_KINDS:
-            self.pass_on(origin, epoch, data)
+            session = self._session(epoch, data)
+            if session is None:
+                self._pass_on(origin, epoch, data)
+            elif session.old_path_closed:
+                self._give_back(data, "away_expired")
+            else:
+                self._give(session, data)
 
-    def pass_on(self, origin: int, epoch: int, data: bytes) -> None:
-        """Deliver a message that was sent to the session of an epoch, wherever the session is by now.
+    def on_stray(self, origin: int, epoch: int, data: bytes) -> None:
+        """Take a message that a worker sent to the session of an epoch, which has dropped or gone since."""
+        session = self._session(epoch, data)
+        if session is not None:
+            self.hold(session, origin, data)
+        else:
+            self._pass_on(origin, epoch, data)
+
+    def _session(self, epoch: int, data: bytes) -> Session | None:
+        to = scan(data).to
+        return self._registry.find(to, epoch) if to is not None else None
+
+    def _pass_on(self, origin: int, epoch: int, data: bytes) -> None:
+        """Deliver a message to a session that is not here any more.
 
         It goes the way that the session went, worker by worker: on the short way it might overtake what is
         older.
         """
-        to = scan(data).to
-        assert to is not None
-        session = self._registry.find(to, epoch)
-        if session is not None:
-            if session.old_path_closed:
-                self._give_back(data, "away_expired")
-            else:
-                self._give(session, data)
-            return
         if epoch in self._gone:
             worker, epoch, _ = self._gone[epoch]
             if not self._router.tell(worker, FORWARDED, origin, epoch, data):
                 self._give_back(data, "unreachable")
             return
         # That session ended. A newer one may be anywhere.
+        to = scan(data).to
+        assert to is not None
         session = self._registry.get(to)
         if session is not None:
             self.hold(session, origin, data)

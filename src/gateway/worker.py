@@ -308,7 +308,7 @@ class Gateway:
 
     def on_stray(self, origin: int, epoch: int, data: bytes) -> None:
         """Take a message for a session that has dropped, or is no longer here."""
-        self.moves.pass_on(origin, epoch, data)
+        self.moves.on_stray(origin, epoch, data)
 
     def add_link(self, worker: int, generation: int, fd: int) -> None:
         """Talk to another worker.
