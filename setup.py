@@ -6,7 +6,6 @@ AICONEXUS_BUILD: `release` (default) or `test` (bounds checks and C assertions; 
 """
 
 import os
-import sys
 
 from setuptools import Extension, setup
 
@@ -15,6 +14,7 @@ MODULES = [
     "_connection",
     "_counters",
     "_frames",
+    "_ledger",
     "_memory",
     "_mesh",
     "_routing",
@@ -40,7 +40,7 @@ def extensions() -> list[Extension]:
             )
             for name in MODULES
         ],
-        include_path=["ext", *sys.path],
+        include_path=["ext"],
         compiler_directives={
             "language_level": 3,
             "boundscheck": testing,

@@ -3,8 +3,9 @@
  * It drives connections that are already open and registered. They come in pairs: connection 2i
  * sends to connection 2i+1 and back. Every message is the sender's template with a sequence number
  * in eight hex digits; the receiver compares each one whole with what it must be, so a message that
- * was lost, reordered, altered or misrouted ends the run. One thread, level-triggered epoll, one
- * recv() per readable connection, one send() per burst.
+ * was lost, reordered, altered or misrouted ends the run; or it is counted, where the run shall go on
+ * (load_count_faults). One thread, level-triggered epoll, one recv() per readable connection, one
+ * send() per burst.
  *
  * A frame from the server is a message; or, where the connection `streams`, a piece of a byte stream
  * in which messages follow each other, and the server may ask for a sign of life between two of them.
@@ -52,6 +53,11 @@ struct load_result {
     uint64_t elapsed_ns;        /* first send to last receipt */
     uint64_t client_cpu_ns;     /* of this thread */
     uint64_t p50_ns, p99_ns;    /* 1.6 % coarse, rounded up */
+    /* Only where faults are counted. `received` then counts every message once. */
+    uint64_t reordered;         /* arrived after one that was sent later */
+    uint64_t repeated;
+    uint64_t foreign;           /* not what the partner sent: ERRORs of the server, altered messages */
+    uint64_t ended;             /* connections that the server closed or dropped */
     char failure[256];          /* empty: every message arrived, once, unaltered, in order */
 };
 
@@ -68,6 +74,8 @@ struct connection {
     uint32_t expected_bytes, expected_sequence;
     uint32_t next_received;
     uint32_t burst_received;
+    uint64_t seen;  /* where faults are counted: bit i is message next_received - 1 - i */
+    bool has_ended;
     uint8_t *held; /* the beginning of a frame whose rest has not arrived */
     size_t held_bytes;
 
@@ -86,6 +94,7 @@ struct load {
     int epoll_fd;
     uint32_t count, burst;
     bool spins; /* never sleeps: has a core of its own, so waking up adds nothing to a latency */
+    bool counts_faults;
     struct connection *connections;
     uint8_t *read_buffer;
 
@@ -104,16 +113,37 @@ static uint64_t clock_ns(clockid_t clock)
     return (uint64_t)now.tv_sec * SECOND + (uint64_t)now.tv_nsec;
 }
 
+static bool note(struct load *load, const char *format, va_list arguments)
+{
+    if (!load->result->failure[0])
+        vsnprintf(load->result->failure, sizeof load->result->failure, format, arguments);
+    return false;
+}
+
 /* Note why the run ends; the first reason stays. Return false, for `return fail(...)`. */
 __attribute__((format(printf, 2, 3))) static bool fail(struct load *load, const char *format, ...)
 {
-    if (!load->result->failure[0]) {
-        va_list arguments;
-        va_start(arguments, format);
-        vsnprintf(load->result->failure, sizeof load->result->failure, format, arguments);
-        va_end(arguments);
-    }
+    va_list arguments;
+    va_start(arguments, format);
+    note(load, format, arguments);
+    va_end(arguments);
     return false;
+}
+
+/* Note that a connection has ended: so has the run, unless faults are counted. */
+__attribute__((format(printf, 3, 4))) static bool end(struct load *load, struct connection *c,
+                                                      const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    note(load, format, arguments);
+    va_end(arguments);
+    if (!load->counts_faults)
+        return false;
+    c->has_ended = true;
+    load->result->ended++;
+    epoll_ctl(load->epoll_fd, EPOLL_CTL_DEL, c->fd, NULL);
+    return true;
 }
 
 static size_t bucket_of(uint64_t ns)
@@ -134,9 +164,13 @@ static uint64_t bucket_end(size_t bucket)
     return ((digits + 1) << shift) - 1;
 }
 
-static uint64_t percentile(const struct load *load, uint64_t of_10000)
+/* Return the latency, in ns, that so many of 10,000 messages of the latest run did not exceed. */
+uint64_t load_percentile(const struct load *load, uint32_t of_10000)
 {
-    uint64_t rank = (load->result->received * of_10000 + 9999) / 10000, seen = 0;
+    uint64_t total = 0, seen = 0;
+    for (size_t bucket = 0; bucket < BUCKETS; bucket++)
+        total += load->histogram[bucket];
+    const uint64_t rank = (total * of_10000 + 9999) / 10000;
     for (size_t bucket = 0; bucket < BUCKETS; bucket++) {
         seen += load->histogram[bucket];
         if (seen >= rank)
@@ -161,6 +195,10 @@ static uint32_t read_sequence(const uint8_t digits[SEQUENCE_DIGITS])
 /* Send the next `count` messages of connection `c` in one write. */
 static bool send_messages(struct load *load, struct connection *c, uint32_t count)
 {
+    if (c->has_ended) {
+        c->next_sent += count; /* all stay at the same number */
+        return true;
+    }
     for (uint32_t i = 0; i < count; i++) {
         uint8_t *digits = c->frames + i * c->frame_bytes + c->frame_sequence;
         write_sequence(digits, c->next_sent++);
@@ -171,7 +209,8 @@ static bool send_messages(struct load *load, struct connection *c, uint32_t coun
     ssize_t bytes = (ssize_t)count * c->frame_bytes;
     ssize_t sent = send(c->fd, c->frames, (size_t)bytes, MSG_NOSIGNAL);
     if (sent < 0)
-        return fail(load, "send: %s", strerror(errno));
+        return errno == EPIPE || errno == ECONNRESET ? end(load, c, "send: %s", strerror(errno))
+                                                     : fail(load, "send: %s", strerror(errno));
     if (sent < bytes) /* hundreds of KiB wait in the socket: no figure of such a run means anything */
         return fail(load, "the server does not keep up with the load");
     load->result->sent += count;
@@ -189,13 +228,13 @@ static bool send_short(struct load *load, struct connection *c, uint8_t opcode, 
     return true;
 }
 
-/* When the message now expected by `c` was sent or, in an open loop, was due to be. */
-static uint64_t sent_at(const struct load *load, const struct connection *c)
+/* When message `sequence` for `c` was sent or, in an open loop, was due to be. */
+static uint64_t sent_at(const struct load *load, const struct connection *c, uint32_t sequence)
 {
     const uint64_t index = (uint64_t)(c - load->connections), partner = index ^ 1;
     if (!load->interval_ns)
         return load->connections[partner].sent_at;
-    const uint64_t pairs = load->count / 2, lap = c->next_received - load->first_of_run;
+    const uint64_t pairs = load->count / 2, lap = sequence - load->first_of_run;
     const uint64_t turn = lap * load->count + (partner & 1) * pairs + partner / 2;
     return load->start_ns + turn * load->interval_ns;
 }
@@ -214,17 +253,57 @@ static bool diagnose(struct load *load, struct connection *c, const uint8_t *mes
                 (const char *)message);
 }
 
-static bool on_message(struct load *load, struct connection *c, const uint8_t *message, size_t bytes,
-                       uint64_t now)
+/* Count the receipt of message `sequence`. */
+static void receive(struct load *load, struct connection *c, uint32_t sequence, uint64_t now)
 {
-    uint8_t *digits = c->expected + c->expected_sequence;
-    if (bytes != c->expected_bytes || memcmp(message, c->expected, bytes) != 0)
-        return diagnose(load, c, message, bytes);
-    uint32_t *bucket = &load->histogram[bucket_of(now - sent_at(load, c))];
+    uint32_t *bucket = &load->histogram[bucket_of(now - sent_at(load, c, sequence))];
     *bucket += 1;
     load->result->received++;
     load->last_ns = now;
-    write_sequence(digits, ++c->next_received);
+}
+
+/* Count what is wrong with a message that is not the expected one, and expect the next. */
+static bool count_fault(struct load *load, struct connection *c, const uint8_t *message, size_t bytes,
+                        uint64_t now)
+{
+    uint8_t *digits = c->expected + c->expected_sequence;
+    diagnose(load, c, message, bytes); /* puts the digits of `message` into `expected` */
+    const uint32_t sequence = read_sequence(digits), first = load->first_of_run;
+    const uint32_t sent = (c - load->connections) % 2 ? c[-1].next_sent : c[1].next_sent;
+    write_sequence(digits, sequence); /* digits that are none do not pass */
+    if (bytes != c->expected_bytes || memcmp(message, c->expected, bytes) != 0 ||
+        sequence - first >= sent - first) {
+        load->result->foreign++;
+    } else if (sequence - first >= c->next_received - first) {
+        /* Those in between are late or lost. */
+        const uint32_t ahead = sequence - c->next_received + 1;
+        c->seen = (ahead < 64 ? c->seen << ahead : 0) | 1;
+        c->next_received = sequence + 1;
+        receive(load, c, sequence, now);
+    } else {
+        const uint32_t behind = c->next_received - 1 - sequence;
+        /* What is further behind than `seen` reaches is held to be late, not repeated. */
+        if (behind < 64 && c->seen >> behind & 1) {
+            load->result->repeated++;
+        } else {
+            c->seen |= behind < 64 ? 1ull << behind : 0;
+            load->result->reordered++;
+            receive(load, c, sequence, now);
+        }
+    }
+    write_sequence(digits, c->next_received);
+    return true;
+}
+
+static bool on_message(struct load *load, struct connection *c, const uint8_t *message, size_t bytes,
+                       uint64_t now)
+{
+    if (bytes != c->expected_bytes || memcmp(message, c->expected, bytes) != 0)
+        return load->counts_faults ? count_fault(load, c, message, bytes, now)
+                                   : diagnose(load, c, message, bytes);
+    receive(load, c, c->next_received, now);
+    c->seen = c->seen << 1 | 1;
+    write_sequence(c->expected + c->expected_sequence, ++c->next_received);
     if (load->interval_ns || ++c->burst_received < load->burst)
         return true;
     c->burst_received = 0;
@@ -306,9 +385,9 @@ static bool on_frame(struct load *load, struct connection *c, const uint8_t *dat
     if (opcode == OPCODE_PONG)
         return true;
     if (opcode == OPCODE_CLOSE)
-        return fail(load, "the server closed a connection: %d %.*s",
-                    payload < 2 ? 1005 : start[0] << 8 | start[1], payload < 2 ? 0 : (int)payload - 2,
-                    (const char *)start + 2);
+        return end(load, c, "the server closed a connection: %d %.*s",
+                   payload < 2 ? 1005 : start[0] << 8 | start[1], payload < 2 ? 0 : (int)payload - 2,
+                   (const char *)start + 2);
     if (c->streams)
         return on_stream(load, c, start, payload, now);
     if (!(data[0] & 0x80))
@@ -325,7 +404,7 @@ static bool on_readable(struct load *load, struct connection *c)
     if (received < 0 && (errno == EAGAIN || errno == EINTR))
         return true;
     if (received <= 0)
-        return fail(load, "the server dropped a connection: %s", received ? strerror(errno) : "EOF");
+        return end(load, c, "the server dropped a connection: %s", received ? strerror(errno) : "EOF");
     uint64_t now = clock_ns(CLOCK_MONOTONIC);
     size_t bytes = c->held_bytes + (size_t)received, done = 0, used;
     c->held_bytes = 0;
@@ -334,7 +413,7 @@ static bool on_readable(struct load *load, struct connection *c)
             return false;
         done += used;
     } while (used);
-    if (done == bytes)
+    if (done == bytes || c->has_ended)
         return true;
     uint8_t *held = realloc(c->held, bytes - done);
     if (!held)
@@ -405,8 +484,8 @@ static bool run_paced(struct load *load)
 }
 
 /* Send for `duration_ns`, at `rate` messages/s over all connections or, if that is 0, in a closed
- * loop; then wait for what is still under way. */
-void load_run(struct load *load, uint64_t duration_ns, uint32_t rate, struct load_result *result)
+ * loop; then wait for what is still under way. Return whether it came to its end. */
+bool load_run(struct load *load, uint64_t duration_ns, uint32_t rate, struct load_result *result)
 {
     uint64_t cpu = clock_ns(CLOCK_THREAD_CPUTIME_ID);
     memset(result, 0, sizeof *result);
@@ -416,14 +495,28 @@ void load_run(struct load *load, uint64_t duration_ns, uint32_t rate, struct loa
     load->start_ns = load->last_ns = clock_ns(CLOCK_MONOTONIC);
     load->end_ns = load->start_ns + duration_ns;
     load->first_of_run = load->connections[0].next_sent;
-    if (rate ? run_paced(load) : run_closed_loop(load))
-        if (result->received < result->sent)
-            fail(load, "%llu of %llu messages were lost",
-                 (unsigned long long)(result->sent - result->received), (unsigned long long)result->sent);
+    /* What an earlier run lost is not this one's loss. */
+    for (uint32_t i = 0; load->counts_faults && i < load->count; i++) {
+        struct connection *c = &load->connections[i];
+        c->next_received = load->first_of_run;
+        c->seen = 0;
+        write_sequence(c->expected + c->expected_sequence, c->next_received);
+    }
+    const bool ends = rate ? run_paced(load) : run_closed_loop(load);
+    if (ends && result->received < result->sent)
+        fail(load, "%llu of %llu messages were lost",
+             (unsigned long long)(result->sent - result->received), (unsigned long long)result->sent);
     result->elapsed_ns = load->last_ns - load->start_ns;
     result->client_cpu_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID) - cpu;
-    result->p50_ns = percentile(load, 5000);
-    result->p99_ns = percentile(load, 9900);
+    result->p50_ns = load_percentile(load, 5000);
+    result->p99_ns = load_percentile(load, 9900);
+    return ends;
+}
+
+/* Go on after faults, in open loops, and count them: for a server that something is done to. */
+void load_count_faults(struct load *load)
+{
+    load->counts_faults = true;
 }
 
 /* Free everything but the sockets, which belong to the caller. */

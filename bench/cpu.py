@@ -38,7 +38,7 @@ def cpu_time(pid: int) -> int:
     in ticks of 10 ms.
     """
     total = 0
-    for member in _tree(pid):
+    for member in tree(pid):
         for thread in _threads(member):
             with suppress(*_ENDED):
                 total += int((thread / "schedstat").read_text().split()[0])
@@ -52,7 +52,7 @@ def _threads(pid: int) -> list[Path]:
         return []
 
 
-def _tree(root: int) -> set[int]:
+def tree(root: int) -> set[int]:
     """Return `root` and its descendants."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*"):

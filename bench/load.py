@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -45,7 +46,7 @@ class Endpoint:
     Without `stream`, each frame that arrives must hold one message.
     """
 
-    connection: WebSocket
+    connection: WebSocket | socket.socket
     sends: Template
     receives: Template
     opcode: int = TEXT
@@ -54,13 +55,22 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """What one run saw. Latencies are from send (open loop: from the scheduled time) to receipt."""
+    """What one run saw. Latencies are from send (open loop: from the scheduled time) to receipt.
 
-    messages: int
+    The faults are 0 unless they are counted; then `fault` is the first of them, or empty.
+    """
+
+    messages: int  # received, each counted once
     seconds: float
     client_cpu_seconds: float
     p50_ms: float
     p99_ms: float
+    undelivered: int = 0
+    reordered: int = 0
+    repeated: int = 0
+    foreign: int = 0  # ERRORs of the server, altered messages
+    ended: int = 0  # connections
+    fault: str = ""
 
 
 class _Connection(ctypes.Structure):
@@ -89,6 +99,10 @@ class _Result(ctypes.Structure):
         ("client_cpu_ns", ctypes.c_uint64),
         ("p50_ns", ctypes.c_uint64),
         ("p99_ns", ctypes.c_uint64),
+        ("reordered", ctypes.c_uint64),
+        ("repeated", ctypes.c_uint64),
+        ("foreign", ctypes.c_uint64),
+        ("ended", ctypes.c_uint64),
         ("failure", ctypes.c_char * 256),
     ]
 
@@ -108,7 +122,11 @@ def _library() -> ctypes.CDLL:
         ctypes.c_uint32,
         ctypes.POINTER(_Result),
     ]
-    library.load_run.restype = None
+    library.load_run.restype = ctypes.c_bool
+    library.load_percentile.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
+    library.load_percentile.restype = ctypes.c_uint64
+    library.load_count_faults.argtypes = [ctypes.c_void_p]
+    library.load_count_faults.restype = None
     library.load_close.argtypes = [ctypes.c_void_p]
     library.load_close.restype = None
     return library
@@ -122,10 +140,20 @@ class Load:
         burst: Messages per write.
         spin: Never sleep. For a client with a core of its own, whose waking up would add some 0.1 ms to
             every latency; without one it would take the server's time.
+        count_faults: In open loops, go on after a fault and count it, instead of raising LoadError.
     """
 
-    def __init__(self, endpoints: Sequence[Endpoint], burst: int = 1, *, spin: bool = False) -> None:
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        burst: int = 1,
+        *,
+        spin: bool = False,
+        count_faults: bool = False,
+    ) -> None:
         self._library = _library()
+        self._result = _Result()
+        self._counts_faults = count_faults
         specs = (_Connection * len(endpoints))()
         for spec, endpoint in zip(specs, endpoints, strict=True):
             spec.sends, spec.sends_sequence = endpoint.sends
@@ -140,6 +168,8 @@ class Load:
         self._handle = self._library.load_open(specs, len(endpoints), burst, spin)
         if not self._handle:
             raise LoadError("the load client takes pairs of sockets and messages of 126 to 65,535 bytes")
+        if count_faults:
+            self._library.load_count_faults(self._handle)
 
     def run(self, seconds: float, rate: int = 0) -> LoadResult:
         """Send for `seconds`, then wait for what is under way (5 s of silence at most).
@@ -152,17 +182,35 @@ class Load:
         Raises:
             LoadError: Not every message arrived once, unaltered and in order.
         """
-        result = _Result()
-        self._library.load_run(self._handle, round(seconds * _SECOND), rate, ctypes.byref(result))
-        if result.failure:
-            raise LoadError(result.failure.decode(errors="replace"))
+        result = self._result
+        ends = self._library.load_run(self._handle, round(seconds * _SECOND), rate, ctypes.byref(result))
+        fault = result.failure.decode(errors="replace")
+        if fault and not (ends and self._counts_faults and rate):
+            raise LoadError(fault)
         return LoadResult(
             messages=result.received,
             seconds=result.elapsed_ns / _SECOND,
             client_cpu_seconds=result.client_cpu_ns / _SECOND,
             p50_ms=result.p50_ns / 1e6,
             p99_ms=result.p99_ns / 1e6,
+            undelivered=result.sent - result.received,
+            reordered=result.reordered,
+            repeated=result.repeated,
+            foreign=result.foreign,
+            ended=result.ended,
+            fault=fault,
         )
+
+    @property
+    def received(self) -> int:
+        """Messages of the current run so far; another thread may ask."""
+        count: int = self._result.received
+        return count
+
+    def percentile_ms(self, percent: float) -> float:
+        """Return the latency that `percent` of the messages of the latest run did not exceed."""
+        latency: int = self._library.load_percentile(self._handle, round(percent * 100))
+        return latency / 1e6
 
     def close(self) -> None:
         """Free the load client; the sockets stay open."""

@@ -245,3 +245,59 @@ def test_a_fault_in_a_stream_ends_the_run(fault, reason, cut):
         pytest.raises(LoadError, match=reason),
     ):
         load.run(0.5)
+
+
+def test_faults_are_counted_where_the_run_shall_go_on():
+    def relay(count, payload):
+        if count == 20:
+            return b""
+        if count == 30:
+            return 2 * frame(payload)
+        if count == 40:
+            return frame(payload.replace(b"OFFER", b"OFFEr"))
+        if count == 50:
+            return frame(b'{"type":"ERROR"}')
+        return frame(payload)
+
+    with pair(relay) as endpoints, Load(endpoints, count_faults=True) as load:
+        result = load.run(0.2, 500)
+        assert (result.messages, result.undelivered) == (97, 3)
+        assert (result.repeated, result.foreign, result.ended) == (1, 2, 0)
+        assert "lost, repeated or reordered" in result.fault
+        # What was lost before is forgotten.
+        result = load.run(0.1, 500)
+        assert (result.messages, result.undelivered, result.fault) == (50, 0, "")
+
+
+def test_messages_that_overtake_each_other_are_counted():
+    held: list[bytes] = []
+
+    def relay(count, payload):
+        # Message 21 and 23 are of one sender; the second arrives first.
+        if count == 21:
+            held.append(frame(payload))
+            return b""
+        return frame(payload) + (held.pop() if count == 23 else b"")
+
+    with pair(relay) as endpoints, Load(endpoints, count_faults=True) as load:
+        result = load.run(0.2, 500)
+    assert (result.messages, result.undelivered, result.reordered, result.repeated) == (100, 0, 1, 0)
+
+
+def test_a_connection_that_ends_is_counted():
+    with (
+        pair(at_the_20th(lambda payload: frame(b"\x0f\xa3slow", 0x8))) as endpoints,
+        Load(endpoints, count_faults=True) as load,
+    ):
+        result = load.run(0.2, 500)
+    assert result.ended == 1
+    assert result.messages < 100
+    assert "closed a connection: 4003 slow" in result.fault
+
+
+def test_the_percentiles_do_not_fall():
+    with pair(faithful) as endpoints, Load(endpoints) as load:
+        result = load.run(0.2, 500)
+        found = [load.percentile_ms(percent) for percent in (1, 50, 99, 99.9)]
+    assert found == sorted(found)
+    assert (result.p50_ms, result.p99_ms) == (found[1], found[2])

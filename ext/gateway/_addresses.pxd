@@ -12,3 +12,5 @@ cdef class Addresses:
         size_t mapped
         readonly int workers
         bytes secret
+
+    cpdef int add(self, int worker, uint32_t place, int change) except -1

@@ -42,11 +42,12 @@ cdef class Addresses:
             cells += ROWS * BUCKETS
         return min(by_first, by_second)
 
-    def add(self, int worker, uint32_t place, int change):
+    cpdef int add(self, int worker, uint32_t place, int change) except -1:
         """Count a connection that begins (1) or ends (-1) at a worker."""
         cdef uint32_t* cells = self.cells + <size_t>worker * ROWS * BUCKETS
         cells[place % BUCKETS] += change
         cells[BUCKETS + place // BUCKETS] += change
+        return 0
 
     def forget(self, int worker):
         """Forget the connections of a worker that is gone."""

@@ -11,7 +11,9 @@ write.
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
+from gateway._addresses cimport Addresses
 from gateway._counters cimport Counters
+from gateway._ledger cimport Ledger
 from gateway._mesh cimport Link, Record
 from gateway._routing cimport DID_SIZE, RoutingTable
 from gateway._timers cimport Timer, TimerWheel
@@ -26,7 +28,8 @@ cdef enum:
     INPUT_BYTES = 524_288     # one read; the largest frame and the largest batch fit twice
     EVENTS_MAX = 256          # of one pass: what came for a target waits for the others' reads
     POOLED_BYTES = 16_384     # 25 messages of the usual size; longer queues grow by realloc
-    POOL_MAX = 1_024          # buffers kept: 16 MiB
+    POOL_MAX = 256            # buffers kept: 4 MiB, one for every socket of a pass
+    TRIM_TICKS = 50           # how often free memory goes back to the system, if there was much to free
     HELD_COPY_MAX = 4_096     # see Connection.on_readable
     FRAGMENTS_MAX = 4_096     # of one message; without an end a connection would cost for nothing
     BLOCKED_PATIENCE = 5      # times close_timeout
@@ -44,6 +47,8 @@ cdef class Router:
         list connections
         list free_indices
         list links              # Link or None by worker
+        Ledger ledger
+        Addresses addresses
         Counters counters_of    # keeps `counted` alive
         uint64_t* counted       # this worker's row
         uint32_t ping_ticks, pong_ticks, idle_ticks, close_ticks
@@ -58,6 +63,8 @@ cdef class Router:
         # Free write buffers of POOLED_BYTES each. Owned.
         void** pool
         Py_ssize_t pool_size
+        bint has_freed          # large buffers, since the last time
+        uint32_t trimmed_at     # tick
 
     cdef char* acquire(self) except NULL
     cdef void release(self, char* data, uint32_t capacity) noexcept
@@ -79,6 +86,7 @@ cdef class Connection:
         bytearray fragments         # of an unfinished message (RFC 6455 section 5.4)
         bytes unanswered_ping       # the latest that came while writing was blocked
         bytes goodbye               # the CLOSE frame, as far as it is not written
+        object recorded             # deque: numbers in the ledger of the frames in `out`; None: not slow
         uint64_t epoch              # of the session
         int fd
         uint32_t fragment_count
@@ -99,7 +107,7 @@ cdef class Connection:
         Timer timer
         # Token bucket: thousandths of messages, and when they were counted.
         uint32_t tokens, tokens_at
-        uint32_t refused_in_row
+        uint32_t refused_in_row     # since the bucket was half full
         # What was read of a frame whose rest is not here yet.
         char* held          # owned; NULL: nothing
         uint32_t held_size, held_capacity
@@ -124,7 +132,8 @@ cdef class Connection:
     cdef int write_out(self) except -1
     cdef int write_goodbye(self) except -1
     cdef int block(self) except -1
-    cdef void drop_head(self, uint32_t size) noexcept
+    cdef int drop_head(self, uint32_t size) except -1
+    cdef int record(self, const char* frame) except -1
     cdef void release_queue(self) noexcept
     cdef int end(self) except -1
     cdef uint32_t next_check(self) noexcept

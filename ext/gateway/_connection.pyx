@@ -9,8 +9,9 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memmove
 
 import os
-import socket
+from collections import deque
 
+from gateway._addresses cimport Addresses
 from gateway._counters cimport (
     BYTES_ROUTED,
     CONNECTIONS,
@@ -19,9 +20,12 @@ from gateway._counters cimport (
     MESSAGES_RECEIVED,
     MESSAGES_ROUTED,
     PINGS_SENT,
+    UNCONFIRMED_BYTES,
+    WAITING,
     Counters,
 )
 from gateway._frames cimport ANSWER, ERROR, ICE_CANDIDATE, OFFER, OK, Envelope, is_utf8, scan_envelope
+from gateway._ledger cimport NO_RECORD, Ledger
 from gateway._mesh cimport ROUTED, Link, Record
 from gateway._routing cimport DID_PREFIX_SIZE, DID_SIZE, Route, RoutingTable
 from gateway._timers cimport TICKS_PER_SECOND, TimerWheel
@@ -63,6 +67,18 @@ cdef extern from "<sys/epoll.h>" nogil:
     int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLL_CTL_DEL
     int EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP
 
+cdef extern from *:
+    """
+    #include <stdlib.h>
+    #ifdef __GLIBC__
+    #include <malloc.h>
+    #define aic_trim() malloc_trim(0)
+    #else
+    #define aic_trim() ((void)0)
+    #endif
+    """
+    void aic_trim() noexcept
+
 # What one agent may send to another through the gateway.
 cdef uint32_t ROUTED_TYPES = (1 << OFFER) | (1 << ANSWER) | (1 << ICE_CANDIDATE) | (1 << ERROR)
 
@@ -84,6 +100,7 @@ cdef int fire(void* owner) except -1:
         connection.on_timer()
     except Exception:
         # The fault of one must not stop the clock of the others.
+        connection.router.bury(connection)
         connection.router.handler.on_fault(connection)
     return 0
 
@@ -110,6 +127,8 @@ cdef class Router:
             `on_fault(connection)` and `on_closed(connection)`.
         table: The routes of the node.
         counters: Those of the node.
+        ledger: Where messages are written down that slow agents have not taken.
+        addresses: Where connections are counted by address.
         worker: The number of this worker.
         message_max: Bytes of a message that is routed.
         frame_max: Bytes of a frame that is read, so that its refusal can name the message in it.
@@ -136,6 +155,8 @@ cdef class Router:
         *,
         RoutingTable table not None,
         Counters counters not None,
+        Ledger ledger not None,
+        Addresses addresses not None,
         int worker,
         Py_ssize_t message_max,
         Py_ssize_t frame_max,
@@ -149,6 +170,8 @@ cdef class Router:
     ):
         self.handler = handler
         self.table = table
+        self.ledger = ledger
+        self.addresses = addresses
         self.counters_of = counters
         self.counted = counters.row(worker)
         self.worker = worker
@@ -188,9 +211,21 @@ cdef class Router:
 
     def advance(self, double seconds):
         """Let time pass up to `seconds` since the worker started: timers fire, batches are confirmed."""
+        cdef Link link
+        cdef uint64_t unconfirmed = 0
         self.counted[HEARTBEATS] += 1
         self.timers.advance(<uint32_t>(seconds * TICKS_PER_SECOND), fire)
         self.end_pass(True)
+        self.ledger.settle()
+        for link in self.links:
+            if link is not None:
+                unconfirmed += link.out_size
+        self.counted[UNCONFIRMED_BYTES] = unconfirmed
+        if self.has_freed and self.timers.now - self.trimmed_at >= TRIM_TICKS:
+            self.has_freed = False
+            self.trimmed_at = self.timers.now
+            aic_trim()  # or a burst of large messages would be kept for the next one
+        self.counted[WAITING] = self.ledger.size
 
     @property
     def connection_count(self):
@@ -243,6 +278,7 @@ cdef class Router:
                 if flags & (EPOLLIN | EPOLLHUP | EPOLLERR):
                     connection.on_readable()
             except Exception:
+                self.bury(connection)
                 self.handler.on_fault(connection)
         self.end_pass(False)
 
@@ -290,6 +326,7 @@ cdef class Router:
                 connection.write_out()
             except Exception:
                 # Not the fault of those who wrote to it.
+                self.bury(connection)
                 self.handler.on_fault(connection)
         return 0
 
@@ -332,6 +369,7 @@ cdef class Router:
             self.pool_size += 1
         else:
             free(data)
+            self.has_freed = True
 
     # --- other workers -------------------------------------------------------------------------
 
@@ -462,6 +500,7 @@ cdef class Connection:
             self.index = <uint32_t>len(router.connections)
             router.connections.append(self)
         router.counted[CONNECTIONS] += 1
+        router.addresses.add(router.worker, self.address, 1)
         self.last_heard = router.timers.now
         router.timers.arm(&self.timer, router.timers.now + ticks(self.handshake.timeout))
         router.watch(fd, EPOLL_CTL_ADD, EPOLLIN, <uint64_t><void*>self)
@@ -483,11 +522,6 @@ cdef class Connection:
         if self.fd < 0:
             return None
         return peer_of(self.fd)
-
-    @property
-    def counted_address(self):
-        """The number under which its address is counted."""
-        return self.address
 
     @property
     def silent_seconds(self):
@@ -562,6 +596,8 @@ cdef class Connection:
         position = kept
         while position < self.out_size:
             size = frame_size(self.out + position, &header)
+            if self.recorded is not None:
+                self.router.ledger.strike(self.recorded.pop())
             if self.out[position] == <char>(0x80 | TEXT):
                 messages.append(PyBytes_FromStringAndSize(self.out + position + header, size - header))
             position += size
@@ -615,6 +651,7 @@ cdef class Connection:
                 return 0
         if self.held != NULL:
             free(self.held)
+            router.has_freed = router.has_freed or self.held_capacity >= HELD_COPY_MAX
             self.held = NULL
             self.held_capacity = 0
         return 0
@@ -673,7 +710,8 @@ cdef class Connection:
         if self.tokens < TOKEN:
             return False
         self.tokens -= TOKEN
-        self.refused_in_row = 0
+        if self.tokens >= router.message_burst * TOKEN // 2:
+            self.refused_in_row = 0  # it has slowed down
         return True
 
     cdef int receive(self, const char* data, Py_ssize_t size) except -1:
@@ -803,7 +841,7 @@ cdef class Connection:
     # --- sending -------------------------------------------------------------------------------
 
     cdef bint queue(self, uint8_t opcode, const char* payload, Py_ssize_t size) except -1:
-        cdef uint32_t capacity
+        cdef uint32_t capacity, header
         cdef char* grown
         if self.out_size + size + HEADER_MAX > self.router.write_queue_max:
             return False
@@ -819,9 +857,11 @@ cdef class Connection:
                 raise MemoryError()
             self.out = grown
             self.out_capacity = capacity
-        self.out_size += write_header(self.out + self.out_size, <Opcode>opcode, size)
-        memcpy(self.out + self.out_size, payload, size)
-        self.out_size += <uint32_t>size
+        header = write_header(self.out + self.out_size, <Opcode>opcode, size)
+        memcpy(self.out + self.out_size + header, payload, size)
+        if self.recorded is not None:
+            self.record(self.out + self.out_size)
+        self.out_size += header + <uint32_t>size
         self.router.mark(self)
         return True
 
@@ -890,7 +930,14 @@ cdef class Connection:
         return 0
 
     cdef int block(self) except -1:
+        cdef uint32_t position = 0, header
         self.is_blocked = True
+        if self.recorded is None:
+            # What came for it from other workers is confirmed now: if this one dies, they tell the senders.
+            self.recorded = deque()
+            while position < self.out_size:
+                self.record(self.out + position)
+                position += frame_size(self.out + position, &header)
         self.router.watch(self.fd, EPOLL_CTL_MOD, EPOLLIN | EPOLLOUT, <uint64_t><void*>self)
         return 0
 
@@ -907,15 +954,29 @@ cdef class Connection:
         self.write_out()
         return 0
 
-    cdef void drop_head(self, uint32_t size) noexcept:
+    cdef int record(self, const char* frame) except -1:
+        cdef uint32_t header, size = frame_size(frame, &header)
+        cdef int number = NO_RECORD
+        if frame[0] == <char>(0x80 | TEXT):
+            number = self.router.ledger.write(frame + header, size - header)
+        self.recorded.append(number)
+        return 0
+
+    cdef int drop_head(self, uint32_t size) except -1:
         """Forget the first `size` bytes of the queue."""
+        cdef uint32_t position = 0, header
         if size == 0:
-            return
+            return 0
+        while self.recorded is not None and position < size:
+            self.router.ledger.strike(self.recorded.popleft())
+            position += frame_size(self.out + position, &header)
         self.out_size -= size
         if self.out_size:
             memmove(self.out, self.out + size, self.out_size)
         else:
             self.release_queue()
+            self.recorded = None
+        return 0
 
     cdef void release_queue(self) noexcept:
         if self.out != NULL:
@@ -930,8 +991,8 @@ cdef class Connection:
             return 0
         self.state = CLOSED
         router.timers.cancel(&self.timer)
-        router.watch(self.fd, EPOLL_CTL_DEL, 0, 0)
         try:
+            router.watch(self.fd, EPOLL_CTL_DEL, 0, 0)
             router.handler.on_closed(self)
         finally:
             # Whatever went wrong: the index and the socket are given back. A route that still names the index
@@ -941,7 +1002,8 @@ cdef class Connection:
             router.connections[self.index] = None
             router.free_indices.append(self.index)
             router.counted[CONNECTIONS] -= 1
-            self.session = self.handshake = self.fragments = None
+            router.addresses.add(router.worker, self.address, -1)
+            self.session = self.handshake = self.fragments = self.recorded = None
         return 0
 
     # --- time ----------------------------------------------------------------------------------
@@ -985,11 +1047,39 @@ cdef class Connection:
         return 0
 
 
-def peer_of(int fd):
+cdef extern from "<arpa/inet.h>" nogil:
+    enum:
+        AF_INET, AF_INET6, INET6_ADDRSTRLEN
+    struct in_addr:
+        pass
+    struct in6_addr:
+        pass
+    struct sockaddr_in:
+        uint16_t sin_port
+        in_addr sin_addr
+    struct sockaddr_in6:
+        uint16_t sin6_port
+        in6_addr sin6_addr
+    struct sockaddr:
+        unsigned short sa_family
+    struct sockaddr_storage:
+        pass
+    ctypedef unsigned int socklen_t
+    int getpeername(int fd, sockaddr* address, socklen_t* size)
+    const char* inet_ntop(int family, const void* address, char* text, socklen_t size)
+    uint16_t ntohs(uint16_t value)
+
+
+cdef str peer_of(int fd):
     """Return address and port of the other side of a socket; None if it has none any more."""
-    with socket.socket(fileno=os.dup(fd)) as end:
-        try:
-            host, port, *_ = end.getpeername()
-        except OSError:
-            return None
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    cdef sockaddr_storage storage
+    cdef socklen_t size = sizeof(storage)
+    cdef sockaddr* address = <sockaddr*>&storage
+    cdef char text[INET6_ADDRSTRLEN]
+    if getpeername(fd, address, &size) != 0:
+        return None
+    if address.sa_family == AF_INET6:
+        inet_ntop(AF_INET6, &(<sockaddr_in6*>address).sin6_addr, text, INET6_ADDRSTRLEN)
+        return f"[{text.decode()}]:{ntohs((<sockaddr_in6*>address).sin6_port)}"
+    inet_ntop(AF_INET, &(<sockaddr_in*>address).sin_addr, text, INET6_ADDRSTRLEN)
+    return f"{text.decode()}:{ntohs((<sockaddr_in*>address).sin_port)}"

@@ -12,6 +12,8 @@ cdef enum:
     CONNECTIONS         # now
     SESSIONS            # now, with those that are away
     AWAY_SESSIONS       # now
+    WAITING             # messages now, for agents that are away, on their way or slow
+    UNCONFIRMED_BYTES   # now, of what was handed to other workers
     HEARTBEATS          # of the worker's event loop
     COUNTS
 

@@ -14,6 +14,8 @@ _COUNTED = (
     "connections",
     "sessions",
     "away",
+    "waiting",
+    "unconfirmed_bytes",
     "heartbeats",
 )
 
@@ -72,4 +74,4 @@ cdef class Counters:
     def reset_gauges(self, int worker):
         """Forget how many a worker that is gone had."""
         cdef uint64_t* row = self.row(worker)
-        row[CONNECTIONS] = row[SESSIONS] = row[AWAY_SESSIONS] = 0
+        row[CONNECTIONS] = row[SESSIONS] = row[AWAY_SESSIONS] = row[WAITING] = row[UNCONFIRMED_BYTES] = 0

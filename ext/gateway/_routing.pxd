@@ -23,7 +23,6 @@ cdef enum:
 cdef enum SlotState:
     EMPTY = 0   # ends every search
     USED
-    REMOVED     # does not: what was pushed further by it is still there
 
 cdef struct Route:
     char key[KEY_SIZE]
@@ -49,11 +48,13 @@ cdef class RoutingTable:
     cdef uint64_t bind_key(
         self, const char* key, uint16_t worker, uint32_t connection, Route* replaced
     ) except 0
-    cdef bint read(self, const char* key, uint64_t index, Route* out) noexcept nogil
+    cdef bint search(self, const char* key, Route* out) noexcept nogil
+    cdef bint read(self, uint64_t index, Route* out) noexcept nogil
     cdef int lock(self) except -1
-    cdef bint try_lock(self) noexcept nogil
+    cdef bint try_lock(self, long nanoseconds) noexcept nogil
     cdef void unlock(self) noexcept nogil
     cdef void repair(self) noexcept nogil
     cdef void put(self, uint64_t index, const Route* value) noexcept nogil
     cdef void clear(self, uint64_t index) noexcept nogil
+    cdef void close_gap(self, uint64_t hole) noexcept nogil
     cdef Route* own(self, const char* key, uint64_t epoch) noexcept nogil

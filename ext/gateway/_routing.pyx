@@ -1,7 +1,8 @@
 """Routing table: open addressing with linear probing in shared memory, at most half full; see _routing.pxd.
 
-A removed slot is only marked, for a reader that holds no lock must not miss what is moved under its eyes.
-Marks at the end of a run of slots are taken away at once and others are used again: searches stay short.
+Removing a route closes the gap (Knuth 6.4, algorithm R), so searches stay short for ever. Routes move then,
+and a reader that holds no lock might miss one; so whoever finds nothing looks again if a gap was closed
+meanwhile.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
@@ -82,19 +83,23 @@ cdef extern from *:
 AWAY_INDEX = AWAY
 
 cdef enum:
-    NOT_WRITING = 0
+    NONE = 0
     SPINS = 2_000
-    # A writer holds the mutex for less than a microsecond. One that does not give it back was stopped
-    # (SIGSTOP, a debugger) just then.
-    LOCK_NANOSECONDS = 50_000_000
+    # A writer holds the mutex for a few microseconds. One that does not give it back was stopped (SIGSTOP, a
+    # debugger) just then: a registration waits longer for it than a message.
+    WRITER_NANOSECONDS = 50_000_000
+    READER_NANOSECONDS = 1_000_000
 
 cdef struct Head:
     pthread_mutex_t mutex
     uint64_t epoch       # the latest
     uint64_t size        # slots in use
     uint64_t secret[2]   # keys are chosen by strangers: the hash is keyed
-    uint64_t writing     # 1 + index of the slot that is being written, or NOT_WRITING
+    uint64_t limit       # of them
+    uint64_t writing     # 1 + index of the slot that is being written, or NONE
     Route before         # what it held
+    uint64_t hole        # 1 + index of the slot that is to be removed, or NONE
+    uint32_t closing     # grows when a gap begins to be closed, and when it is closed: odd in between
 
 
 class TableFullError(Exception):
@@ -132,6 +137,7 @@ cdef class RoutingTable:
         self.mask = capacity - 1
         if aic_mutex_init(&self.head.mutex):
             raise OSError("no process-shared robust mutex on this system")
+        self.head.limit = routes
         # Odd: a factor of a multiplication should lose no bits.
         self.head.secret[0] = int.from_bytes(os.urandom(8), "little") | 1
         self.head.secret[1] = int.from_bytes(os.urandom(8), "little") | 1
@@ -142,17 +148,36 @@ cdef class RoutingTable:
     # --- reading -------------------------------------------------------------------------------
 
     cdef bint find(self, const char* key, Route* out) noexcept nogil:
+        cdef uint32_t closing
+        cdef int spins = 0
+        while True:
+            closing = aic_load(&self.head.closing)
+            if self.search(key, out):
+                return True
+            aic_fence()
+            if not closing & 1 and aic_load(&self.head.closing) == closing:
+                return False
+            # A gap was being closed: it may have moved behind the search.
+            spins += 1
+            if spins < SPINS:
+                aic_relax()
+            elif spins > SPINS or not self.try_lock(READER_NANOSECONDS):
+                return False  # the writer is stopped
+            else:
+                self.unlock()
+
+    cdef bint search(self, const char* key, Route* out) noexcept nogil:
         cdef uint64_t index = aic_hash_key(key, self.head.secret) & self.mask
         cdef uint64_t start = index
-        while self.read(key, index, out):
-            if out.state == USED and memcmp(out.key, key, KEY_SIZE) == 0:
+        while self.read(index, out):
+            if memcmp(out.key, key, KEY_SIZE) == 0:
                 return True
             index = (index + 1) & self.mask
             if index == start:
                 break
         return False
 
-    cdef bint read(self, const char* key, uint64_t index, Route* out) noexcept nogil:
+    cdef bint read(self, uint64_t index, Route* out) noexcept nogil:
         """Copy a slot as it stood at one instant; False if it is empty."""
         cdef Route* slot = &self.slots[index]
         cdef uint32_t sequence
@@ -167,19 +192,18 @@ cdef class RoutingTable:
             spins += 1
             if spins < SPINS:
                 aic_relax()
-            elif spins == SPINS and self.try_lock():
+            elif spins == SPINS and self.try_lock(READER_NANOSECONDS):
                 # Its writer had died, and the slot is repaired; or it was only slow.
                 self.unlock()
             elif spins > SPINS:
                 # Its writer is stopped. For now there is no such route; whatever follows it can be found.
                 memset(out, 0, sizeof(Route))
-                out.state = REMOVED
                 return True
 
     # --- writing -------------------------------------------------------------------------------
 
-    cdef bint try_lock(self) noexcept nogil:
-        cdef int error = aic_mutex_lock(&self.head.mutex, LOCK_NANOSECONDS)
+    cdef bint try_lock(self, long nanoseconds) noexcept nogil:
+        cdef int error = aic_mutex_lock(&self.head.mutex, nanoseconds)
         if error == EOWNERDEAD:
             self.repair()
             pthread_mutex_consistent(&self.head.mutex)
@@ -187,7 +211,7 @@ cdef class RoutingTable:
         return error == 0
 
     cdef int lock(self) except -1:
-        if not self.try_lock():
+        if not self.try_lock(WRITER_NANOSECONDS):
             raise TableBusyError("the routing table is being changed by a process that does not go on")
         return 0
 
@@ -197,7 +221,7 @@ cdef class RoutingTable:
     cdef void repair(self) noexcept nogil:
         """Undo what the owner of the mutex died in."""
         cdef uint64_t index, used = 0
-        if self.head.writing != NOT_WRITING:
+        if self.head.writing != NONE:
             index = self.head.writing - 1
             memcpy(self.slots[index].key, self.head.before.key, KEY_SIZE)
             self.slots[index].epoch = self.head.before.epoch
@@ -207,7 +231,10 @@ cdef class RoutingTable:
             aic_fence()
             aic_store(&self.slots[index].sequence, (self.slots[index].sequence | 1) + 1)
             aic_fence()
-            self.head.writing = NOT_WRITING
+            self.head.writing = NONE
+        if self.head.hole != NONE:
+            self.close_gap(self.head.hole - 1)
+        self.head.closing = (self.head.closing + 1) & ~<uint32_t>1
         for index in range(self.mask + 1):
             used += self.slots[index].state == USED
         self.head.size = used
@@ -228,39 +255,31 @@ cdef class RoutingTable:
         aic_fence()
         aic_store(&slot.sequence, slot.sequence + 1)
         aic_fence()
-        self.head.writing = NOT_WRITING
+        self.head.writing = NONE
 
     cdef uint64_t bind_key(
         self, const char* key, uint16_t worker, uint32_t connection, Route* replaced
     ) except 0:
-        cdef uint64_t index, place
-        cdef bint has_place = False
+        cdef uint64_t index
         cdef Route value
         self.lock()
         try:
-            index = place = aic_hash_key(key, self.head.secret) & self.mask
+            index = aic_hash_key(key, self.head.secret) & self.mask
             replaced.state = EMPTY
-            while True:
-                if self.slots[index].state == USED:
-                    if memcmp(self.slots[index].key, key, KEY_SIZE) == 0:
-                        memcpy(replaced, &self.slots[index], sizeof(Route))
-                        place = index
-                        break
-                elif not has_place:
-                    place = index
-                    has_place = True
-                if self.slots[index].state == EMPTY:
+            while self.slots[index].state == USED:  # half of them are not
+                if memcmp(self.slots[index].key, key, KEY_SIZE) == 0:
+                    memcpy(replaced, &self.slots[index], sizeof(Route))
                     break
                 index = (index + 1) & self.mask
-            if replaced.state == EMPTY and 2 * (self.head.size + 1) > self.mask + 1:
-                raise TableFullError(f"the routing table is full: {self.head.size} agents")
+            if replaced.state == EMPTY and self.head.size >= self.head.limit:
+                raise TableFullError(f"{self.head.size} agents are registered or away; there is no room")
             self.head.epoch += 1
             memcpy(value.key, key, KEY_SIZE)
             value.epoch = self.head.epoch
             value.connection = connection
             value.worker = worker
             value.state = USED
-            self.put(place, &value)
+            self.put(index, &value)
             if replaced.state == EMPTY:
                 self.head.size += 1
             return value.epoch
@@ -270,27 +289,42 @@ cdef class RoutingTable:
     cdef Route* own(self, const char* key, uint64_t epoch) noexcept nogil:
         """Return the slot of `key` if `epoch` owns it. The mutex is held."""
         cdef uint64_t index = aic_hash_key(key, self.head.secret) & self.mask
-        while self.slots[index].state != EMPTY:
-            if self.slots[index].state == USED and memcmp(self.slots[index].key, key, KEY_SIZE) == 0:
+        while self.slots[index].state == USED:
+            if memcmp(self.slots[index].key, key, KEY_SIZE) == 0:
                 return &self.slots[index] if self.slots[index].epoch == epoch else NULL
             index = (index + 1) & self.mask
         return NULL
 
     cdef void clear(self, uint64_t index) noexcept nogil:
         """Remove a slot. The mutex is held."""
-        cdef Route value
-        memcpy(&value, &self.slots[index], sizeof(Route))
-        value.epoch = 0
-        value.state = REMOVED
-        self.put(index, &value)
+        aic_store(&self.head.closing, self.head.closing + 1)
+        aic_fence()
+        self.head.hole = index + 1
+        self.close_gap(index)
+        aic_fence()
+        aic_store(&self.head.closing, self.head.closing + 1)
         self.head.size -= 1
-        if self.slots[(index + 1) & self.mask].state != EMPTY:
-            return
-        # Nothing stands behind it: no search needs this mark, nor those right before it.
-        value.state = EMPTY
-        while self.slots[index].state == REMOVED:
-            self.put(index, &value)
-            index = (index - 1) & self.mask
+
+    cdef void close_gap(self, uint64_t hole) noexcept nogil:
+        """Move what was pushed past the hole back into it, and so on, until nothing is.
+
+        Whoever finds that this was interrupted begins again at `head.hole`: what was moved already is then
+        moved once more to where it is.
+        """
+        cdef Route nothing
+        cdef uint64_t index = hole, home
+        while True:
+            index = (index + 1) & self.mask
+            if self.slots[index].state == EMPTY:
+                break
+            home = aic_hash_key(self.slots[index].key, self.head.secret) & self.mask
+            if ((index - home) & self.mask) >= ((index - hole) & self.mask):
+                self.put(hole, &self.slots[index])
+                hole = index
+                self.head.hole = hole + 1
+        memset(&nothing, 0, sizeof(Route))
+        self.put(hole, &nothing)
+        self.head.hole = NONE
 
     def bind(self, bytes did not None, uint16_t worker, uint32_t connection):
         """Give the route of a DID (ASCII) to a connection of a worker: the newest proven session wins.
@@ -344,7 +378,8 @@ cdef class RoutingTable:
         cdef uint64_t index
         cdef uint64_t removed = 0
         for index in range(self.mask + 1):
-            if self.slots[index].state == USED and self.slots[index].worker == worker:
+            # Removing one may move another into its place.
+            while self.slots[index].state == USED and self.slots[index].worker == worker:
                 self.lock()
                 try:
                     if self.slots[index].state == USED and self.slots[index].worker == worker:
@@ -365,16 +400,19 @@ cdef class RoutingTable:
         return self.head.size
 
     def check(self):
-        """Count the slots that are half written, and those that no search can reach; for tests."""
-        cdef uint64_t index, torn = 0, lost = 0, used = 0
+        """Count slots that are half written, that no search can reach, and the longest search; for tests."""
+        cdef uint64_t index, torn = 0, lost = 0, used = 0, longest = 0
         cdef Route route
         cdef bint found
+        cdef uint64_t home
         self.lock()
         self.unlock()
         for index in range(self.mask + 1):
             torn += self.slots[index].sequence & 1
             if self.slots[index].state == USED:
                 used += 1
+                home = aic_hash_key(self.slots[index].key, self.head.secret) & self.mask
+                longest = max(longest, (index - home) & self.mask)
                 found = self.find(self.slots[index].key, &route)
                 lost += not (found and route.epoch == self.slots[index].epoch)
-        return {"torn": torn, "lost": lost, "used": used}
+        return {"torn": torn, "lost": lost, "used": used, "longest": longest}

@@ -1,6 +1,8 @@
 from typing import Protocol
 
+from gateway._addresses import Addresses
 from gateway._counters import Counters
+from gateway._ledger import Ledger
 from gateway._routing import RoutingTable
 from gateway.handshake import Handshake
 from gateway.registry import Session
@@ -28,6 +30,8 @@ class Router:
         *,
         table: RoutingTable,
         counters: Counters,
+        ledger: Ledger,
+        addresses: Addresses,
         worker: int,
         message_max: int,
         frame_max: int,
@@ -63,8 +67,6 @@ class Connection:
     def refuse_early_frame(self) -> None: ...
     @property
     def peer(self) -> str | None: ...
-    @property
-    def counted_address(self) -> int: ...
     @property
     def is_open(self) -> bool: ...
     @property

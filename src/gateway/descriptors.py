@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import resource
 
-# For standard streams, libraries, links, event loops, and connections whose request is being read.
-RESERVED = 256
+# 256 for streams, libraries, links and event loops; the others for connections whose request is to come.
+RESERVED = 1_024
 
 
 def raise_limit() -> None:
@@ -17,4 +17,4 @@ def raise_limit() -> None:
 def connections_per_worker() -> int:
     """Return how many connections one worker can hold."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(soft - RESERVED, 1)
+    return max(soft - RESERVED, soft // 2)

@@ -4,22 +4,74 @@ from __future__ import annotations
 
 import logging
 import os
+import select
+import stat
 import sys
+import time
+from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import structlog
+from structlog.typing import EventDict
+
+# Of one event and cause in one worker.
+LINES_PER_SECOND = 100
 
 
 class _StandardError:
-    """Standard error without a buffer. If nobody reads it any more, lines are lost and nothing else."""
+    """Standard error without a buffer. If nobody reads it, lines are lost and nothing else: nobody waits."""
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self._poll.register(2, select.POLLOUT)
+        # A pipe that can be written to takes so many bytes (pipe(7)); for more it might wait for its reader.
+        self._line_max = select.PIPE_BUF if stat.S_ISFIFO(os.fstat(2).st_mode) else sys.maxsize
+        self._lost = 0
 
     def write(self, text: str) -> None:
+        if self._lost and self._write(f"({self._lost} lines of the log were lost)\n"):
+            self._lost = 0
+        self._lost += not self._write(text)
+
+    def _write(self, text: str) -> bool:
+        data = text.encode(errors="backslashreplace")
+        if len(data) > self._line_max:
+            data = data[: self._line_max - 1] + b"\n"
+        if not self._poll.poll(0):
+            return False
         with suppress(OSError):
-            os.write(2, text.encode(errors="backslashreplace"))
+            os.write(2, data)
+        return True
 
     def flush(self) -> None:
         """Do nothing: nothing is held back."""
+
+
+class _Throttle:
+    """Lets a few lines of one event and cause through per second, and says how many there were.
+
+    Strangers can cause refusals as fast as they like; every one is counted, but the log stays readable and
+    its disk does not fill.
+    """
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._lines: Counter[tuple[object, object]] = Counter()
+
+    def __call__(self, logger: object, method: str, event: EventDict) -> EventDict:
+        second = int(time.monotonic())
+        key = (event.get("event"), event.get("cause"))
+        if second != self._second:
+            self._second = second
+            left_out = self._lines[key] - LINES_PER_SECOND
+            self._lines.clear()
+            if left_out > 0:
+                event["left_out"] = left_out
+        self._lines[key] += 1
+        if self._lines[key] > LINES_PER_SECOND and method in ("info", "debug"):
+            raise structlog.DropEvent
+        return event
 
 
 def configure(level: str, style: str) -> None:
@@ -31,6 +83,7 @@ def configure(level: str, style: str) -> None:
     )
     structlog.configure(
         processors=[
+            _Throttle(),
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
@@ -63,6 +116,7 @@ class PicowsLog(_LoggerAdapter):
         return level >= logging.ERROR
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        """Pass what carries an exception on to structlog."""
-        if kwargs.get("exc_info"):
-            structlog.get_logger("picows").error(str(msg) % args if args else str(msg), exc_info=True)
+        """Pass faults on to structlog."""
+        if level >= logging.ERROR:
+            text = str(msg) % args if args else str(msg)
+            structlog.get_logger("picows").error(text, exc_info=bool(kwargs.get("exc_info")))

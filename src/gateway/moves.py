@@ -20,7 +20,6 @@ session at NEW.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -30,7 +29,9 @@ import orjson
 from aiconexus.protocol.limits import WRITE_QUEUE_MAX_BYTES
 from gateway._connection import Connection, Router
 from gateway._frames import scan
+from gateway._ledger import Ledger
 from gateway._mesh import FIRST_OTHER_KIND
+from gateway.shelf import Shelf
 
 if TYPE_CHECKING:
     from gateway.handshake import Registration
@@ -41,6 +42,8 @@ MOVE, FENCE, MARK, HANDED, HELD, FORWARDED = range(FIRST_OTHER_KIND, FIRST_OTHER
 MESSAGE_KINDS = frozenset({HELD, FORWARDED})
 # A worker that is alive answers within a loop pass.
 MOVE_SECONDS = 2.0
+# From one worker, for one session that is on its way.
+MOVING_MAX_MESSAGES = 4_096
 # For which it is known where a session went: longer than anything is on its way between workers.
 GONE_SECONDS = 10.0
 
@@ -68,8 +71,7 @@ class Move:
     waits: set[int]
     deadline: float
     early: set[int] = field(default_factory=set)
-    held: dict[int, deque[bytes]] = field(default_factory=dict)
-    held_bytes: int = 0
+    held: dict[int, Shelf] = field(default_factory=dict)
     is_answered: bool = False
     next: tuple[int, int, bytes] | None = None
 
@@ -81,6 +83,7 @@ class Moves:
         worker: The number of this worker.
         router: Where records are sent.
         registry: The sessions of this worker.
+        ledger: Where it is written down what waits.
         admit: Answers a REGISTER: (session, registration, resumed).
         give: Delivers a message to a session, or gives it back to its sender.
         give_back: Tells the sender of a message that it was not delivered: (data, cause).
@@ -92,6 +95,7 @@ class Moves:
         worker: int,
         router: Router,
         registry: Registry,
+        ledger: Ledger,
         *,
         admit: Callable[[Session, Registration, bool], None],
         give: Callable[[Session, bytes], None],
@@ -101,6 +105,7 @@ class Moves:
         self._worker = worker
         self._router = router
         self._registry = registry
+        self._ledger = ledger
         self._admit = admit
         self._give = give
         self._give_back = give_back
@@ -141,11 +146,11 @@ class Moves:
         move = session.move
         if move is None or (move.is_answered and origin not in move.waits):
             self._give(session, data)
-        elif move.held_bytes + len(data) > WRITE_QUEUE_MAX_BYTES:
+            return
+        if origin not in move.held:
+            move.held[origin] = Shelf(self._ledger, MOVING_MAX_MESSAGES, WRITE_QUEUE_MAX_BYTES)
+        if not move.held[origin].put(data):
             self._give_back(data, "overloaded")
-        else:
-            move.held.setdefault(origin, deque()).append(data)
-            move.held_bytes += len(data)
 
     def _handed(self, move: Move, data: bytes) -> None:
         answer = orjson.loads(data)
@@ -164,11 +169,15 @@ class Moves:
             return
         for worker in move.early:
             move.waits.discard(worker)
-            for data in move.held.pop(worker, ()):
-                self._give(move.session, data)
+            self._release(move, worker)
         move.early.clear()
         if not move.waits:
             self._end(move)
+
+    def _release(self, move: Move, worker: int) -> None:
+        shelf = move.held.pop(worker, None)
+        for data in shelf.take() if shelf is not None else ():
+            self._give(move.session, data)
 
     def _end(self, move: Move) -> None:
         """Let the session be like any other."""
@@ -177,9 +186,8 @@ class Moves:
         if not move.is_answered:
             move.is_answered = True
             self._admit(session, move.registration, False)
-        for held in move.held.values():
-            for data in held:
-                self._give(session, data)
+        for worker in list(move.held):
+            self._release(move, worker)
         session.move = None
         self._set_moving(move, False)
         if move.next is not None:
@@ -209,6 +217,7 @@ class Moves:
             session.move.next = (new, epoch, data)
             return
         session = self._registry.give(request["did"], request["epoch"])
+        self._gone[request["epoch"]] = (new, epoch, time.monotonic() + GONE_SECONDS)
         resumed = (
             session is not None
             and request["resume"] is not None
@@ -251,29 +260,40 @@ class Moves:
             if (move := self._moves.get(epoch)) is not None:
                 self._handed(move, data)
         elif kind in MESSAGE_KINDS:
-            self.pass_on(origin, epoch, data)
+            session = self._session(epoch, data)
+            if session is None:
+                self._pass_on(origin, epoch, data)
+            elif session.old_path_closed:
+                self._give_back(data, "away_expired")
+            else:
+                self._give(session, data)
 
-    def pass_on(self, origin: int, epoch: int, data: bytes) -> None:
-        """Deliver a message that was sent to the session of an epoch, wherever the session is by now.
+    def on_stray(self, origin: int, epoch: int, data: bytes) -> None:
+        """Take a message that a worker sent to the session of an epoch, which has dropped or gone since."""
+        session = self._session(epoch, data)
+        if session is not None:
+            self.hold(session, origin, data)
+        else:
+            self._pass_on(origin, epoch, data)
+
+    def _session(self, epoch: int, data: bytes) -> Session | None:
+        to = scan(data).to
+        return self._registry.find(to, epoch) if to is not None else None
+
+    def _pass_on(self, origin: int, epoch: int, data: bytes) -> None:
+        """Deliver a message to a session that is not here any more.
 
         It goes the way that the session went, worker by worker: on the short way it might overtake what is
         older.
         """
-        to = scan(data).to
-        assert to is not None
-        session = self._registry.find(to, epoch)
-        if session is not None:
-            if session.old_path_closed:
-                self._give_back(data, "away_expired")
-            else:
-                self._give(session, data)
-            return
         if epoch in self._gone:
             worker, epoch, _ = self._gone[epoch]
             if not self._router.tell(worker, FORWARDED, origin, epoch, data):
                 self._give_back(data, "unreachable")
             return
         # That session ended. A newer one may be anywhere.
+        to = scan(data).to
+        assert to is not None
         session = self._registry.get(to)
         if session is not None:
             self.hold(session, origin, data)

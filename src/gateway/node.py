@@ -8,6 +8,7 @@ from http import HTTPStatus
 from aiconexus.protocol.errors import CAUSES, CLOSE_CODES
 from gateway._addresses import Addresses
 from gateway._counters import Counters
+from gateway._ledger import Ledger
 from gateway._routing import RoutingTable
 
 # Refusals that are no ERROR: of frames (RFC 6455) and of HTTP requests.
@@ -25,6 +26,7 @@ _HTTP_REFUSALS = (
     HTTPStatus.BAD_REQUEST,
     HTTPStatus.NOT_FOUND,
     HTTPStatus.UPGRADE_REQUIRED,
+    HTTPStatus.INTERNAL_SERVER_ERROR,
     HTTPStatus.SERVICE_UNAVAILABLE,
 )
 _REFUSED = (*CAUSES, *_FRAME_FAULTS, *(f"http_{status.value}" for status in _HTTP_REFUSALS))
@@ -41,6 +43,7 @@ class Node:
     table: RoutingTable
     counters: Counters
     addresses: Addresses
+    ledger: Ledger
 
     @classmethod
     def create(cls, workers: int, agents: int) -> Node:
@@ -56,6 +59,7 @@ class Node:
                 ),
             ),
             addresses=Addresses(workers),
+            ledger=Ledger(workers),
         )
 
     def forget(self, worker: int) -> int:

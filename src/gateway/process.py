@@ -12,13 +12,15 @@ import uvloop
 
 from gateway.worker import Gateway
 
-# What is said on the line between supervisor and worker (SOCK_SEQPACKET), one word or two:
-LINK = b"link"  # "link 3", with a descriptor: here is your link to worker 3
+# What is said on the line between supervisor and worker (SOCK_SEQPACKET):
+LINK = b"link"  # "link 3 1", with a descriptor: here is your link to worker 3, in its second life
 LINKED = b"linked"  # "linked 3": I have it
 SERVE = b"serve"  # everybody who runs has a link to you: begin
 READY = b"ready"  # I accept connections
 
 _WORD_MAX = 64
+# Blocked from the fork until there are handlers for them.
+STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 
 
 class WorkerProcess:
@@ -27,7 +29,7 @@ class WorkerProcess:
     Args:
         gateway: The worker.
         line: To the supervisor.
-        links: To the workers that run already, by number.
+        links: To the workers that run already: number, generation and socket.
         listener: Bound to the public address.
     """
 
@@ -35,14 +37,14 @@ class WorkerProcess:
         self,
         gateway: Gateway,
         line: socket.socket,
-        links: Iterable[tuple[int, socket.socket]],
+        links: Iterable[tuple[int, int, socket.socket]],
         listener: socket.socket,
     ) -> None:
         self._gateway = gateway
         self._line = line
         self._listener = listener
-        for worker, link in links:
-            gateway.router.add_link(worker, link.detach())
+        for worker, generation, link in links:
+            gateway.add_link(worker, generation, link.detach())
         self._may_serve = asyncio.Event()
 
     def run(self) -> None:
@@ -56,6 +58,7 @@ class WorkerProcess:
         # A terminal sends SIGINT to the whole group; the supervisor passes it on as SIGTERM.
         loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
         loop.add_signal_handler(signal.SIGINT, lambda: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         await self._may_serve.wait()
         await self._gateway.serve(self._listener, lambda: self._say(READY))
 
@@ -72,7 +75,8 @@ class WorkerProcess:
             os._exit(1)
         word, _, argument = data.partition(b" ")
         if word == LINK:
-            self._gateway.router.add_link(int(argument), descriptors[0])
-            self._say(LINKED, argument)
+            number, generation = argument.split()
+            self._gateway.add_link(int(number), int(generation), descriptors[0])
+            self._say(LINKED, number)
         elif word == SERVE:
             self._may_serve.set()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from aiconexus.protocol.limits import AWAY_MAX_BYTES, AWAY_MAX_MESSAGES
 from gateway._connection import Connection
+from gateway._ledger import Ledger
 from gateway._routing import RoutingTable
+from gateway.shelf import Shelf
 
 if TYPE_CHECKING:
     from gateway.moves import Move
@@ -26,6 +28,7 @@ class Session:
     """
 
     __slots__ = (
+        "_ledger",
         "away_until",
         "capabilities",
         "connected_at",
@@ -37,14 +40,20 @@ class Session:
         "move",
         "old_path_closed",
         "resume_token",
-        "waiting",
-        "waiting_bytes",
+        "shelf",
     )
 
     def __init__(
-        self, did: str, connection: Connection, epoch: int, capabilities: bytes, resume_token: str
+        self,
+        did: str,
+        connection: Connection,
+        epoch: int,
+        capabilities: bytes,
+        resume_token: str,
+        ledger: Ledger,
     ) -> None:
         self.did = did
+        self._ledger = ledger
         self.id = str(uuid4())
         self.connection: Connection | None = connection
         self.epoch = epoch
@@ -55,32 +64,24 @@ class Session:
         self.away_until = 0.0
         self.move: Move | None = None
         self.old_path_closed = False
-        self.waiting: deque[bytes] | None = None
-        self.waiting_bytes = 0
+        self.shelf: Shelf | None = None
 
     def hold(self, data: bytes) -> bool:
         """Keep a message for the return of an agent that is away; tell whether it fits."""
-        return self._hold(data, deque.append)
+        if self.shelf is None:
+            self.shelf = Shelf(self._ledger, AWAY_MAX_MESSAGES, AWAY_MAX_BYTES)
+        return self.shelf.put(data)
 
     def hold_first(self, data: bytes) -> bool:
         """Keep a message that is older than those that wait; tell whether it fits."""
-        return self._hold(data, deque.appendleft)
+        if self.shelf is None:
+            self.shelf = Shelf(self._ledger, AWAY_MAX_MESSAGES, AWAY_MAX_BYTES)
+        return self.shelf.put_first(data)
 
-    def _hold(self, data: bytes, put: Callable[[deque[bytes], bytes], None]) -> bool:
-        if self.waiting is None:
-            self.waiting = deque()
-        if len(self.waiting) >= AWAY_MAX_MESSAGES or self.waiting_bytes + len(data) > AWAY_MAX_BYTES:
-            return False
-        put(self.waiting, data)
-        self.waiting_bytes += len(data)
-        return True
-
-    def release(self) -> deque[bytes]:
+    def release(self) -> list[bytes]:
         """Return what waits, oldest first, and keep nothing."""
-        waiting = self.waiting or deque()
-        self.waiting = None
-        self.waiting_bytes = 0
-        return waiting
+        shelf, self.shelf = self.shelf, None
+        return shelf.take() if shelf is not None else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +120,14 @@ class Registry:
 
     Args:
         table: Where the routes of the node are kept.
+        ledger: Where it is written down what waits.
         worker: The number of the worker.
         away: Seconds for which a dropped session stays routable.
     """
 
-    def __init__(self, table: RoutingTable, worker: int, away: float) -> None:
+    def __init__(self, table: RoutingTable, ledger: Ledger, worker: int, away: float) -> None:
         self._table = table
+        self._ledger = ledger
         self._worker = worker
         self._away = away
         self._sessions: dict[str, Session] = {}
@@ -183,7 +186,7 @@ class Registry:
             resume: The token that the agent presented.
         """
         epoch, owner = self._table.bind(did.encode(), self._worker, connection.index)
-        session = Session(did, connection, epoch, capabilities, resume_token)
+        session = Session(did, connection, epoch, capabilities, resume_token, self._ledger)
         before = self._sessions.get(did)
         self._sessions[did] = session
         if before is not None and owner is not None and owner[2] != before.epoch:

@@ -19,7 +19,7 @@ from aiconexus.protocol import DIDKey
 from gateway._mesh import socket_pair
 from gateway.config import Settings
 from gateway.node import Node
-from gateway.process import LINK, LINKED, READY, SERVE, WorkerProcess
+from gateway.process import LINK, LINKED, READY, SERVE, STOP_SIGNALS, WorkerProcess
 from gateway.worker import Gateway
 
 # A worker that dies is started again after this; twice the time after every death that follows soon.
@@ -48,6 +48,7 @@ class _Worker:
     line: socket.socket | None = None
     started_at: float = 0.0
     restart_at: float | None = None
+    generation: int = -1  # processes that have had the number before this one
     deaths: int = 0  # in quick succession
     has_served: bool = False
     is_serving: bool = False  # it was told to
@@ -127,14 +128,21 @@ class Supervisor:
         running = [other for other in self._workers if other.pid]
         pairs = [(other, *socket_pair()) for other in running]
         parent = os.getpid()
+        worker.generation += 1
+        # A signal that comes before the worker can take it must wait for that, not be lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         worker.pid = os.fork()
         if worker.pid == 0:
             line.close()
             for _, _, far in pairs:
                 far.close()
             self._be_worker(
-                worker.number, parent, their_line, [(other.number, near) for other, near, _ in pairs]
+                worker.number,
+                parent,
+                their_line,
+                [(other.number, other.generation, near) for other, near, _ in pairs],
             )
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         their_line.close()
         worker.line = line
         worker.started_at = worker.silent_since = time.monotonic()
@@ -147,14 +155,17 @@ class Supervisor:
             with suppress(OSError):
                 assert other.line is not None
                 socket.send_fds(
-                    other.line, [LINK + b" %d" % worker.number], [far.fileno()], socket.MSG_DONTWAIT
+                    other.line,
+                    [LINK + b" %d %d" % (worker.number, worker.generation)],
+                    [far.fileno()],
+                    socket.MSG_DONTWAIT,
                 )
                 worker.waits_for.add(other.number)
             far.close()
         self._let_serve(worker)
 
     def _be_worker(
-        self, number: int, parent: int, line: socket.socket, links: list[tuple[int, socket.socket]]
+        self, number: int, parent: int, line: socket.socket, links: list[tuple[int, int, socket.socket]]
     ) -> None:
         """Become a worker; does not return."""
         status = 1
@@ -173,6 +184,7 @@ class Supervisor:
                     worker.line.close()
             listener = bind(self._address)
             self._address.close()
+            self._node.ledger.begin(number, self._workers[number].generation)
             gateway = Gateway(self._settings, self._key, self._node, number)
             WorkerProcess(gateway, line, links, listener).run()
             status = 0

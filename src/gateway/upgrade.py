@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import struct
 from collections.abc import Callable
 from http import HTTPStatus
@@ -26,8 +27,14 @@ from gateway._connection import Connection
 from gateway.log import PicowsLog
 
 HEALTH_PATH = "/health"
+_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")
 # picows grows it up to 16 KiB.
 REQUEST_BUFFER_BYTES = 2048
+# To a client that is not heard at all.
+TOO_MANY_REQUESTS = (
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\n"
+    b"Content-Type: text/plain\r\nContent-Length: 29\r\n\r\ntoo many unfinished requests\n"
+)
 
 
 class HandedOver(WSListener):
@@ -76,11 +83,19 @@ class RequestProtocol(WSProtocol):  # type: ignore[misc]
     Args:
         on_request: Answers it: (request, IP address of the client).
         timeout: Seconds for the whole request.
+        on_accepted: Told the address of a new connection; False ends it at once.
+        on_over: Told the address when the request has been answered, or will not come.
     """
 
     def __init__(
-        self, on_request: Callable[[WSUpgradeRequest, str], WSUpgradeResponseWithListener], timeout: float
+        self,
+        on_request: Callable[[WSUpgradeRequest, str], WSUpgradeResponseWithListener],
+        timeout: float,
+        on_accepted: Callable[[str], bool],
+        on_over: Callable[[str], None],
     ) -> None:
+        self._on_accepted = on_accepted
+        self._on_over = on_over
         self._address = address = [""]
         # No reference to self, or every refused request would be work for the garbage collector.
         super().__init__(
@@ -107,6 +122,14 @@ class RequestProtocol(WSProtocol):  # type: ignore[misc]
         if peer:
             self._address[0] = peer[0]
         super().connection_made(transport)
+        if not self._on_accepted(self._address[0]):
+            transport.write(TOO_MANY_REQUESTS)
+            transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The request has been answered, or will not come."""
+        super().connection_lost(error)
+        self._on_over(self._address[0])
 
 
 def response(status: HTTPStatus, text: str, **headers: str) -> WSUpgradeResponse:
@@ -122,6 +145,11 @@ def health(state: dict[str, object]) -> WSUpgradeResponse:
         orjson.dumps(state) + b"\n", {"Content-Type": "application/json", "Cache-Control": "no-store"}
     )
     return answer
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal might obey."""
+    return text.encode("ascii", "backslashreplace").decode() if text.isprintable() else ascii(text)[1:-1]
 
 
 def path_of(request: WSUpgradeRequest) -> str:
@@ -156,6 +184,8 @@ def refuse(request: WSUpgradeRequest) -> WSUpgradeResponse | None:
         return response(
             HTTPStatus.UPGRADE_REQUIRED, "only WebSocket version 13 is spoken", Sec_WebSocket_Version="13"
         )
+    if _KEY.fullmatch(headers.get("Sec-WebSocket-Key", "")) is None:
+        return response(HTTPStatus.BAD_REQUEST, "Sec-WebSocket-Key is not the base64 of 16 bytes")
     offered = _tokens(headers, "Sec-WebSocket-Protocol")
     if offered and SUBPROTOCOL not in offered:
         return response(HTTPStatus.BAD_REQUEST, f"the subprotocol is {SUBPROTOCOL}")

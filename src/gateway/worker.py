@@ -41,6 +41,8 @@ from gateway.registry import Registry, Session
 
 # A message over the limit is still read up to this size, so that its ERROR can name it.
 FRAME_MAX_BYTES = 4 * MESSAGE_MAX_BYTES
+# Connections whose request is still to come; each has a descriptor, and nothing else to be limited by.
+OPENING_MAX = descriptors.RESERVED - 256
 # Of a client that was refused because there is no room.
 RETRY_AFTER_SECONDS = 10
 TICK_SECONDS = 0.1
@@ -92,6 +94,8 @@ class Gateway:
             self,
             table=node.table,
             counters=node.counters,
+            ledger=node.ledger,
+            addresses=node.addresses,
             worker=worker,
             message_max=MESSAGE_MAX_BYTES,
             frame_max=FRAME_MAX_BYTES,
@@ -103,11 +107,12 @@ class Gateway:
             idle_timeout=settings.idle_timeout,
             close_timeout=CLOSE_TIMEOUT_SECONDS,
         )
-        self.registry = Registry(node.table, worker, settings.away)
+        self.registry = Registry(node.table, node.ledger, worker, settings.away)
         self.moves = Moves(
             worker,
             self.router,
             self.registry,
+            node.ledger,
             admit=self._admit,
             give=self._give,
             give_back=self._return,
@@ -117,6 +122,8 @@ class Gateway:
         self._connections_max = descriptors.connections_per_worker()
         self._is_draining = False
         self._sweep_at = 0
+        self._opening = 0  # connections whose request is not answered yet
+        self._generations: dict[int, int] = {}
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         # Messages on their way back to their senders. Returning one can close a slow sender, whose own
@@ -132,6 +139,15 @@ class Gateway:
             request: What was asked.
             address: IP address of the client.
         """
+        try:
+            return self._on_request(request, address)
+        except Exception:
+            self._log.exception("fault", address=address)
+            self._tally.refused("http_500")
+            fault = upgrade.response(HTTPStatus.INTERNAL_SERVER_ERROR, "the gateway met a fault")
+            return WSUpgradeResponseWithListener(fault, None)
+
+    def _on_request(self, request: WSUpgradeRequest, address: str) -> WSUpgradeResponseWithListener:
         if upgrade.path_of(request) == upgrade.HEALTH_PATH:
             return WSUpgradeResponseWithListener(upgrade.health(self.health()), None)
         place = self.node.addresses.place(address)
@@ -145,14 +161,30 @@ class Gateway:
             self._log.info(
                 "http refused",
                 status=refusal.status.value,
-                path=upgrade.path_of(request)[:128],
+                path=upgrade.printable(upgrade.path_of(request)[:128]),
                 address=address,
                 text=(refusal.body or b"").decode().strip(),
             )
             return WSUpgradeResponseWithListener(refusal, None)
         handshake, first_message = self._registrar.begin(request.headers["Host"])
-        self.node.addresses.add(self.worker, place, 1)
         return upgrade.accept(request, first_message, Connection(self.router, handshake, place))
+
+    def _on_accepted(self, address: str) -> bool:
+        """Count a connection whose request is still to come; tell whether it may come."""
+        limit = self.settings.max_connections_per_address
+        place = self.node.addresses.place(address)
+        self.node.addresses.add(self.worker, place, 1)
+        self._opening += 1
+        # One more than the limit is heard, to be told why it is refused.
+        if self._opening <= OPENING_MAX and not (limit and self.node.addresses.count(place) > limit + 1):
+            return True
+        self._tally.refused("http_503")
+        self._log.info("http refused", status=503, address=address, text="too many unfinished requests")
+        return False
+
+    def _on_request_over(self, address: str) -> None:
+        self.node.addresses.add(self.worker, self.node.addresses.place(address), -1)
+        self._opening -= 1
 
     def _is_full(self, place: int) -> str:
         """Say why no further connection is taken, if none is."""
@@ -164,7 +196,8 @@ class Gateway:
         ):
             return "the gateway has as many connections as it takes"
         limit = self.settings.max_connections_per_address
-        if limit and self.node.addresses.count(place) >= limit:
+        # The one that asks is counted already.
+        if limit and self.node.addresses.count(place) > limit:
             return f"there are {limit} connections from this address already"
         return ""
 
@@ -182,6 +215,8 @@ class Gateway:
             "sessions": total("sessions"),
             "away": total("away"),
             "routes": len(self.node.table),
+            "waiting": total("waiting"),
+            "unconfirmed_bytes": total("unconfirmed_bytes"),
             "counters": self.node.totals(),
         }
 
@@ -273,7 +308,18 @@ class Gateway:
 
     def on_stray(self, origin: int, epoch: int, data: bytes) -> None:
         """Take a message for a session that has dropped, or is no longer here."""
-        self.moves.pass_on(origin, epoch, data)
+        self.moves.on_stray(origin, epoch, data)
+
+    def add_link(self, worker: int, generation: int, fd: int) -> None:
+        """Talk to another worker.
+
+        Args:
+            worker: Its number.
+            generation: How many processes have had that number before.
+            fd: A socket that leads to it.
+        """
+        self.router.add_link(worker, fd)
+        self._generations[worker] = generation
 
     def on_record(self, worker: int, kind: int, origin: int, epoch: int, data: bytes) -> None:
         """Take what another worker says to this one."""
@@ -283,10 +329,16 @@ class Gateway:
     def on_link_lost(self, worker: int, records: list[tuple[int, int, int, bytes]]) -> None:
         """Another worker has gone: tell the senders of what it had not confirmed."""
         self._log.warning("worker lost", lost=worker, unconfirmed=len(records))
+        told = set()
         for kind, _, _, data in records:
             if kind == ROUTED_KIND or kind in MESSAGE_KINDS:
+                told.add(scan(data).id)
                 self._return(data, "unconfirmed")
         self.moves.on_link_lost(worker)
+        # What it had confirmed, and kept for agents that were away or slow.
+        for sender, target, message_id in self.node.ledger.read(worker, self._generations.pop(worker, 0)):
+            if sender in self.registry and message_id not in told:
+                self._answer_sender(sender, target, message_id, "unconfirmed")
 
     # --- sessions ------------------------------------------------------------------------------
 
@@ -397,12 +449,15 @@ class Gateway:
         found = scan(data)
         if found.from_ is None or found.from_ == self.did:
             return
+        self._answer_sender(found.from_, found.to, found.id, name)
+
+    def _answer_sender(self, did: str, to: str | None, message_id: str | None, name: str) -> None:
         self._tally.refused(name)
-        self._log.info("undelivered", cause=name, id=found.id, did=found.from_, to=found.to)
-        answer = replies.error(self.did, found.from_, name, field="to", correlation_id=found.id)
-        sender = self.registry.get(found.from_)
+        self._log.info("undelivered", cause=name, id=message_id, did=did, to=to)
+        answer = replies.error(self.did, did, name, field="to", correlation_id=message_id)
+        sender = self.registry.get(did)
         if sender is None:
-            self.router.forward(found.from_.encode(), answer)
+            self.router.forward(did.encode(), answer)
         elif sender.connection is None or not self._send(sender.connection, answer):
             sender.hold(answer)
 
@@ -514,14 +569,11 @@ class Gateway:
             self._close(connection, 4004, keep=True)
 
     def on_fault(self, connection: Connection | None) -> None:
-        """Give up a connection that met a fault of this program; called while the exception is handled."""
+        """Log a fault of this program; the connection that met it, if one did, ends."""
         self._log.exception("fault", peer=connection.peer if connection is not None else None)
-        if connection is not None:
-            connection.abort()
 
     def on_closed(self, connection: Connection) -> None:
         """Clean up after a connection that is gone."""
-        self.node.addresses.add(self.worker, connection.counted_address, -1)
         code = connection.received_code
         if connection.close_code == 0:  # not closed by us
             self._tally.closed(code or 1006)
@@ -529,8 +581,9 @@ class Gateway:
             # We closed a session, maybe with one frame half written: that did not get through.
             for message in connection.take_undelivered():
                 self._put_back(message)
-        # A client that says 1000 has finished; every other end may be followed by a resume.
-        self._end_session(connection, keep=code not in (1000, 1005))
+        # A client that says 1000 has finished; every other end may be followed by a resume. But not here if
+        # this worker ends.
+        self._end_session(connection, keep=code not in (1000, 1005) and not self._is_draining)
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -546,7 +599,9 @@ class Gateway:
         ticking = loop.create_task(self._tick(loop))
         server = await loop.create_server(
             # The time is for the whole request: a client that sends byte by byte gets no more.
-            lambda: upgrade.RequestProtocol(self.on_request, self.settings.register_timeout),
+            lambda: upgrade.RequestProtocol(
+                self.on_request, self.settings.register_timeout, self._on_accepted, self._on_request_over
+            ),
             sock=listener,
             backlog=BACKLOG,
         )
@@ -583,7 +638,8 @@ class Gateway:
                 for session in self.registry.expire():
                     self._return_all(session.release(), "away_expired")
                 self.moves.expire()
-                self._look_for_taken_sessions()
+                if self.node.workers > 1:
+                    self._look_for_taken_sessions()
                 self._count_sessions()
                 self.router.advance(elapsed)
             except Exception:

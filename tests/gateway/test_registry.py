@@ -8,9 +8,12 @@ import pytest
 
 from aiconexus.protocol import DIDKey
 from aiconexus.protocol.limits import AWAY_MAX_BYTES, AWAY_MAX_MESSAGES
+from gateway._ledger import Ledger
 from gateway._routing import AWAY_INDEX, RoutingTable
 from gateway.registry import Registry
 
+LEDGER = Ledger(1)
+LEDGER.begin(0, 0)
 A, B = (DIDKey.from_seed(letter * 32).did for letter in (b"a", b"b"))
 
 
@@ -34,7 +37,7 @@ def table() -> RoutingTable:
 
 @pytest.fixture
 def registry(table) -> Registry:
-    return Registry(table, worker=0, away=30)
+    return Registry(table, LEDGER, worker=0, away=30)
 
 
 def register(registry, did=A, connection=None, token="token", resume=None):
@@ -126,7 +129,7 @@ def test_a_removed_session_is_gone_with_its_route(registry, table):
 
 
 def test_sessions_expire_in_the_order_in_which_they_dropped(table):
-    registry = Registry(table, worker=0, away=0.05)
+    registry = Registry(table, LEDGER, worker=0, away=0.05)
     sessions = [register(registry, did).session for did in (A, B)]
     assert list(registry.expire()) == []
     for session in reversed(sessions):
@@ -141,7 +144,7 @@ def test_sessions_expire_in_the_order_in_which_they_dropped(table):
 
 
 def test_one_that_came_back_in_time_does_not_expire(table):
-    registry = Registry(table, worker=0, away=0.05)
+    registry = Registry(table, LEDGER, worker=0, away=0.05)
     registry.drop(register(registry, A).session)
     back = register(registry, A, connection=FakeConnection(2)).session
     registry.drop(register(registry, B).session)
@@ -223,7 +226,7 @@ def test_an_agent_that_returns_before_the_other_worker_has_fetched_it_leaves_two
 
 
 def test_a_taken_session_that_nobody_fetches_expires(table):
-    registry = Registry(table, worker=0, away=0.05)
+    registry = Registry(table, LEDGER, worker=0, away=0.05)
     session = register(registry).session
     table.bind(A.encode(), 3, 9)
     registry.drop(session)

@@ -36,7 +36,9 @@ def run(test: Callable[[Gateway, int], Awaitable[None]], **settings: Any) -> Non
     """Run a gateway in this process, and `test` beside it."""
 
     async def main() -> None:
-        gateway = Gateway(Settings(**settings), DIDKey.generate(), Node.create(1, 100))
+        node = Node.create(1, 100)
+        node.ledger.begin(0, 0)
+        gateway = Gateway(Settings(**settings), DIDKey.generate(), node)
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         ready = asyncio.Event()

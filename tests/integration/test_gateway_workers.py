@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -271,6 +272,60 @@ class Flock:
             if agent.writer is not None:
                 agent.writer.close()
         await asyncio.wait(self.tasks)
+
+
+def kill_worker_of(gateway, agent: Agent) -> None:
+    number = agent.register_answer["ext"]["worker"]
+    os.kill(gateway.worker_pids[number], signal.SIGKILL)  # in the order in which they were started
+    gateway.forgive("worker died")
+
+
+def test_what_waits_for_an_agent_that_is_away_comes_back_if_its_worker_dies(gateway):
+    sender, agent = agents_apart(gateway.port)
+    with sender:
+        agent.drop()
+        wait_until(lambda: gateway.health()["away"] == 1)
+        sent = [sender.candidate(agent.did, number) for number in range(20)]
+        sender.send(*sent)
+        wait_until(lambda: gateway.health()["counters"]["messages_crossed"] == 20)
+        # Confirmed, but for the confirmations themselves: the agent's worker is answerable for them now.
+        wait_until(lambda: gateway.health()["unconfirmed_bytes"] < 1_000)
+        kill_worker_of(gateway, agent)
+        for data in sent:
+            sender.receive_error("unconfirmed", json.loads(data)["id"])
+        with Agent(gateway.port, agent.key, resume=agent.resume_token) as back:
+            assert not back.resumed
+            assert_exchange(sender, back)
+
+
+def test_what_a_slow_agent_has_not_taken_comes_back_if_its_worker_dies(gateway):
+    sender, slow = agents_apart(gateway.port)
+    slow.drop()
+    slow = Agent(gateway.port, slow.key, receive_buffer=2048)
+    while slow.register_answer["ext"]["worker"] == sender.register_answer["ext"]["worker"]:
+        slow.drop()
+        slow = Agent(gateway.port, slow.key, receive_buffer=2048)
+    with sender, slow:
+        sent: dict[str, bytes] = {}
+        # As much as both kernels take, and half of what may wait in the gateway.
+        while gateway.health()["waiting"] < 10:
+            data = sender.offer(slow.did, 8_000)
+            sent[json.loads(data)["id"]] = data
+            sender.send(data)
+        wait_until(lambda: gateway.health()["unconfirmed_bytes"] < 1_000)
+        kill_worker_of(gateway, slow)
+        returned = set()
+        got = set()
+        try:
+            while True:
+                got.add(json.loads(slow.read_text())["id"])
+        except (EOFError, ConnectionResetError):
+            pass
+        while returned | got != set(sent):
+            answer = sender.receive()
+            assert answer["payload"]["details"]["name"] == "unconfirmed"
+            returned.add(answer["correlation_id"])
+        assert len(returned) >= 10
 
 
 @pytest.mark.soak
