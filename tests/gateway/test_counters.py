@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from processes import forked
 
 from gateway._counters import Counters
 from gateway.node import Node, Tally
@@ -20,11 +21,7 @@ def test_what_workers_count_is_added_up():
 
 def test_another_process_sees_what_one_counts():
     counters = Counters(2, ("a",))
-    pid = os.fork()
-    if pid == 0:
-        counters.add(1, "a", 7)
-        os._exit(0)
-    os.waitpid(pid, 0)
+    os.waitpid(forked(lambda: counters.add(1, "a", 7)), 0)
     assert counters.total("a") == 7
 
 

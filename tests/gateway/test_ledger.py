@@ -7,6 +7,7 @@ import os
 import signal
 
 import pytest
+from processes import forked
 
 from aiconexus.protocol import DIDKey
 from gateway._ledger import LEDGER_FULL, Ledger
@@ -61,13 +62,15 @@ def test_what_no_agent_sent_is_not_written_down(ledger):
 
 def test_others_read_what_a_killed_process_left(ledger):
     ready, started = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+
+    def work() -> None:
         ledger.begin(1, 4)
         for number in range(100):
             ledger.add(message(number))
         os.write(started, b"x")
         signal.pause()
+
+    pid = forked(work)
     os.read(ready, 1)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)

@@ -11,6 +11,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import forked
 
 from gateway._routing import AWAY_INDEX, RoutingTable, TableFullError
 
@@ -172,17 +173,6 @@ def test_what_is_not_bytes_or_out_of_range_is_refused():
     with pytest.raises(OverflowError):
         table.bind(did(1), 0, 2**32)
     assert len(table) == 0
-
-
-def forked(work) -> int:
-    """Run `work` in a child process, which must not return."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        finally:
-            os._exit(1)
-    return pid
 
 
 def change_for_ever(table: RoutingTable, worker: int) -> None:
