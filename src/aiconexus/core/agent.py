@@ -303,8 +303,10 @@ class Agent:
         self._spawn(self._bury(peer))
 
     async def _bury(self, peer: Peer) -> None:
-        await peer.close()
-        self._all_peers.discard(peer)
+        try:
+            await peer.close()
+        finally:
+            self._all_peers.discard(peer)
 
     # --- what others ask ------------------------------------------------------------------------
 
