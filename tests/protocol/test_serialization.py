@@ -224,6 +224,7 @@ def test_a_deep_place_behind_a_float_is_found():
         (b'{"a":-9007199254740992}', "not_canonical"),
         (b'{"a":[18446744073709551616]}', "not_canonical"),
         (b'{"a":-100000000000000000000}', "not_canonical"),
+        (b'{"a":-9223372036854775809}', "not_canonical"),
         (b'{"a":1' + b"0" * 308 + b"}", "not_canonical"),
         (b'{"a":1,"a":1}', "duplicate_key"),
         (b'{"a":1,"\\u0061":2}', "duplicate_key"),
