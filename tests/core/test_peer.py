@@ -344,20 +344,21 @@ async def test_capability_that_does_not_end_delays_no_answer_and_stays_counted(
                 await released.wait()
         return "late"
 
-    pair[1]._execute = stubborn  # type: ignore[method-assign]
     there = pair[1].peers[pair[0].did]
     there._on_execute = stubborn
     calls = Calls(pair[0]._key, pair[1].did)
-    _, request = calls.execute("timed out", {}, 0.05)
-    assert (await raw_reply(peer, request))["ext"] == {"error": {"name": "timeout"}}
-    id_, request = calls.execute("cancelled", {}, 10.0)
-    peer._channel.send_now(request)
-    cancel = calls.abandon(id_)
-    assert cancel is not None
-    assert (await raw_reply(peer, cancel))["payload"]["status"] == "cancelled"
-    with pytest.raises(CallError, match="busy"):
-        await peer.execute("one more")
-    released.set()
+    try:
+        _, request = calls.execute("timed out", {}, 0.05)
+        assert (await raw_reply(peer, request))["ext"] == {"error": {"name": "timeout"}}
+        id_, request = calls.execute("cancelled", {}, 10.0)
+        peer._channel.send_now(request)
+        cancel = calls.abandon(id_)
+        assert cancel is not None
+        assert (await raw_reply(peer, cancel))["payload"]["status"] == "cancelled"
+        with pytest.raises(CallError, match="busy"):
+            await peer.execute("one more", timeout=5)
+    finally:
+        released.set()
     await asyncio.wait(set(there._serving))
     assert not there._executions
 
