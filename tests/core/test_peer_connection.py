@@ -225,6 +225,14 @@ async def test_size_that_the_other_end_takes_is_known(
     assert two.message_max_bytes == size
 
 
+async def test_description_names_the_size_that_this_end_takes(
+    connection: Callable[[], PeerConnection],
+) -> None:
+    one, two = connection(), connection()
+    await opened(one, two)
+    assert one.message_max_bytes == two.message_max_bytes == DATA_MESSAGE_MAX_BYTES
+
+
 async def test_machine_without_a_network_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aioice.ice.get_host_addresses", lambda use_ipv4, use_ipv6: [])
     alone = PeerConnection()

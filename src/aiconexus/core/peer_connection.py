@@ -36,7 +36,8 @@ from aiconexus.protocol.models import IceCandidatePayload
 
 _DATA_CHANNEL_SECTION: Final = re.compile(r"m=application \d+ \S*DTLS/SCTP .+")  # RFC 8841 section 4
 
-_MESSAGE_SIZE: Final = re.compile(r"a=max-message-size:(.*)")  # RFC 8841 section 6
+_MESSAGE_SIZE: Final = re.compile(r"a=max-message-size:([^\r\n]*)")  # RFC 8841 section 6
+_OUR_MESSAGE_SIZE: Final = f"a=max-message-size:{DATA_MESSAGE_MAX_BYTES}"
 _MESSAGE_SIZE_DEFAULT: Final = 65_536  # where the SDP names none
 
 _log: Final = logging.getLogger("aiconexus.core")
@@ -158,7 +159,8 @@ class PeerConnection:
                     'alone give host_addresses=["127.0.0.1"]'
                 )
             raise PeerConnectError(f"no host address can be used: {list(self._host_addresses)}")
-        return self._pc.localDescription.sdp
+        # aiortc before 1.16, the last one for Python 3.10, takes 256 KiB and names 64.
+        return _MESSAGE_SIZE.sub(_OUR_MESSAGE_SIZE, self._pc.localDescription.sdp)
 
     async def _set_remote_description(self, sdp: str, kind: str) -> None:
         self.message_max_bytes = _check_description(sdp)
