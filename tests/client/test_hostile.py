@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta, timezone
@@ -228,6 +229,27 @@ async def test_garbage_is_dropped(
     await settle(client)
     assert rejections.names == [name]
     assert client.state is ClientState.REGISTERED
+
+
+async def test_each_fault_of_a_sender_is_logged_once(
+    gateway: ScriptedGateway,
+    client: GatewayClient,
+    registered: Register,
+    offer: Offer,
+    other: DIDKey,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    visit = await registered()
+    third = DIDKey.generate()
+    for _ in range(3):
+        await visit.send_raw(b"garbage")
+        for key in (other, third):
+            await visit.send_raw(resigned(offer(from_=key.did), key, payload={"sdp": 1}))
+            await visit.send_raw(resigned(offer(from_=key.did), key, colour="red"))
+    await settle(client)
+    logged = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len([text for text in logged if "was dropped" in text]) == 5
+    assert client.stats.rejected == 15
 
 
 async def test_binary_frame_is_dropped(

@@ -17,6 +17,7 @@ from aiconexus.protocol import (
     AnswerPayload,
     DIDKey,
     DiscoverPayload,
+    ErrorPayload,
     Message,
     OfferPayload,
 )
@@ -98,6 +99,21 @@ async def test_restarted_gateway_is_found_again_with_or_without_its_memory(
     await client.wait_for(ClientState.REGISTERED, timeout=5)
     assert client.session.resumed is False
     assert client.session.gateway_did == gateway.key.did
+
+
+async def test_resume_token_goes_to_no_other_gateway(
+    gateway: ScriptedGateway, client: GatewayClient, registered: Register, caplog: pytest.LogCaptureFixture
+) -> None:
+    visit = await registered()
+    first, gateway.key = gateway.key, DIDKey.generate()
+    visit.abort()
+    visit = await gateway.visit()
+    assert "resume" not in visit.register_ext
+    await client.wait_for(ClientState.REGISTERED, timeout=5)
+    assert f"another gateway answers, {gateway.key.did} in place of {first.did}" in caplog.text
+    # What the new one has issued is the new one's.
+    visit.abort()
+    assert (await gateway.visit()).register_ext["resume"] == "token-2"
 
 
 async def test_pinned_client_never_registers_with_another_gateway(
@@ -239,6 +255,32 @@ async def test_retry_after_ms_is_obeyed(
     await client.wait_for(ClientState.RECONNECTING, timeout=5)
     await gateway.visit()
     assert time.monotonic() - begin >= 0.4
+
+
+async def test_refusal_cannot_send_a_client_away_for_ever(
+    gateway: ScriptedGateway, client: GatewayClient, registered: Register
+) -> None:
+    async def refuse(visit: Visit) -> None:
+        await visit.send(visit.challenge())
+        refusal = ErrorPayload.for_cause("gateway_full", retry_after_ms=10**12)
+        register = await visit.read()
+        visit.agent = register.from_
+        await visit.send_unsigned(refusal, register.id)
+        await visit.close(1013)
+
+    visit = await registered()
+    gateway.scripts.append(refuse)
+    asked: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+
+    def wait(not_before: float) -> float:
+        if not_before > 60:
+            asked.set_result(not_before)
+            return 60.0  # until the client is closed
+        return 0.0
+
+    client._backoff.next = wait  # type: ignore[assignment]
+    visit.abort()
+    assert await asyncio.wait_for(asked, 5) == RETRY_AFTER_MAX_SECONDS
 
 
 def test_reason_wins_over_the_table() -> None:

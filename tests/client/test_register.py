@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from scripted_gateway import ScriptedGateway, Visit
 from websockets.asyncio.server import serve
+from websockets.exceptions import ConnectionClosed
 
 from aiconexus.client import Backoff, ClientState, GatewayClient
 from aiconexus.protocol import (
@@ -106,6 +107,27 @@ async def test_capabilities_are_checked_before_anything_is_sent(
         await client.register({"name": f"c{number}", "description": "d" * 1024} for number in range(9))
     assert gateway.connections == 0
     assert client.state is ClientState.DISCONNECTED
+
+
+@pytest.mark.parametrize(
+    ("limits", "text"),
+    [
+        ({"capabilities_max": 1}, "at most 1 capabilities, these are 2"),
+        ({"capabilities_max_bytes": 20}, "at most 20 bytes of capabilities, these are 31"),
+    ],
+)
+async def test_announced_limits_of_capabilities_are_obeyed(
+    gateway: ScriptedGateway, client: GatewayClient, limits: dict[str, int], text: str
+) -> None:
+    async def narrow(visit: Visit) -> None:
+        await visit.send(visit.challenge(ext={**visit.challenge().ext, "limits": limits}))
+        with pytest.raises(ConnectionClosed):
+            await visit.read()
+
+    gateway.scripts.append(narrow)
+    with pytest.raises(RegistrationError, match=text):
+        await client.register(["one", "two"])
+    await client.register(["one", "two"])
 
 
 # --- gateways that do not prove who they are -------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from switchboard import Local, Switchboard, Workshop
 
 import aiconexus
 from aiconexus import Agent, DIDKey, Intent, Peer, Quote, capability
+from aiconexus.client import Backoff
 from aiconexus.protocol.errors import (
     CapabilityError,
     DIDError,
@@ -46,6 +48,12 @@ def test_name_is_that_of_the_class() -> None:
 def test_one_address_is_no_list_of_addresses() -> None:
     with pytest.raises(TypeError, match="host_addresses is a list"):
         Agent(GATEWAY, host_addresses="127.0.0.1")
+
+
+def test_tls_and_backoff_are_those_of_its_client() -> None:
+    context, backoff = ssl.create_default_context(), Backoff(0.01, 0.01)
+    agent = Agent("wss://gateway.example/ws", ssl=context, backoff=backoff)
+    assert (agent.client._ssl, agent.client._backoff) == (context, backoff)
 
 
 async def test_gateway_that_is_not_there() -> None:

@@ -174,18 +174,25 @@ def test_text_of_an_exception_may_hold_anything(alice: Calls, bob: Calls) -> Non
     assert len(str(failed.error)) < 5_000
 
 
-def test_peer_that_asks_for_too_much_is_told_busy(alice: Calls) -> None:
-    bob = Calls(BOB, ALICE.did, executions_max=2)
-    ids = [ask(alice, bob) for _ in range(2)]
+def test_peer_that_asks_for_too_much_is_told_busy(alice: Calls, bob: Calls) -> None:
     id_, text = alice.execute("add", {}, 1.0)
-    reply = bob.receive(text)
+    reply = bob.receive(text, busy="much is to be done")
     assert isinstance(reply, Reply)
     failed = alice.receive(reply.text)
     assert isinstance(failed, Failed)
     assert failed.id == id_
-    assert "busy" in str(failed.error)
-    bob.succeed(ids[0], 1, 0.0)
-    ask(alice, bob)  # there is room again
+    assert str(failed.error) == "busy: much is to be done; try again"
+    assert bob.fail(id_, "timeout", "a second answer") is None
+
+
+def test_result_that_the_peer_cannot_take_becomes_an_error(alice: Calls) -> None:
+    bob = Calls(BOB, ALICE.did, limit=65_536)
+    id_ = ask(alice, bob)
+    answer = bob.succeed(id_, "x" * 65_536, 0.0)
+    assert answer is not None
+    failed = alice.receive(answer)
+    assert isinstance(failed, Failed)
+    assert "at most 65536 can be sent" in str(failed.error)
 
 
 # --- cancel ------------------------------------------------------------------------------------
@@ -223,7 +230,7 @@ def test_what_is_answered_is_not_cancelled(alice: Calls, bob: Calls) -> None:
 
 
 def test_intent_is_answered_by_a_quote(alice: Calls, bob: Calls) -> None:
-    id_, text = alice.ask(IntentPayload(query="translate this", context={"to": "fr"}))
+    id_, text = alice.ask(IntentPayload(query="translate this", context={"to": "fr"}), 30.0)
     event = bob.receive(text)
     assert isinstance(event, IntentArrived)
     assert (event.intent.sender, event.intent.query) == (ALICE.did, "translate this")
@@ -237,7 +244,7 @@ def test_intent_is_answered_by_a_quote(alice: Calls, bob: Calls) -> None:
 
 
 def test_intent_that_failed_is_answered_by_an_error(alice: Calls, bob: Calls) -> None:
-    id_, text = alice.ask(IntentPayload(task="translate"))
+    id_, text = alice.ask(IntentPayload(task="translate"), 30.0)
     bob.receive(text)
     answer = bob.fail(id_, "capability_error", "ValueError: no")
     assert answer is not None
@@ -247,8 +254,26 @@ def test_intent_that_failed_is_answered_by_an_error(alice: Calls, bob: Calls) ->
     assert (failed.error.code, str(failed.error)) == (ErrorCode.INTERNAL_ERROR, "ValueError: no")
 
 
+def test_deadline_of_an_intent_travels(alice: Calls, bob: Calls) -> None:
+    id_, text = alice.ask(IntentPayload(query="think about it"), 120.0)
+    event = bob.receive(text)
+    assert isinstance(event, IntentArrived)
+    assert event.timeout == 120.0
+    answer = bob.fail(id_, "timeout", "no result in 120 s")
+    assert answer is not None
+    failed = alice.receive(answer)
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, CallTimeoutError)
+
+
+@pytest.mark.parametrize("timeout_ms", [0, -1, 1.5, "60000", True, None])
+def test_deadline_of_an_intent_that_is_none_is_refused(alice: Calls, bob: Calls, timeout_ms: Any) -> None:
+    intent = Message.create(ALICE.did, BOB.did, IntentPayload(query="think"), ext={"timeout_ms": timeout_ms})
+    assert refusal(bob, encode(sign_message(intent, ALICE)).decode()) == ("invalid_ext", intent.id)
+
+
 def test_intent_that_asks_nothing_is_refused(alice: Calls, bob: Calls) -> None:
-    _, text = alice.ask(IntentPayload(status="understood"))
+    _, text = alice.ask(IntentPayload(status="understood"), 30.0)
     refused = bob.receive(text)
     assert isinstance(refused, Refused)
     assert refused.error.cause.name == "invalid_payload"
@@ -429,7 +454,7 @@ def test_quote_has_a_status_that_commands_nothing(status: str) -> None:
 
 
 def test_answer_to_an_intent_that_looks_like_a_cancel_fails_it(alice: Calls, bob: Calls) -> None:
-    id_, _ = alice.ask(IntentPayload(query="Hello?"))
+    id_, _ = alice.ask(IntentPayload(query="Hello?"), 30.0)
     answer = Message.create(BOB.did, ALICE.did, IntentPayload(status="cancel"), correlation_id=id_)
     event = alice.receive(encode(sign_message(answer, BOB)).decode())
     assert isinstance(event, Failed)

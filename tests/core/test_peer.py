@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from datetime import date
 from typing import Any
 
@@ -13,8 +15,10 @@ import pytest
 from switchboard import Switchboard, Workshop
 
 from aiconexus.core import Peer, PeerState
-from aiconexus.core.calls import EXECUTIONS_MAX, Calls
+from aiconexus.core import peer as peer_module
+from aiconexus.core.calls import Calls
 from aiconexus.core.keepalive import KeepAlive
+from aiconexus.core.peer import EXECUTIONS_MAX
 from aiconexus.protocol.errors import (
     CallError,
     CallTimeoutError,
@@ -25,7 +29,7 @@ from aiconexus.protocol.errors import (
     RemoteError,
     UnknownCapabilityError,
 )
-from aiconexus.protocol.limits import DATA_MESSAGE_MAX_BYTES
+from aiconexus.protocol.limits import DATA_MESSAGE_MAX_BYTES, PEER_PING_INTERVAL_SECONDS
 
 Pair = tuple[Workshop, Workshop]
 
@@ -48,6 +52,59 @@ async def raw_reply(peer: Peer, text: str | bytes) -> dict[str, Any]:
     finally:
         peer._channel.receive(peer._receive)
     return message
+
+
+def stall(peer: Peer) -> Callable[[], Awaitable[None]]:
+    """Let nothing leave at this side; return what lets it go again."""
+    sctp = peer._connection._pc.sctp
+    assert sctp is not None
+    transmit = sctp._transmit
+
+    async def nothing() -> None: ...
+
+    async def resume() -> None:
+        sctp._transmit = transmit
+        await transmit()
+
+    sctp._transmit = nothing
+    return resume
+
+
+def slow_down(peer: Peer, bytes_per_second: float) -> None:
+    """Put a link of this speed behind this side, with its queue."""
+    assert peer._connection._pc.sctp is not None
+    dtls = peer._connection._pc.sctp.transport
+    send, loop = dtls._send_data, asyncio.get_running_loop()
+    free_at = loop.time()
+
+    async def send_slowly(data: bytes) -> None:
+        nonlocal free_at
+        free_at = max(free_at, loop.time()) + len(data) / bytes_per_second
+        await asyncio.sleep(free_at - loop.time())
+        await send(data)
+
+    dtls._send_data = send_slowly
+
+
+def count_requests(peer: Peer, count: int) -> tuple[asyncio.Event, Callable[[], int]]:
+    """Return an event for `count` messages having arrived, and the most executions so far."""
+    arrived, left, most = asyncio.Event(), count, 0
+
+    def receive(data: str | bytes) -> None:
+        nonlocal left, most
+        peer._receive(data)
+        left, most = left - 1, max(most, len(peer._executions))
+        if left == 0:
+            arrived.set()
+
+    peer._channel.receive(receive)
+    return arrived, lambda: most
+
+
+async def closing(peer: Peer) -> None:
+    """Wait until it asks whether it may be closed."""
+    while peer.state is not PeerState.CLOSING:  # noqa: ASYNC110 -- loop passes until it asks
+        await asyncio.sleep(0)
 
 
 # --- calls -------------------------------------------------------------------------------------
@@ -179,11 +236,131 @@ async def test_cancel_that_comes_with_its_request_is_answered(pair: Pair, peer: 
 
 async def test_busy_peer_says_so(pair: Pair, peer: Peer) -> None:
     running = [asyncio.ensure_future(peer.execute("wait")) for _ in range(EXECUTIONS_MAX)]
-    with pytest.raises(CallError, match=f"busy: {EXECUTIONS_MAX} calls are running"):
+    with pytest.raises(CallError, match=f"busy: {EXECUTIONS_MAX} calls of yours run"):
         await asyncio.ensure_future(peer.execute("add", a=1))  # a task, too: it comes behind the others
     pair[1].release.set()
     assert await asyncio.gather(*running) == ["released"] * EXECUTIONS_MAX
     assert await peer.execute("add", a=1) == 2
+
+
+# --- what a peer can cost --------------------------------------------------------------------------
+
+
+async def test_answers_that_are_not_read_count_as_running(
+    pair: Pair, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_module, "EXECUTIONS_MAX", 4)
+    there = pair[1].peers[pair[0].did]
+    resume = stall(there)
+    arrived, most = count_requests(there, 12)
+    calls = [asyncio.ensure_future(peer.execute("echo", value="x" * 100_000)) for _ in range(12)]
+    await arrived.wait()
+    assert most() == 4
+    await resume()
+    ends = await asyncio.gather(*calls, return_exceptions=True)
+    refused = [end for end in ends if isinstance(end, CallError)]
+    assert len(refused) >= 4
+    assert all("busy: 4 calls of yours run, or their answers wait" in str(end) for end in refused)
+    assert [end for end in ends if end not in refused] == ["x" * 100_000] * (12 - len(refused))
+    assert await peer.execute("add", a=1) == 2
+
+
+async def test_bytes_that_wait_for_a_peer_are_bounded(
+    pair: Pair, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_module, "UNSENT_MAX_BYTES", 300_000)
+    there = pair[1].peers[pair[0].did]
+    resume = stall(there)
+    calls = []
+    for _ in range(12):
+        arrived, _ = count_requests(there, 1)
+        calls.append(asyncio.ensure_future(peer.execute("echo", value="x" * 100_000)))
+        await arrived.wait()
+    assert there._unsent < 500_000
+    await resume()
+    *_, last = await asyncio.gather(*calls, return_exceptions=True)
+    assert re.match(r"busy: \d+ bytes of answers wait for you", str(last))
+
+
+async def test_congested_peer_still_answers_pings(pair: Pair, peer: Peer) -> None:
+    there = pair[1].peers[pair[0].did]
+    resume = stall(there)
+    arrived, _ = count_requests(there, 9)
+    calls = [asyncio.ensure_future(peer.execute("echo", value="x" * 200_000)) for _ in range(8)]
+    ping = asyncio.ensure_future(peer.ping())
+    await arrived.wait()
+    await resume()
+    await asyncio.gather(ping, *calls)
+
+
+async def test_peer_that_sends_and_reads_nothing_is_given_up(
+    pair: Pair, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_module, "UNSENT_MAX_BYTES", 10_000)
+    stall(pair[1].peers[pair[0].did])
+    for _ in range(100):
+        peer._channel.send_now(peer._calls.ping()[1])
+    assert await asyncio.wait_for(pair[1].lost.get(), 10) == "it sends without reading the replies"
+
+
+async def test_peer_that_takes_nothing_is_given_up(pair: Pair, peer: Peer) -> None:
+    there = pair[1].peers[pair[0].did]
+    stall(there)
+    call = asyncio.ensure_future(there.execute("echo", value="x" * 200_000))
+    more = asyncio.ensure_future(there.execute("echo", value="x" * 200_000))
+    await asyncio.sleep(0)
+    there._timer.cancel()
+    there._keepalive = KeepAlive(asyncio.get_running_loop().time(), interval=0.05, stall=0.1)
+    there._check()
+    with pytest.raises(PeerLostError, match="it has read nothing for 60 s"):
+        await asyncio.wait_for(call, 10)
+    with pytest.raises(PeerLostError):
+        await more
+
+
+async def test_slow_link_is_not_taken_for_a_dead_peer(pair: Pair, peer: Peer) -> None:
+    there = pair[1].peers[pair[0].did]
+    slow_down(peer, bytes_per_second=250_000)
+    for side in (peer, there):
+        side._timer.cancel()
+        side._keepalive = KeepAlive(asyncio.get_running_loop().time(), interval=0.1, timeout=0.2)
+        side._check()
+    # Four times as long as until a silent peer is dead.
+    value = "x" * 200_000
+    assert await peer.execute("echo", value=value) == value
+    assert PeerState.CLOSED not in (peer.state, there.state)
+
+
+async def test_capability_that_does_not_end_delays_no_answer_and_stays_counted(
+    pair: Pair, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_module, "GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(peer_module, "EXECUTIONS_MAX", 2)
+    released = asyncio.Event()
+
+    async def stubborn(name: str, args: dict[str, Any]) -> str:
+        while not released.is_set():
+            with suppress(asyncio.CancelledError):
+                await released.wait()
+        return "late"
+
+    there = pair[1].peers[pair[0].did]
+    there._on_execute = stubborn
+    calls = Calls(pair[0]._key, pair[1].did)
+    try:
+        _, request = calls.execute("timed out", {}, 0.05)
+        assert (await raw_reply(peer, request))["ext"] == {"error": {"name": "timeout"}}
+        id_, request = calls.execute("cancelled", {}, 10.0)
+        peer._channel.send_now(request)
+        cancel = calls.abandon(id_)
+        assert cancel is not None
+        assert (await raw_reply(peer, cancel))["payload"]["status"] == "cancelled"
+        with pytest.raises(CallError, match="busy"):
+            await peer.execute("one more", timeout=5)
+    finally:
+        released.set()
+    await asyncio.wait(set(there._serving))
+    assert not there._executions
 
 
 # --- bad input on the channel ----------------------------------------------------------------------
@@ -238,6 +415,20 @@ async def test_goodbye_fails_running_calls_with_its_reason(pair: Pair, peer: Pee
     assert pair[1].cancelled.is_set()
     with pytest.raises(PeerLostError, match="is not connected: it closed the connection: out of paper"):
         await peer.execute("add", a=1)
+
+
+async def test_goodbye_that_cannot_be_sent_leaves_nothing_open(
+    pair: Pair, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(text: str) -> None:
+        raise ValueError("the remote party only supports messages up to 100 bytes")
+
+    monkeypatch.setattr(peer._channel, "send_now", refuse)
+    await peer.close()
+    assert peer._connection._pc.connectionState == "closed"
+    await pair[0].lost.get()
+    await asyncio.wait(set(pair[0]._tasks))
+    assert not pair[0]._all_peers
 
 
 async def test_peer_that_falls_silent_is_given_up(pair: Pair, peer: Peer) -> None:
@@ -343,16 +534,42 @@ async def test_silent_connection_that_is_held_stays(pair: Pair, peer: Peer) -> N
     assert await peer.execute("add", a=1) == 2
 
 
-async def test_leaving_that_is_cancelled_leaves_no_connection_that_cannot_be_used(pair: Pair) -> None:
+async def test_leaving_that_is_cancelled_still_ends_what_nobody_needs(pair: Pair) -> None:
     one, two = pair
     peer = await one.connect(two.did)
-    two.peers[one.did]._channel.receive(lambda data: None)  # gives no PONG
     leaving = asyncio.ensure_future(peer.release())
-    await asyncio.sleep(0)
-    assert peer.state is PeerState.CLOSING
+    await closing(peer)
     leaving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await leaving
+    assert await asyncio.wait_for(two.lost.get(), 5) == "it closed the connection: it is done"
+    assert await asyncio.wait_for(peer.settled(), 5) is PeerState.CLOSED
+
+
+async def test_request_while_the_connection_is_left_keeps_it(pair: Pair) -> None:
+    one, two = pair
+    peer = await one.connect(two.did)
+    leaving = asyncio.ensure_future(peer.release())
+    await closing(peer)
+    call = asyncio.ensure_future(peer.execute("wait"))
+    await leaving
+    await two.started.wait()
+    there = two.peers[one.did]
+    assert peer.state is there.state is PeerState.OPEN
+    # Nothing is left that would end it: only the check for silence is due.
+    assert there._timer.when() <= asyncio.get_running_loop().time() + PEER_PING_INTERVAL_SECONDS
+    two.release.set()
+    assert await call == "released"
+
+
+async def test_peer_that_gives_no_pong_in_time_is_left_to_the_keep_alive(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_module, "PEER_PONG_TIMEOUT_SECONDS", 0.1)
+    one, two = pair
+    peer = await one.connect(two.did)
+    two.peers[one.did]._channel.receive(lambda data: None)
+    await peer.release()
     assert peer.state is PeerState.OPEN
 
 

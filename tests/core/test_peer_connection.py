@@ -192,6 +192,9 @@ async def test_address_that_this_machine_does_not_have_is_named() -> None:
         (lambda sdp: re.sub("m=application .*", "m=application nine", sdp), "exactly one m=application"),
         (lambda sdp: sdp.replace("a=sctp-port:5000", "a=sctp-port:x"), "no usable SDP offer"),
         (lambda sdp: sdp.replace("a=candidate:", "a=candidate:x "), "not an ICE candidate"),
+        (lambda sdp: re.sub("(a=max-message-size:).*", r"\g<1>100", sdp), "must be 0 or at least 65536"),
+        (lambda sdp: re.sub("(a=max-message-size:).*", r"\g<1>-1", sdp), "must be 0 or at least 65536"),
+        (lambda sdp: sdp + "a=max-message-size:65535\r\n", "must be 0 or at least 65536"),
         (lambda sdp: "m=application 9 UDP/DTLS/SCTP x\r\na=fingerprint:\r\n", "no usable SDP offer"),
     ],
 )
@@ -202,6 +205,42 @@ async def test_description_that_cannot_be_used_is_malformed(
     with pytest.raises(MalformedMessageError, match=text) as caught:
         await connection().create_answer(alter(offer))
     assert (caught.value.field or "").startswith("payload.")
+
+
+@pytest.mark.parametrize(
+    ("line", "size"),
+    [
+        ("a=max-message-size:0\r\n", DATA_MESSAGE_MAX_BYTES),
+        ("a=max-message-size:65536\r\n", 65_536),
+        ("a=max-message-size:1073741823\r\n", DATA_MESSAGE_MAX_BYTES),
+        ("", 65_536),  # RFC 8841 section 6.1
+    ],
+)
+async def test_size_that_the_other_end_takes_is_known(
+    connection: Callable[[], PeerConnection], line: str, size: int
+) -> None:
+    one, two = connection(), connection()
+    offer = re.sub("a=max-message-size:.*\r\n", line, await one.create_offer())
+    await two.create_answer(offer)
+    assert two.message_max_bytes == size
+
+
+async def test_description_names_the_size_that_this_end_takes(
+    connection: Callable[[], PeerConnection],
+) -> None:
+    one, two = connection(), connection()
+    await opened(one, two)
+    assert one.message_max_bytes == two.message_max_bytes == DATA_MESSAGE_MAX_BYTES
+
+
+async def test_machine_without_a_network_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aioice.ice.get_host_addresses", lambda use_ipv4, use_ipv6: [])
+    alone = PeerConnection()
+    try:
+        with pytest.raises(PeerConnectError, match=r'host_addresses=\["127\.0\.0\.1"\]'):
+            await alone.create_offer()
+    finally:
+        await alone.close()
 
 
 async def test_other_certificate_than_the_signed_one_is_an_identity_error(

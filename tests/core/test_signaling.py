@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from typing import Any
 
 import pytest
 from switchboard import Switchboard, Workshop
 
 from aiconexus.core import signaling
-from aiconexus.core.peer import PeerState
+from aiconexus.core.peer import Peer, PeerState
+from aiconexus.core.peer_connection import PeerConnection
 from aiconexus.protocol import (
     AnswerPayload,
     DIDKey,
@@ -61,6 +63,26 @@ async def test_description_names_only_the_chosen_address(switchboard: Switchboar
         assert isinstance(message.payload, OfferPayload | AnswerPayload)
         found = set(re.findall(r"\d+\.\d+\.\d+\.\d+", message.payload.sdp))
         assert found == {"127.0.0.1", "0.0.0.0"}
+
+
+def record_candidates(agent: Workshop) -> list[IceCandidatePayload]:
+    """Return a list of the candidates that the next connection of `agent` is given."""
+    found: list[IceCandidatePayload] = []
+    make = agent._signaling._new_connection
+
+    def new_connection() -> PeerConnection:
+        connection = make()
+        add = connection.add_ice_candidate
+
+        def record(payload: IceCandidatePayload) -> None:
+            found.append(payload)
+            add(payload)
+
+        connection.add_ice_candidate = record  # type: ignore[method-assign]
+        return connection
+
+    agent._signaling._new_connection = new_connection
+    return found
 
 
 # --- glare -------------------------------------------------------------------------------------
@@ -187,7 +209,7 @@ async def test_gateway_that_never_confirms_is_not_asked_for_ever(
     with pytest.raises(RemoteError) as caught:
         await one.connect(two.did)
     assert caught.value.name == "unconfirmed"
-    assert types(switchboard) == ["OFFER"] * signaling.SENDS_MAX
+    assert types(switchboard) == ["OFFER"] * 2
 
 
 async def test_timeout_says_how_far_it_came(switchboard: Switchboard, pair: Pair) -> None:
@@ -205,6 +227,191 @@ async def test_agent_that_is_not_online(switchboard: Switchboard, pair: Pair) ->
     did = DIDKey.generate().did
     with pytest.raises(UnknownAgentError, match=r"z6Mk….. is not online \(asked ws://127\.0\.0\.1:1/ws\)"):
         await pair[0].connect(did)
+
+
+# --- what passes by itself -----------------------------------------------------------------------
+
+
+def refuse_first(switchboard: Switchboard, kind: MessageType, refusal: ErrorPayload) -> None:
+    """Let the switchboard refuse the first message of a type, as a gateway would."""
+    refused: list[Message] = []
+
+    def alter(message: Message) -> bytes | None:
+        if message.type is not kind or refused:
+            return message.wire
+        refused.append(message)
+        reply = Message.create(switchboard.key.did, message.from_, refusal, correlation_id=message.id)
+        asyncio.get_running_loop().call_soon(switchboard.agents[message.from_]._signaling.receive, reply)
+        return None
+
+    switchboard.alter = alter
+
+
+@pytest.mark.parametrize("kind", [MessageType.OFFER, MessageType.ANSWER])
+@pytest.mark.parametrize("cause", ["rate_limited", "overloaded", "unreachable", "unconfirmed"])
+async def test_message_that_is_refused_for_the_moment_is_sent_once_more(
+    switchboard: Switchboard, pair: Pair, cause: str, kind: MessageType
+) -> None:
+    refuse_first(switchboard, kind, ErrorPayload.for_cause(cause, retry_after_ms=10))
+    await pair[0].connect(pair[1].did, timeout=10)
+    assert sorted(types(switchboard)) == sorted(["OFFER", "ANSWER", kind.value])
+
+
+async def test_refusal_that_lasts_longer_than_the_deadline_fails_at_once(
+    switchboard: Switchboard, pair: Pair
+) -> None:
+    refusal = ErrorPayload.for_cause("rate_limited", retry_after_ms=60_000)
+    refuse_first(switchboard, MessageType.OFFER, refusal)
+    with pytest.raises(PeerRefusedError, match="too many messages") as caught:
+        await asyncio.wait_for(pair[0].connect(pair[1].did, timeout=30).__aenter__(), 5)
+    assert caught.value.retry_after_ms == 60_000
+
+
+async def test_error_of_a_third_agent_ends_nothing(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    switchboard.held = []
+    connecting = asyncio.ensure_future(one.connect(two.did).__aenter__())
+    await switchboard.sent_count(1)
+    declined = ErrorPayload.for_cause("declined")
+    eve = DIDKey.generate()
+    one._signaling.receive(Message.create(eve.did, one.did, declined, correlation_id=switchboard.sent[0].id))
+    switchboard.release(one.did)
+    switchboard.held = None
+    await switchboard.sent_count(2)
+    assert (await connecting).did == two.did
+
+
+# --- an offer that is given up -------------------------------------------------------------------
+
+
+async def answering_in_vain(switchboard: Switchboard, one: Workshop, two: Workshop) -> asyncio.Future[Peer]:
+    """Let `two` offer and give up; return the connect() of `one`, which has answered and waits."""
+    switchboard.held = []
+    given_up = asyncio.ensure_future(two.connect(one.did).__aenter__())
+    await switchboard.sent_count(1)
+    switchboard.release(two.did)
+    await switchboard.sent_count(2)
+    assert types(switchboard) == ["OFFER", "ANSWER"]
+    given_up.cancel()
+    await asyncio.wait({given_up})
+    connecting = asyncio.ensure_future(one.connect(two.did, timeout=10).__aenter__())
+    await asyncio.sleep(0)
+    return connecting
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_who_waits_for_an_offer_that_was_given_up_offers(
+    switchboard: Switchboard, pair: Pair, first: int
+) -> None:
+    one, two = pair[first], pair[1 - first]
+    connecting = await answering_in_vain(switchboard, one, two)
+    switchboard.release(one.did)
+    switchboard.held = None
+    assert await (await asyncio.wait_for(connecting, 5)).execute("add", a=1) == 2
+    assert types(switchboard) == ["OFFER", "ANSWER", "ERROR", "OFFER", "ANSWER"]
+    declined = switchboard.sent[2]
+    assert isinstance(declined.payload, ErrorPayload)
+    assert declined.payload.details is not None
+    assert declined.payload.details.name == "declined"
+    assert declined.correlation_id == switchboard.sent[1].id
+
+
+async def test_who_waits_offers_also_where_nobody_says_that_it_was_given_up(
+    switchboard: Switchboard, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signaling, "CONNECT_TIMEOUT_SECONDS", 0.3)
+    connecting = await answering_in_vain(switchboard, *pair)
+    switchboard.held = None  # and the ANSWER is lost
+    assert await (await asyncio.wait_for(connecting, 5)).execute("add", a=1) == 2
+
+
+async def test_who_does_not_wait_lets_it_be(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    connecting = await answering_in_vain(switchboard, one, two)
+    connecting.cancel()
+    await asyncio.wait({connecting})
+    (attempt,) = one._signaling._attempts.values()
+    switchboard.release(one.did)
+    switchboard.held = None
+    await asyncio.wait({attempt.result}, timeout=5)
+    assert types(switchboard) == ["OFFER", "ANSWER", "ERROR"]
+    assert not one._signaling._attempts
+
+
+# --- who may connect -----------------------------------------------------------------------------
+
+
+class Choosy(Workshop):
+    """Admits nobody but those that it knows."""
+
+    def __init__(self, switchboard: Switchboard, **options: Any) -> None:
+        super().__init__(switchboard, **options)
+        self.known: dict[str, bool] = {}
+        self.asked: list[str] = []
+
+    async def on_offer(self, did: str) -> bool:
+        self.asked.append(did)
+        return self.known[did]
+
+
+async def test_agent_chooses_who_may_connect(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    async with Choosy(switchboard) as choosy:
+        choosy.known = {one.did: True, two.did: False}
+        assert await (await one.connect(choosy.did)).execute("add", a=1) == 2
+        with pytest.raises(PeerRefusedError, match="declined"):
+            await two.connect(choosy.did)
+        assert choosy.asked == [one.did, two.did]
+        # Its addresses have gone to the first alone.
+        assert [message.to for message in switchboard.sent if message.type is MessageType.ANSWER] == [one.did]
+
+
+async def test_agent_that_cannot_choose_declines(
+    switchboard: Switchboard, pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Choosy(switchboard) as choosy:
+        with pytest.raises(PeerRefusedError, match="declined"):
+            await pair[0].connect(choosy.did)
+        assert "cannot be told" in caplog.text
+
+
+async def test_agent_is_not_asked_about_those_it_connects_with(switchboard: Switchboard, pair: Pair) -> None:
+    async with Choosy(switchboard) as choosy:
+        await asyncio.gather(
+            *(choosy.connect(other.did) for other in pair), *(other.connect(choosy.did) for other in pair)
+        )
+        assert not choosy.asked
+
+
+async def test_agent_takes_no_more_peers_than_it_should(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+    async with Workshop(switchboard, peers_max=1) as popular:
+        await one.connect(popular.did)
+        with pytest.raises(PeerRefusedError, match="takes no more connections") as caught:
+            await two.connect(popular.did)
+        assert caught.value.temporary
+        # One that restarts takes its own place; and whom it wants itself, it takes.
+        async with Workshop(switchboard, identity=one._key) as again:
+            assert await (await again.connect(popular.did)).execute("add", a=1) == 2
+            await popular.connect(two.did)
+
+
+async def test_strangers_that_do_not_connect_give_way(
+    switchboard: Switchboard, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = pair
+    monkeypatch.setattr(signaling, "ATTEMPTS_MAX", 2)
+    switchboard.alter = lambda message: None if message.type is MessageType.ANSWER else message.wire
+    async with Workshop(switchboard) as silent, Workshop(switchboard) as mute:
+        idle = [asyncio.ensure_future(agent.connect(one.did).__aenter__()) for agent in (silent, mute)]
+        await switchboard.sent_count(4)
+        with pytest.raises(PeerRefusedError, match="takes no more connections"):
+            await two.connect(one.did)
+        monkeypatch.setattr(signaling, "FAIR_SECONDS", 0.0)
+        switchboard.alter = lambda message: message.wire
+        assert await (await two.connect(one.did)).execute("add", a=1) == 2
+        for connecting in idle:
+            connecting.cancel()
 
 
 # --- restart and replacement ---------------------------------------------------------------------
@@ -233,8 +440,8 @@ async def test_old_offer_that_comes_late_breaks_no_connection(switchboard: Switc
     switchboard.alter = lambda message: message.wire
     peer = await one.connect(two.did)
     two._signaling.receive(late)
-    await switchboard.sent_count(4)
-    assert types(switchboard) == ["OFFER", "OFFER", "ANSWER", "ANSWER"]
+    await switchboard.sent_count(5)
+    assert types(switchboard) == ["OFFER", "OFFER", "ANSWER", "ANSWER", "ERROR"]
     assert await peer.execute("add", a=1) == 2
     assert await two.peers[one.did].execute("add", a=1) == 2
 
@@ -287,6 +494,7 @@ async def test_answer_that_nobody_waits_for_is_ignored(switchboard: Switchboard,
     peer = await one.connect(two.did)
     one._signaling.receive(switchboard.sent[1])
     assert await peer.execute("add", a=1) == 2
+    assert types(switchboard) == ["OFFER", "ANSWER"]
 
 
 @pytest.mark.parametrize("sdp", ["", "v=0\r\nm=audio 9 RTP/AVP 0\r\n"])
@@ -327,13 +535,29 @@ async def test_candidate_before_its_offer_waits_for_it(switchboard: Switchboard,
     text = "candidate:7 1 udp 1 127.0.0.1 9 typ host"
     candidate = IceCandidatePayload(candidate=text, sdp_mid="0")
     two._signaling.receive(Message.create(one.did, two.did, candidate))
+    found = record_candidates(two)
     switchboard.release(one.did)
-    attempt = two._signaling._attempts[one.did]
-    assert attempt.pc._early == [candidate]
-    assert not two._signaling._early
-    switchboard.held = None
     await switchboard.sent_count(2)
+    assert found == [candidate]
+    assert not two._signaling._early
     connecting.cancel()
+
+
+async def test_candidate_for_the_offer_of_the_other_survives_our_own(
+    switchboard: Switchboard, pair: Pair
+) -> None:
+    low, high = pair
+    switchboard.held = []
+    connecting = asyncio.gather(low.connect(high.did), high.connect(low.did))
+    await switchboard.sent_count(2)
+    candidate = IceCandidatePayload(candidate="candidate:7 1 udp 1 127.0.0.1 9 typ host", sdp_mid="0")
+    high._signaling.receive(Message.create(low.did, high.did, candidate))
+    found = record_candidates(high)
+    switchboard.release(low.did)  # wins
+    assert found == [candidate]
+    switchboard.release(high.did)
+    switchboard.held = None
+    await connecting
 
 
 async def test_candidate_that_is_none_is_refused(switchboard: Switchboard, pair: Pair) -> None:

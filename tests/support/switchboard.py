@@ -91,6 +91,7 @@ class Local(Agent):
         super().__init__("ws://127.0.0.1:1/ws", **options)
         self._switchboard = switchboard
         self._signaling._send = self._hand_over
+        self._signaling._gateway_did = lambda: switchboard.key.did
         switchboard.add(self)
 
     async def _hand_over(self, message: Message) -> None:

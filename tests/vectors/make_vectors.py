@@ -361,7 +361,11 @@ def compact(value: Any) -> str:
 
 
 def build_refusals() -> Iterator[tuple[str, str, str]]:
-    """Yield a text, the cause of its refusal, and who must refuse it: everybody, or a gateway at least."""
+    """Yield a text, the cause of its refusal, and who must refuse it.
+
+    That is everybody; a gateway at least, as a full parser cannot see it; or the receiver, while a gateway
+    that only scans MAY forward it.
+    """
     text = compact(PLAIN)
     everybody = (
         ("", "not_json"),
@@ -411,6 +415,8 @@ def build_refusals() -> Iterator[tuple[str, str, str]]:
     )
     for wire, cause in gateway:
         yield wire, cause, "gateway"
+    for number in ("9007199254740992", "-9007199254740992", "18446744073709551616", "100000000000000000000"):
+        yield changed(ext={"a": 7}).replace(":7", ":" + number), "not_canonical", "receiver"
 
 
 REFUSALS = [{"wire": wire, "cause": cause, "by": by} for wire, cause, by in build_refusals()]
@@ -492,7 +498,8 @@ LIMITS = (
     ("PING_INTERVAL_SECONDS", "s", "of silence before the gateway sends a WebSocket ping"),
     ("PONG_TIMEOUT_SECONDS", "s", "after that ping until the gateway closes with 4004"),
     ("PEER_PING_INTERVAL_SECONDS", "s", "of silence on the DataChannel before a PING"),
-    ("PEER_PONG_TIMEOUT_SECONDS", "s", "after that PING until the peer counts as dead"),
+    ("PEER_PONG_TIMEOUT_SECONDS", "s", "after that PING without any packet until the peer counts as dead"),
+    ("PEER_STALL_SECONDS", "s", "a peer may take nothing of what waits for it"),
     ("CONNECT_TIMEOUT_SECONDS", "s", "from OFFER to an open DataChannel"),
     ("REQUEST_TIMEOUT_SECONDS", "s", "for an answer of the gateway"),
     ("CALL_TIMEOUT_SECONDS", "s", "for an execution whose caller names no other deadline"),

@@ -177,7 +177,8 @@ def test_refusal_vector_is_refused_by_the_sdk(vector):
 @pytest.mark.parametrize("vector", REFUSALS)
 def test_refusal_vector_is_refused_by_the_gateway(vector):
     frames = pytest.importorskip("gateway._frames", reason="the gateway's extensions are not built")
-    assert frames.scan(vector["wire"].encode()).status == vector["cause"]
+    if vector["by"] != "receiver":
+        assert frames.scan(vector["wire"].encode()).status == vector["cause"]
 
 
 @pytest.mark.parametrize("vector", MESSAGES, ids=lambda vector: vector["name"])
@@ -193,7 +194,7 @@ def test_message_vector_passes_the_gateway(vector):
 
 def test_refusal_vectors_differ_from_a_good_message_in_one_thing():
     assert decode(make_vectors.compact(make_vectors.PLAIN)).type is MessageType.OFFER
-    assert {vector["by"] for vector in read("refusals.json")} == {"everybody", "gateway"}
+    assert {vector["by"] for vector in read("refusals.json")} == {"everybody", "gateway", "receiver"}
 
 
 # --- tables ------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
 from aiconexus.client import handshake
-from aiconexus.client.backoff import retry_after, retry_after_http
+from aiconexus.client.backoff import RETRY_AFTER_MAX_SECONDS, retry_after, retry_after_http
 from aiconexus.client.deadline import within
-from aiconexus.client.handshake import Session
+from aiconexus.client.handshake import Resume, Session
 from aiconexus.protocol import CloseCode, DIDKey, MessageError, ReplayGuard, encode
 from aiconexus.protocol.errors import (
     GatewayClosedError,
@@ -78,11 +78,11 @@ class Connection:
     Attributes:
         url: The dialled URL without userinfo, to show and to sign.
         session: What the gateway granted; set by `open`.
-        resume_token: For the next connection; set by `open`.
+        resume: For the next connection; set by `open`.
     """
 
     session: Session
-    resume_token: str | None
+    resume: Resume | None
 
     def __init__(self, dialled_url: str, ssl: tls.SSLContext | None = None) -> None:
         self.url: Final = handshake.audience(dialled_url)
@@ -97,7 +97,7 @@ class Connection:
         *,
         gateway_did: str | None,
         capabilities: list[JsonValue],
-        resume_token: str | None,
+        resume: Resume | None,
         guard: ReplayGuard,
         timeout: float,
     ) -> None:
@@ -107,7 +107,7 @@ class Connection:
             ConnectionEnded: It did not succeed; nothing is left open. Neither is after a cancellation.
         """
         try:
-            await within(self._register(key, gateway_did, capabilities, resume_token, guard), timeout)
+            await within(self._register(key, gateway_did, capabilities, resume, guard), timeout)
         except BaseException as error:
             self.abort()
             if isinstance(error, asyncio.TimeoutError):
@@ -120,24 +120,24 @@ class Connection:
         key: DIDKey,
         gateway_did: str | None,
         capabilities: list[JsonValue],
-        resume_token: str | None,
+        resume: Resume | None,
         guard: ReplayGuard,
     ) -> None:
         await self._dial()
         try:
             self._stage = "waiting for its REGISTER"
             challenge = handshake.read_challenge(await self.receive(), gateway_did)
-            register = handshake.answer_challenge(key, challenge, self.url, capabilities, resume_token)
+            register = handshake.answer_challenge(key, challenge, self.url, capabilities, resume)
             self._stage = "waiting for its answer to REGISTER"
             await self.send(encode(register))
             answer = await self.receive()
-            self.session, self.resume_token = handshake.read_answer(answer, register, challenge, guard)
+            self.session, self.resume = handshake.read_answer(answer, register, challenge, guard)
         except RegistrationError as error:
             if error.cause is None:
                 raise ConnectionEnded(error) from error
             # Only the close code that follows tells whether to come back.
             end = await self._next_close()
-            asked = (error.cause.retry_after_ms or 0) / 1000
+            asked = min((error.cause.retry_after_ms or 0) / 1000, RETRY_AFTER_MAX_SECONDS)
             raise ConnectionEnded(error, end.close, max(end.retry_after, asked)) from error
         except GatewayError as error:
             raise ConnectionEnded(error) from error

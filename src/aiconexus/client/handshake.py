@@ -64,6 +64,14 @@ class Session:
 
 
 @dataclass(frozen=True)
+class Resume:
+    """What resumes a session: a secret between this agent and the gateway that issued it."""
+
+    gateway_did: str
+    token: str
+
+
+@dataclass(frozen=True)
 class Challenge:
     """The gateway's first message: its proven DID, and the nonce that the agent must sign."""
 
@@ -164,24 +172,29 @@ def read_challenge(data: bytes | str, expected_did: str | None = None, now: floa
 
 
 def answer_challenge(
-    key: DIDKey, challenge: Challenge, aud: str, capabilities: list[JsonValue], resume: str | None
+    key: DIDKey, challenge: Challenge, aud: str, capabilities: list[JsonValue], resume: Resume | None
 ) -> Message:
-    """Return our signed REGISTER; see `audience`, `describe`. `resume` is the token of the last session.
+    """Return our signed REGISTER; see `audience`, `describe`. `resume` is of the last session.
 
     Nonce and audience are signed together: a fake gateway that passes the proof on to the real one is
-    refused there, for the agent dialled another URL.
+    refused there, for the agent dialled another URL. A gateway with another DID than the last one gets no
+    token: it has not issued it.
+
+    Raises:
+        RegistrationError: This gateway takes fewer capabilities.
     """
+    _check_announced(capabilities, challenge.limits)
     ext: dict[str, JsonValue] = {"nonce": challenge.nonce, "aud": aud, "capabilities": capabilities}
-    if resume is not None:
-        ext["resume"] = resume
+    if resume is not None and resume.gateway_did == challenge.gateway_did:
+        ext["resume"] = resume.token
     payload = RegisterPayload(public_key=key.public_key_base58)
     return sign_message(Message.create(key.did, challenge.gateway_did, payload, ext=ext), key)
 
 
 def read_answer(
     data: bytes | str, request: Message, challenge: Challenge, guard: ReplayGuard
-) -> tuple[Session, str | None]:
-    """Check the gateway's answer to our REGISTER `request`; return the session and its resume token.
+) -> tuple[Session, Resume | None]:
+    """Check the gateway's answer to our REGISTER `request`; return the session and what resumes it.
 
     Raises:
         RegistrationError: It refused, or its answer holds no session.
@@ -212,7 +225,23 @@ def read_answer(
         features=challenge.features,
         limits=challenge.limits,
     )
-    return granted, token if isinstance(token, str) and len(token) <= _RESUME_TOKEN_MAX else None
+    if isinstance(token, str) and len(token) <= _RESUME_TOKEN_MAX:
+        return granted, Resume(challenge.gateway_did, token)
+    return granted, None
+
+
+def _check_announced(capabilities: list[JsonValue], limits: dict[str, Any]) -> None:
+    """Refuse what the gateway has announced that it will refuse."""
+    for name, found, unit in (
+        ("capabilities_max", len(capabilities), "capabilities"),
+        ("capabilities_max_bytes", len(canonicalize(capabilities)), "bytes of capabilities"),
+    ):
+        most = limits.get(name)
+        if type(most) is int and found > most:
+            raise RegistrationError(
+                f"this gateway takes at most {most} {unit}, these are {found}: announce fewer, or shorten "
+                "descriptions and schemas"
+            )
 
 
 def _raise_error(message: Message) -> None:

@@ -37,7 +37,7 @@ from aiconexus.client import handshake
 from aiconexus.client.backoff import Backoff
 from aiconexus.client.connection import CLOSE_TIMEOUT_SECONDS, Connection, ConnectionEnded, closed_for_good
 from aiconexus.client.deadline import within
-from aiconexus.client.handshake import CapabilityLike, Session
+from aiconexus.client.handshake import CapabilityLike, Resume, Session
 from aiconexus.client.verification import Verifier
 from aiconexus.protocol import (
     AIConexusError,
@@ -72,6 +72,7 @@ from aiconexus.protocol.limits import MESSAGE_MAX_BYTES, REGISTER_TIMEOUT_SECOND
 INBOX_MAX_MESSAGES: Final = 1024  # unread in the queue; 64 MiB of the largest ones
 HANDLERS_MAX: Final = 1024  # coroutines of handlers that run at the same time
 ANSWERS_MAX: Final = 1024  # PONGs and ERRORs on their way out; beyond it they are left out
+FAULTS_MAX: Final = 1024  # senders and causes that are logged apart
 ANSWER_IDS: Final = 64  # remembered of the latest answers
 
 _DATA_PLANE = frozenset({MessageType.INTENT, MessageType.EXEC_REQUEST, MessageType.EXEC_RESPONSE})
@@ -145,8 +146,9 @@ class GatewayClient:
     Args:
         gateway_url: `ws://host:port/ws` or `wss://host/ws`.
         did_key: The agent's identity.
-        gateway_did: The DID that the gateway must prove. Without it, TLS alone says which gateway this is.
-            With it, another one that answers after a drop is refused, and the client goes on trying.
+        gateway_did: The DID that the gateway must prove. Without it, TLS alone says which gateway this is:
+            another one that answers after a drop is taken, and logged. With it, that one is refused, and the
+            client goes on trying.
         reconnect: Whether to come back after a drop; if not, the first drop closes the client.
         ssl: For `wss`; the system's certificates if None.
         backoff: When to come back.
@@ -182,7 +184,7 @@ class GatewayClient:
 
         self._state = ClientState.DISCONNECTED
         self._session: Session | None = None
-        self._resume_token: str | None = None
+        self._resume: Resume | None = None
         self._capabilities: list[JsonValue] = []
         # Set exactly while the state is REGISTERED.
         self._connection: Connection | None = None
@@ -201,6 +203,7 @@ class GatewayClient:
         self._state_waiters: list[tuple[frozenset[ClientState], asyncio.Future[ClientState]]] = []
         self._handling: set[asyncio.Future[None]] = set()
         self._answering: set[asyncio.Future[None]] = set()
+        self._faults: set[tuple[str | None, str]] = set()  # of messages that were dropped and logged
         # Should one of them not be deliverable, that is not the application's business.
         self._answer_ids: deque[str] = deque(maxlen=ANSWER_IDS)
 
@@ -530,7 +533,7 @@ class GatewayClient:
                 self._key,
                 gateway_did=self._gateway_did,
                 capabilities=self._capabilities,
-                resume_token=self._resume_token,
+                resume=self._resume,
                 guard=self._verifier.guard,
                 timeout=timeout,
             )
@@ -553,10 +556,13 @@ class GatewayClient:
     def _registered(self, connection: Connection) -> None:
         if self._session is not None:
             self.stats.reconnects += 1
+            before, now = self._session.gateway_did, connection.session.gateway_did
+            if before != now:
+                _log.warning("%s: another gateway answers, %s in place of %s", self.url, now, before)
             if not connection.session.resumed:
                 self._fail_pending("the session could not be resumed", lambda pending: pending.written)
         self._connection = connection
-        self._session, self._resume_token = connection.session, connection.resume_token
+        self._session, self._resume = connection.session, connection.resume
         self._set_state(ClientState.REGISTERED)
 
     def _dropped(self) -> None:
@@ -592,7 +598,7 @@ class GatewayClient:
 
     def _detach(self) -> None:
         """Forget the session: nothing is sent any more, nothing is waited for."""
-        self._connection = self._session = self._resume_token = None
+        self._connection = self._session = self._resume = None
         self._fail_pending("the client left", lambda _: True)
         self._set_state(ClientState.DISCONNECTED)
 
@@ -603,7 +609,7 @@ class GatewayClient:
         if error is not None:
             _log.warning("%s", error)
         self._closed_for_good = error
-        self._connection = self._session = self._resume_token = None
+        self._connection = self._session = self._resume = None
         self._fail_pending("the client was closed", lambda _: True)
         self._set_state(ClientState.CLOSED)
         self._arrival.set()
@@ -719,10 +725,14 @@ class GatewayClient:
 
     def _reject(self, error: MessageError, data: str | bytes) -> None:
         self.stats.rejected += 1
-        _log.warning("%s: a message was dropped (%s): %s", self.url, error.cause.name, error)
+        sender = self._verifier.sender_to_answer(error, data)
+        # Once for each cause of a proven sender; the rest is of nobody. Nobody can fill the log.
+        fault = (sender if len(self._faults) < FAULTS_MAX else None), error.cause.name
+        level = logging.DEBUG if fault in self._faults else logging.WARNING
+        self._faults.add(fault)
+        _log.log(level, "%s: a message was dropped (%s): %s", self.url, error.cause.name, error)
         for handler in tuple(self._rejection_handlers):
             _call(handler, error, data)
-        sender = self._verifier.sender_to_answer(error, data)
         if sender is not None:
             refusal = ErrorPayload.for_error(error)
             self._answer(Message.create(self.did, sender, refusal, correlation_id=error.message_id))

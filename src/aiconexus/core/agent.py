@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import ssl as tls
 from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType, TracebackType
@@ -15,6 +16,7 @@ from aiortc import RTCIceServer
 from pydantic import JsonValue
 from typing_extensions import Self
 
+from aiconexus.client.backoff import Backoff
 from aiconexus.client.deadline import within
 from aiconexus.client.socket import ClientState, GatewayClient, short_did
 from aiconexus.core.capabilities import CapabilityMethod, capabilities_of
@@ -40,6 +42,7 @@ _SIGNALING: Final = (
     MessageType.ERROR,
 )
 
+PEERS_MAX: Final = 512  # each costs a descriptor, of which a process has 1,024 by default, and 120 KB
 HOOK_SECONDS: Final = 1.0  # for a hook that still runs when the agent stops
 
 _log: Final = logging.getLogger("aiconexus.core")
@@ -73,6 +76,9 @@ class Agent:
         ice_servers: STUN and TURN servers as W3C RTCIceServer (`urls`, `username`, `credential`); None for
             those that the gateway names, if any.
         gateway_did: The DID that the gateway must prove.
+        ssl: For a `wss` gateway; the system's certificates if None.
+        backoff: When to come back to a gateway that was lost.
+        peers_max: How many may be connected when another agent asks to connect; the next is told busy.
 
     Raises:
         TypeError, ValueError: A capability cannot be announced, or an argument is wrong.
@@ -88,6 +94,9 @@ class Agent:
         host_addresses: Sequence[str] | None = None,
         ice_servers: Iterable[RTCIceServer | Mapping[str, Any]] | None = None,
         gateway_did: str | None = None,
+        ssl: tls.SSLContext | None = None,
+        backoff: Backoff | None = None,
+        peers_max: int = PEERS_MAX,
     ) -> None:
         if isinstance(host_addresses, str):
             raise TypeError("host_addresses is a list of addresses, not one string")
@@ -101,9 +110,16 @@ class Agent:
         self._host_addresses = None if host_addresses is None else tuple(host_addresses)
         self._ice_servers = None if ice_servers is None else tuple(ice_servers)
         self._capabilities: dict[str, CapabilityMethod] = capabilities_of(self)
-        self._client = GatewayClient(gateway, self._key, gateway_did=gateway_did)
+        self._client = GatewayClient(gateway, self._key, gateway_did=gateway_did, ssl=ssl, backoff=backoff)
+        self._peers_max = peers_max
         self._signaling: Signaling[Peer] = Signaling(
-            self.did, self._client.url, self._send, self._new_connection, self._opened
+            self.did,
+            self._client.url,
+            self._gateway_did,
+            self._send,
+            self._new_connection,
+            self._admit,
+            self._opened,
         )
         self._peers: dict[str, Peer] = {}
         self._all_peers: set[Peer] = set()  # also those that are still closing
@@ -144,6 +160,14 @@ class Agent:
     async def on_intent(self, intent: Intent) -> Quote:
         """Say what an intent would take. Override it; by default nothing is understood."""
         return Quote(status="not_understood")
+
+    async def on_offer(self, did: str) -> bool:
+        """Say whether another agent may connect. Override it if needed; by default everybody may.
+
+        It learns the addresses of this agent only then. Not asked about an agent that this one is connecting
+        with by itself.
+        """
+        return True
 
     async def on_peer(self, peer: Peer) -> None:
         """Take note of a new connection, whoever asked for it. Override it if needed."""
@@ -279,6 +303,14 @@ class Agent:
             servers = () if session is None else tuple(session.ice_servers)
         return PeerConnection(host_addresses=self._host_addresses, ice_servers=servers)
 
+    async def _admit(self, did: str) -> str | None:
+        # One that is connected already was started anew: it replaces its connection.
+        count = len(self._all_peers) + self._signaling.strangers
+        if did not in self._peers and count > self._peers_max:
+            _log.warning("%s is told busy: %d agents are connected or about to be", did, count - 1)
+            return "busy"
+        return None if await self.on_offer(did) else "declined"
+
     def _opened(self, did: str, connection: PeerConnection, channel: Channel) -> Peer:
         replaced = self._peers.get(did)
         peer = self._peers[did] = Peer(
@@ -303,8 +335,10 @@ class Agent:
         self._spawn(self._bury(peer))
 
     async def _bury(self, peer: Peer) -> None:
-        await peer.close()
-        self._all_peers.discard(peer)
+        try:
+            await peer.close()
+        finally:
+            self._all_peers.discard(peer)
 
     # --- what others ask ------------------------------------------------------------------------
 
@@ -334,6 +368,9 @@ class Agent:
         return CapabilityError(f"{type(error).__name__}: {error}", name)
 
     # --- the gateway ----------------------------------------------------------------------------
+
+    def _gateway_did(self) -> str | None:
+        return self._client.session.gateway_did if self._client.session is not None else None
 
     async def _send(self, message: Message) -> None:
         await self._client.send(message, timeout=CONNECT_TIMEOUT_SECONDS)

@@ -34,7 +34,7 @@ from aiconexus.protocol.errors import (
     WrongRecipientError,
     remote_error,
 )
-from aiconexus.protocol.limits import DATA_MESSAGE_MAX_BYTES
+from aiconexus.protocol.limits import CALL_TIMEOUT_SECONDS, DATA_MESSAGE_MAX_BYTES
 from aiconexus.protocol.models import (
     ErrorPayload,
     ExecRequestPayload,
@@ -51,7 +51,6 @@ from aiconexus.protocol.models import (
 from aiconexus.protocol.security import DIDKey, ReplayGuard, sign_message, verify_message
 from aiconexus.protocol.serialization import encode, loads, parse
 
-EXECUTIONS_MAX: Final = 256  # running for one peer; more would only share the same core
 ERROR_TEXT_MAX: Final = 4_096  # characters of an exception's text that travel
 TIMEOUT_MAX_SECONDS: Final = 86_400.0  # whoever needs longer should not hold a connection for it
 
@@ -74,9 +73,10 @@ _CALL_ERRORS: Final[dict[str, type[CallError]]] = {
 
 @dataclass(frozen=True)
 class IntentArrived:
-    """The peer asks; `Calls.quote` or `Calls.fail` answers."""
+    """The peer asks; `Calls.quote` or `Calls.fail` answers. `timeout` is in seconds, from now."""
 
     intent: Intent
+    timeout: float
 
     @property
     def id(self) -> str:
@@ -194,10 +194,11 @@ class Calls:
         peer: DID of the agent at the other end.
     """
 
-    def __init__(self, key: DIDKey, peer: str, *, executions_max: int = EXECUTIONS_MAX) -> None:
+    def __init__(self, key: DIDKey, peer: str, *, limit: int = DATA_MESSAGE_MAX_BYTES) -> None:
+        """Begin with no calls; `limit` is how many bytes the peer takes in one message."""
         self.peer: Final = peer
         self._key = key
-        self._executions_max = executions_max
+        self._limit = limit
         # One for each connection: a peer that floods it shuts nobody else out.
         self._guard = ReplayGuard()
         self._open: dict[str, _Open] = {}
@@ -210,13 +211,18 @@ class Calls:
 
     # --- what this side asks --------------------------------------------------------------------
 
-    def ask(self, payload: IntentPayload) -> tuple[str, str]:
+    def ask(self, payload: IntentPayload, timeout: float) -> tuple[str, str]:
         """Begin an INTENT; return its id and the text to send.
+
+        Args:
+            payload: What is asked.
+            timeout: Seconds until this side gives up; the other side is told.
 
         Raises:
             MalformedMessageError: It has no canonical JSON form, or is too large.
+            ValueError: The timeout is none.
         """
-        message = self._message(payload)
+        message = self._message(payload, ext={"timeout_ms": _milliseconds(timeout)})
         text = self._sign(message)
         self._open[message.id] = _Open(MessageType.INTENT)
         return message.id, text
@@ -233,12 +239,9 @@ class Calls:
             InvalidArgumentsError: The arguments have no JSON form, or are too large for one message.
             ValueError: The timeout is none.
         """
-        if not 0 < timeout <= TIMEOUT_MAX_SECONDS:
-            raise ValueError(f"timeout is in seconds, above 0 and at most a day, not {timeout}")
+        timeout_ms = _milliseconds(timeout)
         try:
-            payload = ExecRequestPayload(
-                args=to_jsonable_python(args), timeout_ms=max(1, ceil(timeout * 1e3))
-            )
+            payload = ExecRequestPayload(args=to_jsonable_python(args), timeout_ms=timeout_ms)
             message = self._message(payload, ext={"capability": capability})
             text = self._sign(message)
         except (MalformedMessageError, PydanticSerializationError, ValueError) as error:
@@ -316,12 +319,13 @@ class Calls:
 
     # --- what arrives ---------------------------------------------------------------------------
 
-    def receive(self, data: str | bytes, *, is_done: bool = False) -> Event | None:
+    def receive(self, data: str | bytes, *, is_done: bool = False, busy: str = "") -> Event | None:
         """Take one message of the DataChannel; return what has happened, if anything.
 
         Args:
             data: The message; only text is accepted.
             is_done: Whether this side needs the connection no longer, for a peer that asks.
+            busy: Why nothing more can be begun for the peer now, if so.
         """
         envelope: dict[str, Any] = {}
         try:
@@ -331,7 +335,7 @@ class Calls:
             message = self._prove(data, envelope)
             if message.type is MessageType.PING:
                 return self._pong(message, is_done)
-            return self._take(message)
+            return self._take(message, busy)
         except MessageError as error:
             return self._refused(error, envelope)
 
@@ -369,12 +373,12 @@ class Calls:
             return Refused(error, None, failed)
         return Refused(error, self._error(ErrorPayload.for_error(error), error.message_id), failed)
 
-    def _take(self, message: Message) -> Event | None:
+    def _take(self, message: Message, busy: str) -> Event | None:
         match message.payload:
             case IntentPayload() as payload:
-                return self._take_intent(message, payload)
+                return self._take_intent(message, payload, busy)
             case ExecRequestPayload() as payload:
-                return self._take_request(message, payload)
+                return self._take_request(message, payload, busy)
             case ExecResponsePayload() as payload:
                 return self._take_response(message, payload)
             case ErrorPayload() as payload:
@@ -391,7 +395,7 @@ class Calls:
             message_id=message.id,
         )
 
-    def _take_intent(self, message: Message, payload: IntentPayload) -> Event | None:
+    def _take_intent(self, message: Message, payload: IntentPayload, busy: str) -> Event | None:
         if message.correlation_id is not None:
             asked = message.correlation_id.lower()
             if payload.status == "cancel" and asked not in self._open:
@@ -410,18 +414,25 @@ class Calls:
             raise MalformedMessageError(
                 "an INTENT that asks needs query or task", field="payload", message_id=message.id
             )
-        return self._begin(message) or IntentArrived(
-            Intent(
-                id=message.id.lower(),
-                sender=message.from_,
-                query=payload.query,
-                context=payload.context,
-                task=payload.task,
-                params=payload.params,
+        timeout_ms = message.ext.get("timeout_ms", round(CALL_TIMEOUT_SECONDS * 1e3))
+        if type(timeout_ms) is not int or timeout_ms <= 0:
+            raise MalformedMessageError(
+                "ext.timeout_ms is no number of milliseconds",
+                name="invalid_ext",
+                field="ext.timeout_ms",
+                message_id=message.id,
             )
+        intent = Intent(
+            id=message.id.lower(),
+            sender=message.from_,
+            query=payload.query,
+            context=payload.context,
+            task=payload.task,
+            params=payload.params,
         )
+        return self._begin(message, busy) or IntentArrived(intent, timeout_ms / 1e3)
 
-    def _take_request(self, message: Message, payload: ExecRequestPayload) -> Event:
+    def _take_request(self, message: Message, payload: ExecRequestPayload, busy: str) -> Event:
         capability = message.ext.get("capability")
         if not isinstance(capability, str):
             raise MalformedMessageError(
@@ -431,14 +442,14 @@ class Calls:
                 message_id=message.id,
             )
         timeout = None if payload.timeout_ms is None else payload.timeout_ms / 1e3
-        return self._begin(message) or ExecutionArrived(message.id.lower(), capability, payload.args, timeout)
+        return self._begin(message, busy) or ExecutionArrived(
+            message.id.lower(), capability, payload.args, timeout
+        )
 
-    def _begin(self, message: Message) -> Reply | None:
+    def _begin(self, message: Message, busy: str) -> Reply | None:
         id_ = message.id.lower()
         self._running[id_] = message.type
-        if len(self._running) <= self._executions_max:
-            return None
-        text = self.fail(id_, "busy", f"busy: {self._executions_max} calls are running for you; try again")
+        text = self.fail(id_, "busy", f"busy: {busy}; try again") if busy else None
         return Reply(text) if text is not None else None
 
     def _take_response(self, message: Message, payload: ExecResponsePayload) -> Event | None:
@@ -463,6 +474,8 @@ class Calls:
         closed = self._close(message, None)
         if closed is None:
             return None
+        if payload.code is ErrorCode.TIMEOUT:
+            return Failed(closed[0], CallTimeoutError(payload.message, closed[1].capability))
         details = payload.details.model_dump(exclude_none=True) if payload.details else None
         return Failed(closed[0], remote_error(ErrorCode(payload.code), payload.message, details))
 
@@ -486,11 +499,17 @@ class Calls:
         return self._text(sign_message(message, self._key))
 
     def _text(self, message: Message) -> str:
-        return encode(message, limit=DATA_MESSAGE_MAX_BYTES).decode()
+        return encode(message, limit=self._limit).decode()
 
     def _error(self, payload: ErrorPayload, id_: str | None) -> str:
         readable = id_ if id_ is not None and _MESSAGE_ID.fullmatch(id_) else None
         return self._text(self._message(payload, correlation_id=readable))
+
+
+def _milliseconds(timeout: float) -> int:
+    if not 0 < timeout <= TIMEOUT_MAX_SECONDS:
+        raise ValueError(f"timeout is in seconds, above 0 and at most a day, not {timeout}")
+    return max(1, ceil(timeout * 1e3))
 
 
 def _sendable(text: str) -> str:

@@ -8,8 +8,8 @@ from typing import Final
 
 from aiortc import RTCDataChannel
 
-HIGH_WATER_BYTES: Final = 1_048_576  # four of the largest messages; Chromium closes above 16 MiB
-LOW_WATER_BYTES: Final = 262_144
+HIGH_WATER_BYTES: Final = 131_072  # a PING waits behind it: a second at 1 Mbit/s
+LOW_WATER_BYTES: Final = 32_768
 
 
 class Channel:
@@ -25,6 +25,7 @@ class Channel:
     def __init__(self, channel: RTCDataChannel) -> None:
         self._channel = channel
         self._early: list[str | bytes] = []
+        self._handed_over = 0
         self._receiver: Callable[[str | bytes], None] = self._early.append
         self._writable = asyncio.Event()
         self.closed: Final[asyncio.Future[None]] = asyncio.get_running_loop().create_future()
@@ -48,7 +49,17 @@ class Channel:
     @property
     def is_congested(self) -> bool:
         """Whether more waits to be sent than should."""
-        return self._channel.bufferedAmount > HIGH_WATER_BYTES
+        return self.buffered > HIGH_WATER_BYTES
+
+    @property
+    def buffered(self) -> int:
+        """How many bytes the transport holds that have not left (W3C: `bufferedAmount`)."""
+        return self._channel.bufferedAmount
+
+    @property
+    def taken(self) -> int:
+        """How many bytes have left since the beginning; it grows by whole messages."""
+        return self._handed_over - self.buffered
 
     async def send(self, text: str) -> None:
         """Send one message; first wait until the earlier ones have left (W3C: `bufferedamountlow`).
@@ -66,7 +77,9 @@ class Channel:
         """Send one message whatever waits before it; raises as `send` does."""
         if not self.is_open:
             raise ConnectionError("the DataChannel is closed")
+        before = self.buffered
         self._channel.send(text)
+        self._handed_over += self.buffered - before
 
     def close(self) -> None:
         """Close the channel after what waits has been sent (RFC 8831 section 6.7)."""

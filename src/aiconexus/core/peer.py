@@ -6,8 +6,14 @@ and with a goodbye the other side can tell a decision from an accident.
 
 There is one connection for both sides, and both may have asked for it. So whoever leaves `async with` does
 not close it over the other's head: it says by PING that it is done (`ext.done`), and the PONG tells whether
-the other side is, too. Only then it is closed. A connection that nobody holds any more, as its last calls
-have ended since, is asked about in the same way when it falls silent.
+the other side is, too. Only then it is closed, unless this side has come to need it again meanwhile. A
+connection that nobody holds any more, as its last calls have ended since, is asked about in the same way when
+it falls silent.
+
+What a peer can cost. A request counts until its answer has left and what runs for it has ended; beyond a
+number of them, or while too many bytes wait for a peer that does not read, a further one is told busy at
+once. Short replies are never left out: a peer for which even these pile up is given up, as is one that takes
+nothing for a minute.
 """
 
 from __future__ import annotations
@@ -53,11 +59,15 @@ from aiconexus.protocol.limits import (
     CALL_TIMEOUT_SECONDS,
     PEER_PING_INTERVAL_SECONDS,
     PEER_PONG_TIMEOUT_SECONDS,
+    PEER_STALL_SECONDS,
 )
 from aiconexus.protocol.models import IntentPayload
 from aiconexus.protocol.security import DIDKey
 
 GOODBYE_SECONDS: Final = 1.0  # for the other side to close its end too; a round trip is enough
+GRACE_SECONDS: Final = 1.0  # for what is cancelled to end by itself, before its caller has its answer
+EXECUTIONS_MAX: Final = 256  # for one peer; more would only share the same core
+UNSENT_MAX_BYTES: Final = 4_194_304  # for one peer: 16 of the largest messages; what runs may add its answers
 
 _log: Final = logging.getLogger("aiconexus.core")
 
@@ -71,19 +81,20 @@ class PeerState(str, Enum):
 
 
 class _Execution:
-    """A capability or `on_intent` that runs for the peer.
+    """A capability or `on_intent` that runs for the peer, until its answer has left and it has ended.
 
     Attributes:
-        ended_by: The `CallError.name` of the answer, once it was cancelled.
+        cancelled: Done when it was cancelled, with the `CallError.name` of the answer.
     """
 
     def __init__(self, work: Awaitable[Any]) -> None:
         self.task = asyncio.ensure_future(work)
-        self.ended_by: str | None = None
+        self.cancelled: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     def end(self, reason: str) -> None:
         """Cancel it; the first reason counts."""
-        self.ended_by = self.ended_by or reason
+        if not self.cancelled.done():
+            self.cancelled.set_result(reason)
         self.task.cancel()
 
 
@@ -113,13 +124,16 @@ class Peer:
         self._on_intent = on_intent
         self._on_execute = on_execute
         self._on_closed = on_closed
-        self._calls = Calls(key, did)
+        self._calls = Calls(key, did, limit=connection.message_max_bytes)
         self._waiting: dict[str, asyncio.Future[Any]] = {}
         self._executions: dict[str, _Execution] = {}
         self._serving: set[asyncio.Task[None]] = set()
+        self._unsent = 0  # characters of answers that wait until they may be sent
         self._pinging: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
         self._state = PeerState.OPEN
         self._settled = asyncio.Event()
+        self._is_expiring = False  # both sides are done, and the other is to close
         self._holders = 0
         self._path = connection.path
         self._reason = "the connection broke"
@@ -168,8 +182,8 @@ class Peer:
             timeout: Seconds.
 
         Raises:
-            CallTimeoutError: No answer in time.
-            RemoteError: The other agent's `on_intent` failed.
+            CallTimeoutError: No answer in time; the other agent is told how much there is.
+            RemoteError: The other agent's `on_intent` failed, or it is busy.
             PeerLostError: The connection went away.
             MalformedMessageError: It has no JSON form, or is too large for one message.
         """
@@ -180,7 +194,7 @@ class Peer:
             payload = IntentPayload(**{name: value for name, value in fields.items() if value is not None})
         except ValidationError as error:
             raise MalformedMessageError(f"the intent has no JSON form: {error}") from None
-        quote = await self._ask(lambda: self._calls.ask(payload), timeout)
+        quote = await self._ask(lambda: self._calls.ask(payload, timeout), timeout)
         assert isinstance(quote, Quote)
         return quote
 
@@ -239,8 +253,6 @@ class Peer:
             return answer.result()
         except ConnectionError:
             raise PeerLostError(f"{short_did(self.did)} went away: {self._reason}", self.did) from None
-        except ValueError as error:  # aiortc's, where the other side takes less than this side
-            raise MalformedMessageError(f"it cannot be sent: {error}", name="too_large") from error
         finally:
             del self._waiting[id_]
             if not answer.cancel():
@@ -258,22 +270,26 @@ class Peer:
     async def release(self) -> None:
         """Need it no longer; close it if the other side does not need it either."""
         self._holders -= 1
-        await self._close_if_done()
+        # Whoever leaves may be cancelled; the other side has been asked by then, and acts on its answer.
+        await asyncio.shield(self._leave())
+
+    def _leave(self) -> asyncio.Task[None]:
+        if self._leaving is None or self._leaving.done():
+            self._leaving = asyncio.ensure_future(self._close_if_done())
+        return self._leaving
 
     async def _close_if_done(self) -> None:
         if not self._is_done or self._state is not PeerState.OPEN:
             return
         self._set_state(PeerState.CLOSING)
         is_done = False
-        try:
+        with suppress(CallError, PeerError):  # `_check` sees to a peer that does not answer
             is_done = await self._ask(lambda: self._calls.ping(is_done=True), PEER_PONG_TIMEOUT_SECONDS)
-        except (CallError, PeerError):
-            is_done = True  # nobody is there any more
-        finally:
-            if not is_done and self.state is PeerState.CLOSING:
-                self._set_state(PeerState.OPEN)
-        if is_done:
+        # Asked for anew while the PONG was on its way, the connection stays: the request has told the other.
+        if is_done and self._is_done:
             await self.close()
+        elif self.state is PeerState.CLOSING and self._end is None and not self._is_expiring:
+            self._set_state(PeerState.OPEN)
 
     async def settled(self) -> PeerState:
         """Wait until it is OPEN or CLOSED, and return which."""
@@ -291,9 +307,17 @@ class Peer:
         if self._state is PeerState.CLOSED:
             return
         self._keepalive.heard(self._loop.time())
-        event = self._calls.receive(data, is_done=self._is_done)
+        event = self._calls.receive(data, is_done=self._is_done, busy=self._busy)
         if event is not None:
             self._handle(event)
+
+    @property
+    def _busy(self) -> str:
+        if len(self._executions) >= EXECUTIONS_MAX:
+            return f"{EXECUTIONS_MAX} calls of yours run, or their answers wait to be read"
+        if self._unsent > UNSENT_MAX_BYTES:
+            return f"{self._unsent} bytes of answers wait for you to read them"
+        return ""
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -301,9 +325,11 @@ class Peer:
                 self._waiting[id_].set_result(value)
             case Failed(id_, error) if id_ in self._waiting:
                 self._waiting[id_].set_exception(error)
-            case IntentArrived(intent):
-                self._serve(intent.id, self._on_intent(intent), CALL_TIMEOUT_SECONDS, self._quote)
+            case IntentArrived(intent, seconds):
+                self._keep_open()
+                self._serve(intent.id, self._on_intent(intent), seconds, self._quote)
             case ExecutionArrived(id_, capability, args, timeout):
+                self._keep_open()
                 self._serve(id_, self._on_execute(capability, args), timeout, self._calls.succeed)
             case CancelArrived(id_) if id_ in self._executions:
                 self._executions[id_].end(CallCancelledError.name)
@@ -313,16 +339,24 @@ class Peer:
                 self._refuse(event)
             case DoneArrived(reply, is_done):
                 self._reply(reply)
-                if is_done:
+                if is_done and self._state is not PeerState.CLOSED:
                     self._set_state(PeerState.CLOSING)
-                    # Whatever comes now, the connection is at its end.
                     self._timer.cancel()
                     late = self._loop.time() + PEER_PONG_TIMEOUT_SECONDS
                     self._timer = self._loop.call_at(late, self._lost, "it did not close")
+                    self._is_expiring = True
             case Left(reason):
                 self._set_state(PeerState.CLOSING)
                 self._reason = f"it closed the connection: {reason}"
                 self._channel.close()
+
+    def _keep_open(self) -> None:
+        """Take back that the connection is at its end: the peer, which was done, has asked for something."""
+        if self._is_expiring:
+            self._is_expiring = False
+            self._set_state(PeerState.OPEN)
+            self._timer.cancel()
+            self._timer = self._loop.call_at(self._keepalive.due, self._check)
 
     def _refuse(self, refused: Refused) -> None:
         self.refused += 1
@@ -334,9 +368,12 @@ class Peer:
             self._handle(refused.failed)
 
     def _reply(self, text: str) -> None:
-        # Whoever sends without reading gets no replies, rather than all the memory there is.
-        if self._channel.is_open and not self._channel.is_congested:
-            self._channel.send_now(text)
+        if not self._channel.is_open:
+            return
+        self._channel.send_now(text)
+        # What waits its turn does not count here: so much can only be replies.
+        if self._channel.buffered > UNSENT_MAX_BYTES:
+            self._lost("it sends without reading the replies")
 
     # --- what runs for the other side -----------------------------------------------------------
 
@@ -364,29 +401,36 @@ class Peer:
     ) -> None:
         """See an execution to its end, whatever that is, and send its one answer."""
         begin = self._loop.time()
-        task = execution.task
-        await asyncio.wait({task}, timeout=timeout)
+        task, cancelled = execution.task, execution.cancelled
+        await asyncio.wait({task, cancelled}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            execution.end(CallTimeoutError.name)
-            await asyncio.wait({task})
-        del self._executions[id_]
+            execution.end(CallTimeoutError.name)  # if nobody cancelled it before
+            await asyncio.wait({task}, timeout=GRACE_SECONDS)
         seconds = self._loop.time() - begin
-        error = None if task.cancelled() else task.exception()
-        if execution.ended_by == CallTimeoutError.name:
+        if cancelled.done() and cancelled.result() == CallTimeoutError.name:
             text = self._calls.fail(id_, CallTimeoutError.name, f"no result in {timeout:g} s", seconds)
-        elif execution.ended_by is not None or task.cancelled():
+        elif cancelled.done() or task.cancelled():
             text = self._calls.fail(id_, CallCancelledError.name, "the execution was cancelled", seconds)
-        elif error is None:
+        elif (error := task.exception()) is None:
             text = answer(id_, task.result(), seconds)
         else:
             name = error.name if isinstance(error, CallError) else CapabilityError.name
             text = self._calls.fail(id_, name, str(error), seconds)
-        if text is None:
-            return
+        if text is not None:
+            await self._send_answer(id_, text)
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # taken note of, also where the answer did not wait for it
+        del self._executions[id_]
+
+    async def _send_answer(self, id_: str, text: str) -> None:
+        self._unsent += len(text)
         try:
             await self._channel.send(text)
-        except (ConnectionError, ValueError) as error:  # gone; or it takes only smaller messages
+        except ConnectionError as error:
             _log.debug("the answer to %s of %s cannot be sent: %s", id_, self.did, error)
+        finally:
+            self._unsent -= len(text)
 
     # --- its state and its end ------------------------------------------------------------------
 
@@ -399,12 +443,20 @@ class Peer:
 
     def _check(self) -> None:
         """Ping a silent peer, give up a dead one."""
-        verdict = self._keepalive.check(self._loop.time())
+        verdict = self._keepalive.check(
+            self._loop.time(),
+            received=self._connection.received,
+            taken=self._channel.taken,
+            is_congested=self._channel.is_congested,
+        )
         if verdict is Verdict.DEAD:
             self._lost(f"it was silent for {PEER_PING_INTERVAL_SECONDS + PEER_PONG_TIMEOUT_SECONDS:g} s")
             return
+        if verdict is Verdict.STALLED:
+            self._lost(f"it has read nothing for {PEER_STALL_SECONDS:g} s")
+            return
         if verdict is Verdict.PING:
-            self._pinging = asyncio.ensure_future(self._close_if_done() if self._is_done else self._ping())
+            self._pinging = self._leave() if self._is_done else asyncio.ensure_future(self._ping())
         self._timer = self._loop.call_at(self._keepalive.due, self._check)
 
     async def _ping(self) -> None:
@@ -428,15 +480,19 @@ class Peer:
         self._on_closed(self, reason)
 
     async def _close(self, reason: str) -> None:
-        if self._state is not PeerState.CLOSED and self._channel.is_open:
-            self._set_state(PeerState.CLOSING)
-            self._reason = f"this side closed the connection: {reason}"
-            try:
-                self._channel.send_now(self._calls.leave(reason))
-            finally:
+        try:
+            if self._state is not PeerState.CLOSED and self._channel.is_open:
+                self._set_state(PeerState.CLOSING)
+                self._reason = f"this side closed the connection: {reason}"
+                self._is_expiring = False
+                try:
+                    self._channel.send_now(self._calls.leave(reason))
+                except (ConnectionError, ValueError) as error:
+                    _log.debug("%s hears no goodbye: %s", self.did, error)
                 self._channel.close()
-            await asyncio.wait({self._channel.closed}, timeout=GOODBYE_SECONDS)
-        self._lost(self._reason)
-        if self._serving:
-            await asyncio.wait(self._serving, timeout=GOODBYE_SECONDS)
-        await self._connection.close()
+                await asyncio.wait({self._channel.closed}, timeout=GOODBYE_SECONDS)
+        finally:
+            self._lost(self._reason)
+            if self._serving:
+                await asyncio.wait(self._serving, timeout=GOODBYE_SECONDS)
+            await self._connection.close()

@@ -31,10 +31,14 @@ from aiconexus.core.candidates import (
 )
 from aiconexus.core.channel import Channel
 from aiconexus.protocol.errors import MalformedMessageError, PeerConnectError, PeerIdentityError
-from aiconexus.protocol.limits import DATA_CHANNEL_LABEL
+from aiconexus.protocol.limits import DATA_CHANNEL_LABEL, DATA_MESSAGE_MAX_BYTES
 from aiconexus.protocol.models import IceCandidatePayload
 
 _DATA_CHANNEL_SECTION: Final = re.compile(r"m=application \d+ \S*DTLS/SCTP .+")  # RFC 8841 section 4
+
+_MESSAGE_SIZE: Final = re.compile(r"a=max-message-size:([^\r\n]*)")  # RFC 8841 section 6
+_OUR_MESSAGE_SIZE: Final = f"a=max-message-size:{DATA_MESSAGE_MAX_BYTES}"
+_MESSAGE_SIZE_DEFAULT: Final = 65_536  # where the SDP names none
 
 _log: Final = logging.getLogger("aiconexus.core")
 
@@ -66,6 +70,7 @@ class PeerConnection:
 
     Attributes:
         opened: The open Channel, or a PeerError.
+        message_max_bytes: How long a message the other end takes, once its description is known.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class PeerConnection:
         self._candidates = 0
         self._end_withheld = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self.message_max_bytes = _MESSAGE_SIZE_DEFAULT
         self.opened: Final[asyncio.Future[Channel]] = asyncio.get_running_loop().create_future()
         # Nobody may be waiting when it fails: that is no fault.
         self.opened.add_done_callback(lambda opened: opened.cancelled() or opened.exception())
@@ -147,12 +153,17 @@ class PeerConnection:
         # Shielded: gathering that is cut off would leave sockets that close() does not know.
         await asyncio.shield(self._spawn(self._pc.setLocalDescription(description)))
         if not self._local_candidates():
-            chosen = "this machine has none" if self._host_addresses is None else list(self._host_addresses)
-            raise PeerConnectError(f"no host address can be used: {chosen}")
-        return self._pc.localDescription.sdp
+            if self._host_addresses is None:
+                raise PeerConnectError(
+                    "this machine has no network interface but loopback; to connect agents on this machine "
+                    'alone give host_addresses=["127.0.0.1"]'
+                )
+            raise PeerConnectError(f"no host address can be used: {list(self._host_addresses)}")
+        # aiortc before 1.16, the last one for Python 3.10, takes 256 KiB and names 64.
+        return _MESSAGE_SIZE.sub(_OUR_MESSAGE_SIZE, self._pc.localDescription.sdp)
 
     async def _set_remote_description(self, sdp: str, kind: str) -> None:
-        _check_description(sdp)
+        self.message_max_bytes = _check_description(sdp)
         self._count(sdp.count("a=candidate:"))
         description, names, is_complete = take_out_mdns(sdp)
         try:
@@ -200,6 +211,14 @@ class PeerConnection:
         local, remote = pair.local_candidate, pair.remote_candidate
         kind = local.type if local.type == remote.type else f"{local.type}/{remote.type}"
         return Path(_address(pair.local_addr), _address(pair.remote_addr), local.transport.lower(), kind)
+
+    @property
+    def received(self) -> int:
+        """How many bytes of DTLS packets have come from the other end."""
+        if self._pc.sctp is None:
+            return 0
+        stats = self._pc.sctp.transport._get_stats()
+        return sum(report.bytesReceived for report in stats.values())
 
     def describe(self) -> str:
         """Tell in words what was tried, for the error of a connection that did not open."""
@@ -256,8 +275,12 @@ class PeerConnection:
         return task
 
 
-def _check_description(sdp: str) -> None:
-    """Accept one DataChannel and nothing else: no media codec of ours is to meet a stranger's input."""
+def _check_description(sdp: str) -> int:
+    """Accept one DataChannel and nothing else: no media codec of ours is to meet a stranger's input.
+
+    Returns:
+        How many bytes a message to the other end may have.
+    """
     media = [line for line in sdp.splitlines() if line.startswith("m=")]
     if len(media) != 1 or not _DATA_CHANNEL_SECTION.fullmatch(media[0]):
         raise MalformedMessageError(
@@ -265,6 +288,21 @@ def _check_description(sdp: str) -> None:
         )
     if "a=fingerprint:" not in sdp:
         raise MalformedMessageError("the SDP names no DTLS fingerprint", field="payload.sdp")
+    sizes = [_message_size(text) for text in _MESSAGE_SIZE.findall(sdp)]
+    return min([*sizes, DATA_MESSAGE_MAX_BYTES]) if sizes else _MESSAGE_SIZE_DEFAULT
+
+
+def _message_size(text: str) -> int:
+    """Read `a=max-message-size`: 0 means any. Below 64 KiB not even an ERROR would be sure to fit."""
+    text = text.strip()
+    size = int(text) if re.fullmatch(r"[0-9]{1,20}", text) else -1
+    if size == 0:
+        return DATA_MESSAGE_MAX_BYTES
+    if size < _MESSAGE_SIZE_DEFAULT:
+        raise MalformedMessageError(
+            f"a=max-message-size must be 0 or at least {_MESSAGE_SIZE_DEFAULT}", field="payload.sdp"
+        )
+    return size
 
 
 def _ice_server(server: RTCIceServer | Mapping[str, Any]) -> RTCIceServer:

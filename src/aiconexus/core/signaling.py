@@ -8,6 +8,11 @@ other's, and the other side drops its own and answers. So both see one connectio
                      │ OFFER of a lower DID   ▲
                      ▼                        │
     OFFER ─────▶ answering ──────────────────┘
+                     └─▶ offering, where the other side has given up its offer and somebody here waits
+
+Whether a stranger's offer is answered at all, the agent decides (`admit`), unless it wants that connection
+itself. An offer may have been withdrawn, or its agent started anew, when the ANSWER comes: that is told by
+ERROR `declined`, so that the one who answers does not wait for nothing.
 
 A message that is lost with a gateway is offered again: a second OFFER replaces the first at the other side.
 An established connection is replaced only by one that has opened, so an old OFFER that somebody delayed
@@ -20,10 +25,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
+import random
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
+from aiconexus.client.deadline import within
 from aiconexus.client.socket import short_did
 from aiconexus.core.candidates import parse_candidate
 from aiconexus.core.channel import Channel
@@ -54,7 +62,12 @@ ATTEMPTS_MAX: Final = 128  # at the same time; each costs 120 KB, a descriptor a
 EARLY_SENDERS_MAX: Final = 64  # agents whose candidates wait for their OFFER
 BEGINS_MAX: Final = 8  # of one attempt; a stranger may offer anew for ever, at 30 ms of one core each
 SENDS_MAX: Final = 5  # of one OFFER or ANSWER, where messages get lost
+FAIR_SECONDS: Final = 5.0  # for a stranger to connect; then it gives way to others if there is no room
+RETRY_SECONDS: Final = 0.2  # before a refused message is sent again, where the refusal names no time
 CONTEST_SECONDS: Final = 6.0  # for the loser of a glare to answer; it may gather for 5 (aiortc)
+
+# Causes that pass by themselves in a moment.
+_PASSING: Final = frozenset({"rate_limited", "overloaded", "unreachable", "unconfirmed"})
 
 _log: Final = logging.getLogger("aiconexus.core")
 
@@ -71,6 +84,7 @@ class _Attempt(Generic[Opened]):
         is_answered: Whether the other side has answered it.
         is_contested: Whether the other side has offered too, and lost.
         waiting: How many `connect()` wait for it.
+        until: How long the last of them waits.
         signal: The payload and `correlation_id` that the other side must get, once it is known.
         sent_id: Id of the last message that carried it.
     """
@@ -82,27 +96,37 @@ class _Attempt(Generic[Opened]):
         self.waiting = 0
         self.sends = 0
         self.begins = 0
+        self.until = 0.0
         self.task: asyncio.Task[None] | None = None
-        self.timer: asyncio.TimerHandle | None = None
+        self._timers: list[asyncio.TimerHandle] = []
 
     def begin(self, pc: PeerConnection, *, is_offering: bool) -> None:
         """Forget what came before: this connection counts now."""
-        if self.timer is not None:
-            self.timer.cancel()
+        self._forget_timers()
         self.pc = pc
+        self.begun_at = asyncio.get_running_loop().time()
         self.sends = 0
         self.begins += 1
         self.is_offering = is_offering
         self.is_answered = False
         self.is_contested = False
+        self.is_retried = False
         self.signal: tuple[Payload, str | None] | None = None
         self.sent_id: str | None = None
         self.is_sending = False
         self.answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
+    def later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call `callback` after a time, unless it begins anew or is over by then."""
+        self._timers.append(asyncio.get_running_loop().call_later(seconds, callback))
+
+    def _forget_timers(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+
     def _over(self, result: asyncio.Future[Opened]) -> None:
-        if self.timer is not None:  # it would keep everything alive until it is due
-            self.timer.cancel()
+        self._forget_timers()  # they would keep everything alive until they are due
         if not result.cancelled():
             result.exception()  # nobody may be waiting for it: that is no fault
 
@@ -125,8 +149,10 @@ class Signaling(Generic[Opened]):
     Args:
         did: Of this agent.
         gateway: URL, for error texts.
+        gateway_did: Returns the DID that the gateway has proven.
         send: Signs and sends a message by the gateway; may wait for a gateway that is away.
         new_connection: Makes a PeerConnection.
+        admit: Says whether a stranger may connect: None, or the cause of its refusal.
         opened: Is given every connection that has opened; what it returns is what `connect` returns.
     """
 
@@ -134,20 +160,31 @@ class Signaling(Generic[Opened]):
         self,
         did: str,
         gateway: str,
+        gateway_did: Callable[[], str | None],
         send: Callable[[Message], Awaitable[object]],
         new_connection: Callable[[], PeerConnection],
+        admit: Callable[[str], Awaitable[str | None]],
         opened: Callable[[str, PeerConnection, Channel], Opened],
     ) -> None:
         self._did = did
         self._gateway = gateway
+        self._gateway_did = gateway_did
         self._send = send
         self._new_connection = new_connection
+        self._admit = admit
         self._opened = opened
+        self._asking: dict[str, asyncio.Task[None]] = {}  # strangers that may be admitted
+        self._answered: deque[str] = deque(maxlen=ATTEMPTS_MAX)  # ids of the last OFFERs that were
         self._attempts: dict[str, _Attempt[Opened]] = {}
         # With the time of the first, for an OFFER that does not come after all.
         self._early: OrderedDict[str, tuple[float, list[IceCandidatePayload]]] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing: set[asyncio.Task[None]] = set()  # connections; not to be cancelled
+
+    @property
+    def strangers(self) -> int:
+        """How many others are about to connect that this side does not wait for."""
+        return len(self._asking) + sum(not attempt.waiting for attempt in self._attempts.values())
 
     async def connect(self, did: str, *, timeout: float) -> Opened:
         """Open a connection with `did`, or wait for the one that is being opened.
@@ -164,6 +201,7 @@ class Signaling(Generic[Opened]):
             attempt = _Attempt(did)
             self._offer(attempt)
         attempt.waiting += 1
+        attempt.until = max(attempt.until, asyncio.get_running_loop().time() + timeout)
         try:
             await asyncio.wait({attempt.result}, timeout=timeout)
             if attempt.result.done():
@@ -216,21 +254,20 @@ class Signaling(Generic[Opened]):
         for attempt in list(self._attempts.values()):
             self._signal_again(attempt)
 
-    def _receive_offer(self, offer: Message) -> None:
+    def _receive_offer(self, offer: Message, *, is_admitted: bool = False) -> None:
         did = offer.from_
         attempt = self._attempts.get(did)
+        if not is_admitted and (attempt is None or not attempt.waiting):
+            self._ask(offer)
+            return
         if attempt is None:
-            if len(self._attempts) >= ATTEMPTS_MAX:
-                self._reply(offer, ErrorPayload.for_cause("busy"))
-                return
             attempt = _Attempt(did)
         elif attempt.is_offering and not attempt.is_answered and self._did < did:
             # Glare, and ours wins. Should the other side never have got ours (it was started anew since),
             # it waits for nothing: offer again.
             if not attempt.is_contested:
                 attempt.is_contested = True
-                loop = asyncio.get_running_loop()
-                attempt.timer = loop.call_later(CONTEST_SECONDS, self._signal_again, attempt)
+                attempt.later(CONTEST_SECONDS, partial(self._signal_again, attempt))
             return
         elif attempt.begins >= BEGINS_MAX:
             self._reply(offer, ErrorPayload.for_cause("busy"))
@@ -243,16 +280,70 @@ class Signaling(Generic[Opened]):
             if did in self._attempts:
                 self._end(attempt, error)
 
+    def _ask(self, offer: Message) -> None:
+        """Ask the agent whether it admits a stranger; the last OFFER of each counts."""
+        did = offer.from_
+        asked = self._asking.pop(did, None)
+        if asked is not None:
+            asked.cancel()
+        elif not self._has_room():
+            self._reply(offer, ErrorPayload.for_cause("busy"))
+            return
+
+        async def ask() -> None:
+            refusal: str | None = "declined"
+            try:
+                refusal = await within(self._admit(did), CONNECT_TIMEOUT_SECONDS)
+            except Exception:
+                _log.exception("whether %s may connect cannot be told", did)
+            finally:
+                if self._asking.get(did) is asyncio.current_task():
+                    del self._asking[did]
+            attempt = self._attempts.get(did)
+            if refusal is None or (attempt is not None and attempt.waiting):
+                self._receive_offer(offer, is_admitted=True)
+            else:
+                self._reply(offer, ErrorPayload.for_cause(refusal))
+
+        self._asking[did] = self._spawn(ask())
+
+    def _has_room(self) -> bool:
+        """Tell whether one more may try; for it a stranger that has had its time is given up."""
+        if len(self._attempts) + len(self._asking) < ATTEMPTS_MAX:
+            return True
+        late = asyncio.get_running_loop().time() - FAIR_SECONDS
+        for attempt in self._attempts.values():
+            if not attempt.waiting and attempt.begun_at <= late:
+                self._end(attempt, PeerConnectError("others wait for its place", attempt.did))
+                return True
+        return False
+
     def _receive_answer(self, message: Message, answer: AnswerPayload) -> None:
         attempt = self._attempt_of(message.correlation_id)
-        if attempt is None or not attempt.is_offering or attempt.is_answered:
+        if attempt is None:
+            self._decline_answer(message)
+        elif not attempt.is_offering or attempt.is_answered:
             _log.debug("an ANSWER of %s is not waited for", message.from_)
         elif message.from_ != attempt.did:
             text = f"{message.from_} answered the OFFER to {attempt.did}"
             self._end(attempt, PeerIdentityError(text, attempt.did))
         else:
             attempt.is_answered = True
+            assert attempt.sent_id is not None
+            self._answered.append(attempt.sent_id)
             attempt.answer.set_result(answer.sdp)
+
+    def _decline_answer(self, message: Message) -> None:
+        """Tell who answers an OFFER that was given up: nothing will come of it."""
+        attempt = self._attempts.get(message.from_)
+        is_known = (message.correlation_id or "").lower() in self._answered
+        # A copy of an ANSWER that was used; or it crosses our next OFFER, which replaces it.
+        if is_known or (attempt is not None and attempt.is_offering):
+            _log.debug("an ANSWER of %s is not waited for", message.from_)
+        else:
+            self._reply(
+                message, ErrorPayload.for_cause("declined", "the OFFER that this answers was given up")
+            )
 
     def _receive_candidate(self, message: Message, candidate: IceCandidatePayload) -> None:
         attempt = self._attempts.get(message.from_)
@@ -261,11 +352,12 @@ class Signaling(Generic[Opened]):
                 parse_candidate(candidate.candidate)
             if attempt is not None:
                 attempt.pc.add_ice_candidate(candidate)
-                return
+                if not attempt.is_offering or attempt.is_answered:
+                    return
         except MalformedMessageError as error:
             self._reply(message, ErrorPayload.for_error(error))
             return
-        # Its OFFER may be on the way.
+        # Its OFFER may be on the way, also while it has ours: should its own win, they belong to that.
         now = asyncio.get_running_loop().time()
         while self._early and next(iter(self._early.values()))[0] < now - CONNECT_TIMEOUT_SECONDS:
             self._early.popitem(last=False)
@@ -280,13 +372,35 @@ class Signaling(Generic[Opened]):
         if attempt is None:
             _log.debug("an ERROR that nobody waits for: %s", payload.message)
             return
+        if message.from_ not in (attempt.did, self._gateway_did()):
+            _log.debug("an ERROR of %s is not its business: %s", message.from_, payload.message)
+            return
         name = payload.details.name if payload.details is not None else None
-        # Unconfirmed: it may have arrived. Contested: the other side is there, it has just offered.
+        if name in _PASSING and self._retry(attempt, payload):
+            return
+        # Contested: the other side is there, it has just offered.
         unknown = payload.code is ErrorCode.UNKNOWN_AGENT
-        if attempt.sends < SENDS_MAX and (name == "unconfirmed" or (unknown and attempt.is_contested)):
+        if attempt.sends < SENDS_MAX and unknown and attempt.is_contested:
             self._signal_again(attempt)
             return
-        self._end(attempt, self._error_of(attempt.did, payload, name))
+        error = self._error_of(attempt.did, payload, name)
+        if name == "declined" and not attempt.is_offering:
+            self._answered_in_vain(attempt, error)
+        else:
+            self._end(attempt, error)
+
+    def _retry(self, attempt: _Attempt[Opened], payload: ErrorPayload) -> bool:
+        """Send it once more after a moment; tell whether there is time for it."""
+        asked = payload.details.retry_after_ms if payload.details is not None else None
+        seconds = RETRY_SECONDS if asked is None else asked / 1e3
+        seconds += random.uniform(0, RETRY_SECONDS)  # noqa: S311 -- so that not all come at once
+        now = asyncio.get_running_loop().time()
+        until = attempt.until if attempt.waiting else attempt.begun_at + CONNECT_TIMEOUT_SECONDS
+        if attempt.is_retried or now + seconds >= until:
+            return False
+        attempt.is_retried = True
+        attempt.later(seconds, partial(self._signal_again, attempt))
+        return True
 
     def _error_of(self, did: str, payload: ErrorPayload, name: str | None) -> AIConexusError:
         details = payload.details.model_dump(exclude_none=True) if payload.details is not None else None
@@ -338,10 +452,21 @@ class Signaling(Generic[Opened]):
             await self._signal(attempt)
 
         def expire() -> None:
-            self._end(attempt, PeerConnectError(attempt.describe(), attempt.did))
+            self._answered_in_vain(attempt, PeerConnectError(attempt.describe(), attempt.did))
 
-        attempt.timer = asyncio.get_running_loop().call_later(CONNECT_TIMEOUT_SECONDS, expire)
+        attempt.later(CONNECT_TIMEOUT_SECONDS, expire)
         attempt.task = self._spawn(self._open(attempt, negotiate))
+
+    def _answered_in_vain(self, attempt: _Attempt[Opened], error: AIConexusError) -> None:
+        """Offer in place of the other side, if somebody here still waits."""
+        if not attempt.waiting or attempt.begins >= BEGINS_MAX:
+            self._end(attempt, error)
+            return
+        _log.debug("%s has given up its offer: %s", attempt.did, error)
+        try:
+            self._offer(attempt)
+        except PeerConnectError as fault:
+            self._end(attempt, fault)
 
     def _begin(self, attempt: _Attempt[Opened], *, is_offering: bool) -> None:
         try:
@@ -350,10 +475,13 @@ class Signaling(Generic[Opened]):
             text = f"no connection can be made: {type(error).__name__}: {error}; check the ice_servers"
             raise PeerConnectError(text, attempt.did) from error
         if attempt.task is not None:
-            attempt.task.cancel()
+            if attempt.task is not asyncio.current_task():
+                attempt.task.cancel()
             self._spawn(attempt.pc.close(), self._closing)
         attempt.begin(pc, is_offering=is_offering)
         self._attempts[attempt.did] = attempt
+        if is_offering:
+            return  # what came early belongs to an OFFER of the other side
         since, early = self._early.pop(attempt.did, (0.0, []))
         if since >= asyncio.get_running_loop().time() - CONNECT_TIMEOUT_SECONDS:
             for candidate in early:
@@ -366,7 +494,10 @@ class Signaling(Generic[Opened]):
         except PeerError as error:
             error.did = attempt.did
             error.args = (f"{short_did(attempt.did)}: {error}",)
-            self._end(attempt, error)
+            if attempt.is_offering or isinstance(error, PeerIdentityError):
+                self._end(attempt, error)
+            else:
+                self._answered_in_vain(attempt, error)
         except AIConexusError as error:
             self._end(attempt, error)
         except Exception as error:

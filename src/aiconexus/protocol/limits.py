@@ -43,3 +43,4 @@ CALL_TIMEOUT_SECONDS: Final = 60.0
 REQUEST_TIMEOUT_SECONDS: Final = 10.0  # an answer from the gateway
 PEER_PING_INTERVAL_SECONDS: Final = 5.0  # aiortc notices a dead peer only after 63
 PEER_PONG_TIMEOUT_SECONDS: Final = 10.0
+PEER_STALL_SECONDS: Final = 60.0  # the largest message, over 35 kbit/s

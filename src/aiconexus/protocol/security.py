@@ -293,7 +293,8 @@ class ReplayGuard:
 
     Bounded: when it is full, those who sent the most are forgotten first. Whatever is forgotten, nothing
     that is not newer is accepted from its sender afterwards: neither a full guard nor a clock that is set
-    back lets a replay in, and who floods a guard shuts out himself and nobody else.
+    back lets a replay in, and a sender that floods a guard shuts out itself and nobody else. As many senders
+    as it holds ids, all stamped with the future, can shut others out, until their stamps have passed.
     """
 
     def __init__(self, window: float = CLOCK_SKEW_SECONDS, capacity: int = REPLAY_GUARD_CAPACITY) -> None:
