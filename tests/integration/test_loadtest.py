@@ -29,6 +29,8 @@ SECONDS = 60.0  # for a run of some seconds, on a busy machine
 REFUSED = {("REGISTER", "returned"), ("REGISTER", "resumed")}
 BUSY = ("--think-time", "0.2", "--churn-percent", "40")
 
+pytestmark = pytest.mark.soak
+
 
 class Run:
     """A headless run of Locust that has ended: exit status, output, statistics by type and name."""
