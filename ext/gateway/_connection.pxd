@@ -133,7 +133,7 @@ cdef class Connection:
     cdef int write_goodbye(self) except -1
     cdef int block(self) except -1
     cdef int drop_head(self, uint32_t size) except -1
-    cdef int record(self, const char* frame) except -1
+    cdef int record(self, const char* frame) except -3
     cdef void release_queue(self) noexcept
     cdef int end(self) except -1
     cdef uint32_t next_check(self) noexcept

@@ -25,8 +25,8 @@ from gateway._counters cimport (
     Counters,
 )
 from gateway._frames cimport ANSWER, ERROR, ICE_CANDIDATE, OFFER, OK, Envelope, is_utf8, scan_envelope
-from gateway._ledger cimport NO_RECORD, Ledger
-from gateway._mesh cimport ROUTED, Link, Record
+from gateway._ledger cimport NO_RECORD, NO_ROOM, Ledger
+from gateway._mesh cimport LINK_MAX, LINK_RESERVE, ROUTED, Link, Record
 from gateway._routing cimport DID_PREFIX_SIZE, DID_SIZE, Route, RoutingTable
 from gateway._timers cimport TICKS_PER_SECOND, TimerWheel
 from gateway._websocket cimport (
@@ -309,7 +309,9 @@ cdef class Router:
     cdef int write_link(self, Link link, bint confirm_now) except -1:
         cdef bint was_blocked = link.is_blocked
         if not link.flush(confirm_now):
-            self.lose(link)
+            # The other worker has died. What it said before is still to be read, up to the end, and that is
+            # where the link is lost.
+            link.is_blocked = True
         elif link.is_blocked and not was_blocked:
             self.watch(link.fd, EPOLL_CTL_MOD, EPOLLIN | EPOLLOUT, <uint64_t><void*>link + LINK_TAG)
         return 0
@@ -376,8 +378,13 @@ cdef class Router:
     def add_link(self, int worker, int fd):
         """Talk to another worker over a socket, which the router owns from now on."""
         cdef Link link = Link(worker, fd)
-        if self.links[worker] is not None:
-            self.lose(self.links[worker])
+        cdef Link old = self.links[worker]
+        if old is not None:
+            # Its end is not read yet.
+            while old.fd >= 0 and old.read(self.input, INPUT_BYTES, deliver_record, <void*>self):
+                if old.is_silent:
+                    break
+            self.lose(old)
         self.links[worker] = link
         self.watch(fd, EPOLL_CTL_ADD, EPOLLIN, <uint64_t><void*>link + LINK_TAG)
 
@@ -389,7 +396,7 @@ cdef class Router:
         """Send another worker a record for its handler; False if it cannot be reached or is behind."""
         cdef Link link = self.links[worker]
         return link is not None and link.append(
-            kind, origin, 0, epoch, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data)
+            LINK_MAX + LINK_RESERVE, kind, origin, 0, epoch, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data)
         )
 
     def forward(self, bytes did not None, bytes data not None):
@@ -406,6 +413,7 @@ cdef class Router:
             return None
         link = self.links[route.worker]
         return link is not None and link.append(
+            LINK_MAX + LINK_RESERVE,
             ROUTED,
             self.worker,
             route.connection,
@@ -745,7 +753,7 @@ cdef class Connection:
                 if route.worker != router.worker:
                     link = <Link>PyList_GET_ITEM(router.links, route.worker)
                     if link is not None and link.append(
-                        ROUTED, router.worker, route.connection, route.epoch, data, size
+                        LINK_MAX, ROUTED, router.worker, route.connection, route.epoch, data, size
                     ):
                         router.counted[MESSAGES_CROSSED] += 1
                         return 0
@@ -859,8 +867,9 @@ cdef class Connection:
             self.out_capacity = capacity
         header = write_header(self.out + self.out_size, <Opcode>opcode, size)
         memcpy(self.out + self.out_size + header, payload, size)
-        if self.recorded is not None:
-            self.record(self.out + self.out_size)
+        if self.recorded is not None and self.record(self.out + self.out_size) == NO_ROOM:
+            self.recorded.pop()
+            return False
         self.out_size += header + <uint32_t>size
         self.router.mark(self)
         return True
@@ -954,13 +963,13 @@ cdef class Connection:
         self.write_out()
         return 0
 
-    cdef int record(self, const char* frame) except -1:
+    cdef int record(self, const char* frame) except -3:
         cdef uint32_t header, size = frame_size(frame, &header)
         cdef int number = NO_RECORD
         if frame[0] == <char>(0x80 | TEXT):
             number = self.router.ledger.write(frame + header, size - header)
         self.recorded.append(number)
-        return 0
+        return number
 
     cdef int drop_head(self, uint32_t size) except -1:
         """Forget the first `size` bytes of the queue."""

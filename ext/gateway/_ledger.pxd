@@ -27,11 +27,13 @@ cdef class Ledger:
         Waiting* records  # shared: by worker, generation and number
         size_t mapped
         readonly int workers
+        uint32_t* tops    # shared: by worker and generation, how many numbers were ever used
         Waiting* own      # those of this process; NULL in the supervisor
-        list free         # numbers
+        uint32_t* top
+        list free         # numbers below the top
         list leaving      # numbers that are struck out at the next `settle`
         size_t waiting_bytes
 
     cdef int write(self, const char* data, Py_ssize_t size) except -3
     cpdef int strike(self, int number) except -1
-    cdef Waiting* of(self, int worker, int generation) except NULL
+    cdef int area(self, int worker, int generation) except -1

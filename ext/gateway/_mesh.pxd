@@ -12,6 +12,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
     LINK_MAX = 4_194_304    # bytes that may wait to be confirmed: a third of a second at 20,000 messages/s
+    LINK_RESERVE = 2_097_152  # beyond that, for ERRORs and for what moves sessions
     BATCH_MAX = 65_536      # bytes after which a new batch begins
     CONFIRM_BYTES = 65_536  # of batches, after which they are confirmed even if there is nothing else to say
 
@@ -39,7 +40,8 @@ cdef class Link:
     cdef:
         readonly int worker      # at the other end
         readonly int fd          # -1: closed
-        readonly bint is_blocked
+        readonly bint is_blocked  # the socket takes no more; or nothing any more
+        bint is_silent            # the last read found nothing
         # What was said to the other worker and not confirmed: `out[0]` is byte `base` of the stream.
         char* out                # owned
         size_t out_size, out_capacity
@@ -55,9 +57,10 @@ cdef class Link:
         bint has_records         # in what was dealt with since
         bint owes                # a confirmation of records
 
-    # Add a record to the open batch. False: too much waits to be confirmed.
-    cdef bint append(self, uint16_t kind, uint16_t origin, uint32_t connection, uint64_t epoch,
+    # Add a record to the open batch. False: more than `limit` bytes would wait to be confirmed.
+    cdef bint append(self, size_t limit, uint16_t kind, uint16_t origin, uint32_t connection, uint64_t epoch,
                      const char* payload, size_t size) except -1
+    cdef void end_batch(self) noexcept
     # Everything that was dealt with has been written to the agents.
     cdef void settle(self) noexcept
     # Write what waits, with a confirmation of everything that was dealt with. False: the link is broken.

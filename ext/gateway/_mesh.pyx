@@ -82,6 +82,7 @@ cdef class Link:
 
     cdef bint append(
         self,
+        size_t limit,
         uint16_t kind,
         uint16_t origin,
         uint32_t connection,
@@ -91,7 +92,7 @@ cdef class Link:
     ) except -1:
         cdef size_t needed = sizeof(Record) + padded(size)
         cdef Record* record
-        if self.fd < 0 or self.out_size + needed + sizeof(BatchHead) > LINK_MAX:
+        if self.fd < 0 or self.out_size + needed + sizeof(BatchHead) > limit:
             return False
         self.reserve(needed + sizeof(BatchHead))
         if self.out_size - self.batch >= BATCH_MAX:
@@ -111,7 +112,7 @@ cdef class Link:
         self.out_size += needed
         return True
 
-    def end_batch(self):
+    cdef void end_batch(self) noexcept:
         """Close the open batch, if there is one."""
         cdef BatchHead* head
         if self.batch < self.out_size:
@@ -207,6 +208,7 @@ cdef class Link:
         if self.held_size:
             memcpy(buffer, self.held, self.held_size)
         received = recv(self.fd, buffer + self.held_size, capacity - self.held_size, MSG_DONTWAIT)
+        self.is_silent = received < 0
         if received == 0 or (received < 0 and errno != EAGAIN and errno != EINTR):
             return False
         if received < 0:

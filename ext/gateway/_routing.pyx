@@ -55,16 +55,26 @@ cdef extern from *:
         return error;
     }
 
+    #ifdef __GLIBC__
+    #define AIC_LOCK_CLOCK CLOCK_MONOTONIC
+    #else
+    #define AIC_LOCK_CLOCK CLOCK_REALTIME
+    #endif
+
     static int aic_mutex_lock(pthread_mutex_t *mutex, long nanoseconds) {
         struct timespec until;
         int error = pthread_mutex_trylock(mutex);
         if (error != EBUSY)
             return error;
-        clock_gettime(CLOCK_REALTIME, &until);
+        clock_gettime(AIC_LOCK_CLOCK, &until);
         until.tv_nsec += nanoseconds;
         until.tv_sec += until.tv_nsec / 1000000000;
         until.tv_nsec %= 1000000000;
+    #ifdef __GLIBC__
+        return pthread_mutex_clocklock(mutex, CLOCK_MONOTONIC, &until);
+    #else
         return pthread_mutex_timedlock(mutex, &until);
+    #endif
     }
     """
     int EOWNERDEAD
@@ -85,10 +95,9 @@ AWAY_INDEX = AWAY
 cdef enum:
     NONE = 0
     SPINS = 2_000
-    # A writer holds the mutex for a few microseconds. One that does not give it back was stopped (SIGSTOP, a
-    # debugger) just then: a registration waits longer for it than a message.
-    WRITER_NANOSECONDS = 50_000_000
-    READER_NANOSECONDS = 1_000_000
+    # A writer holds the mutex for a few microseconds, or for as long as the system lets others run just then.
+    # One that does not give it back was stopped (SIGSTOP, a debugger).
+    LOCK_NANOSECONDS = 50_000_000
 
 cdef struct Head:
     pthread_mutex_t mutex
@@ -161,7 +170,7 @@ cdef class RoutingTable:
             spins += 1
             if spins < SPINS:
                 aic_relax()
-            elif spins > SPINS or not self.try_lock(READER_NANOSECONDS):
+            elif spins > SPINS or not self.try_lock(LOCK_NANOSECONDS):
                 return False  # the writer is stopped
             else:
                 self.unlock()
@@ -192,7 +201,7 @@ cdef class RoutingTable:
             spins += 1
             if spins < SPINS:
                 aic_relax()
-            elif spins == SPINS and self.try_lock(READER_NANOSECONDS):
+            elif spins == SPINS and self.try_lock(LOCK_NANOSECONDS):
                 # Its writer had died, and the slot is repaired; or it was only slow.
                 self.unlock()
             elif spins > SPINS:
@@ -211,7 +220,7 @@ cdef class RoutingTable:
         return error == 0
 
     cdef int lock(self) except -1:
-        if not self.try_lock(WRITER_NANOSECONDS):
+        if not self.try_lock(LOCK_NANOSECONDS):
             raise TableBusyError("the routing table is being changed by a process that does not go on")
         return 0
 
@@ -223,13 +232,15 @@ cdef class RoutingTable:
         cdef uint64_t index, used = 0
         if self.head.writing != NONE:
             index = self.head.writing - 1
+            aic_store(&self.slots[index].sequence, self.slots[index].sequence | 1)
+            aic_fence()
             memcpy(self.slots[index].key, self.head.before.key, KEY_SIZE)
             self.slots[index].epoch = self.head.before.epoch
             self.slots[index].connection = self.head.before.connection
             self.slots[index].worker = self.head.before.worker
             self.slots[index].state = self.head.before.state
             aic_fence()
-            aic_store(&self.slots[index].sequence, (self.slots[index].sequence | 1) + 1)
+            aic_store(&self.slots[index].sequence, self.slots[index].sequence + 1)
             aic_fence()
             self.head.writing = NONE
         if self.head.hole != NONE:
@@ -375,6 +386,15 @@ cdef class RoutingTable:
 
     def purge(self, uint16_t worker):
         """Remove every route of a worker that is gone; return how many there were."""
+        cdef uint64_t before, removed = 0
+        while True:
+            before = removed
+            removed += self.purge_once(worker)
+            # Others may have moved one to where the scan had been.
+            if removed == before:
+                return removed
+
+    cdef uint64_t purge_once(self, uint16_t worker) except? 0:
         cdef uint64_t index
         cdef uint64_t removed = 0
         for index in range(self.mask + 1):

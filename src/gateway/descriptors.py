@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import resource
 
-# 256 for streams, libraries, links and event loops; the others for connections whose request is to come.
-RESERVED = 1_024
+# For streams, libraries, links and event loops.
+_OWN = 64
+# Connections whose request is still to come: as many as the kernel may hand over at once (worker.BACKLOG),
+# where the limit leaves room for them.
+_REQUESTS_MAX = 4_096
+_REQUESTS_SHARE = 4
+
+
+def _limit() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(soft - _OWN, 2)
 
 
 def raise_limit() -> None:
@@ -14,7 +23,11 @@ def raise_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def requests_per_worker() -> int:
+    """Return how many connections of one worker may be without a complete request."""
+    return min(_limit() // _REQUESTS_SHARE, _REQUESTS_MAX) or 1
+
+
 def connections_per_worker() -> int:
     """Return how many connections one worker can hold."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(soft - RESERVED, soft // 2)
+    return _limit() - requests_per_worker()

@@ -111,9 +111,9 @@ class Moves:
         self._give_back = give_back
         self._replace = replace
         self._moves: dict[int, Move] = {}
-        # By epoch, of sessions that were given away: worker and epoch where they went, and until when
-        # messages for them may still come here.
-        self._gone: dict[int, tuple[int, int, float]] = {}
+        # By epoch, of sessions that were given away: worker and epoch where they went, until when messages
+        # for them may still come here, and whether what comes on the old path is too late.
+        self._gone: dict[int, tuple[int, int, float, bool]] = {}
 
     # --- at the new worker ---------------------------------------------------------------------
 
@@ -137,8 +137,8 @@ class Moves:
         self._set_moving(move, True)
         home = orjson.dumps({"old": old, "new": self._worker})
         for worker in others:
-            if not self._router.tell(worker, FENCE, self._worker, session.epoch, home):
-                move.waits.discard(worker)
+            # If it does not fit, the MARK will not come, and the old path is closed when the time is up.
+            self._router.tell(worker, FENCE, self._worker, session.epoch, home)
         self._router.tell(old, MARK, self._worker, session.epoch, home)
 
     def hold(self, session: Session, origin: int, data: bytes) -> None:
@@ -176,8 +176,10 @@ class Moves:
 
     def _release(self, move: Move, worker: int) -> None:
         shelf = move.held.pop(worker, None)
-        for data in shelf.take() if shelf is not None else ():
-            self._give(move.session, data)
+        if shelf is not None:
+            for data in shelf.take():
+                self._give(move.session, data)
+            self._router.flush()  # all of them together might fill the queue
 
     def _end(self, move: Move) -> None:
         """Let the session be like any other."""
@@ -217,7 +219,8 @@ class Moves:
             session.move.next = (new, epoch, data)
             return
         session = self._registry.give(request["did"], request["epoch"])
-        self._gone[request["epoch"]] = (new, epoch, time.monotonic() + GONE_SECONDS)
+        is_closed = session is not None and session.old_path_closed
+        self._gone[request["epoch"]] = (new, epoch, time.monotonic() + GONE_SECONDS, is_closed)
         resumed = (
             session is not None
             and request["resume"] is not None
@@ -262,7 +265,8 @@ class Moves:
         elif kind in MESSAGE_KINDS:
             session = self._session(epoch, data)
             if session is None:
-                self._pass_on(origin, epoch, data)
+                is_closed = epoch in self._gone and self._gone[epoch][3]
+                self._pass_on(origin, epoch, data, is_closed=is_closed)
             elif session.old_path_closed:
                 self._give_back(data, "away_expired")
             else:
@@ -280,25 +284,18 @@ class Moves:
         to = scan(data).to
         return self._registry.find(to, epoch) if to is not None else None
 
-    def _pass_on(self, origin: int, epoch: int, data: bytes) -> None:
+    def _pass_on(self, origin: int, epoch: int, data: bytes, *, is_closed: bool = False) -> None:
         """Deliver a message to a session that is not here any more.
 
         It goes the way that the session went, worker by worker: on the short way it might overtake what is
-        older.
+        older. Where that way is not known, the session has ended.
         """
-        if epoch in self._gone:
-            worker, epoch, _ = self._gone[epoch]
-            if not self._router.tell(worker, FORWARDED, origin, epoch, data):
-                self._give_back(data, "unreachable")
+        if is_closed or epoch not in self._gone:
+            self._give_back(data, "away_expired" if is_closed else "not_online")
             return
-        # That session ended. A newer one may be anywhere.
-        to = scan(data).to
-        assert to is not None
-        session = self._registry.get(to)
-        if session is not None:
-            self.hold(session, origin, data)
-        elif not self._router.forward(to.encode(), data):
-            self._give_back(data, "not_online")
+        worker, epoch, *_ = self._gone[epoch]
+        if not self._router.tell(worker, FORWARDED, origin, epoch, data):
+            self._give_back(data, "unreachable")
 
     def on_link_lost(self, worker: int) -> None:
         """Another worker has gone: its marks will not come, nor what had to come through it."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -12,7 +13,7 @@ from uuid import uuid4
 from aiconexus.protocol.limits import AWAY_MAX_BYTES, AWAY_MAX_MESSAGES
 from gateway._connection import Connection
 from gateway._ledger import Ledger
-from gateway._routing import RoutingTable
+from gateway._routing import RoutingTable, TableBusyError
 from gateway.shelf import Shelf
 
 if TYPE_CHECKING:
@@ -135,6 +136,8 @@ class Registry:
         self._dropped: OrderedDict[str, Session] = OrderedDict()
         # By epoch: sessions whose route another worker has taken, but which it has not fetched yet.
         self._taken: dict[int, Session] = {}
+        # Changes of routes that wait for the table.
+        self._unchanged: deque[tuple[Callable[[bytes, int], bool], bytes, int]] = deque()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -234,7 +237,7 @@ class Registry:
             return True
         if self._sessions.get(session.did) is not session:
             return False
-        if not self._table.set_away(session.did.encode(), session.epoch):
+        if not self._change(self._table.set_away, session):
             # Another worker has it now, and will come for what waits.
             session.connection = None
             del self._sessions[session.did]
@@ -256,8 +259,16 @@ class Registry:
         del self._sessions[session.did]
         self._dropped.pop(session.did, None)
         session.connection = None
-        self._table.remove(session.did.encode(), session.epoch)
+        self._change(self._table.remove, session)
         return True
+
+    def _change(self, change: Callable[[bytes, int], bool], session: Session) -> bool:
+        """Change the route of a session; later, if a stopped process holds the lock of the table."""
+        try:
+            return change(session.did.encode(), session.epoch)
+        except TableBusyError:
+            self._unchanged.append((change, session.did.encode(), session.epoch))
+            return True
 
     def end_away(self) -> Iterator[Session]:
         """Remove and yield all sessions that are away."""
@@ -267,6 +278,11 @@ class Registry:
 
     def expire(self) -> Iterator[Session]:
         """Remove and yield the sessions that were away, or not fetched, for too long."""
+        with suppress(TableBusyError):
+            while self._unchanged:
+                change, did, epoch = self._unchanged[0]
+                change(did, epoch)
+                self._unchanged.popleft()
         now = time.monotonic()
         while self._dropped:
             session = next(iter(self._dropped.values()))

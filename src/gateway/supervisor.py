@@ -17,6 +17,7 @@ import structlog
 
 from aiconexus.protocol import DIDKey
 from gateway._mesh import socket_pair
+from gateway._routing import TableBusyError
 from gateway.config import Settings
 from gateway.node import Node
 from gateway.process import LINK, LINKED, READY, SERVE, STOP_SIGNALS, WorkerProcess
@@ -50,6 +51,7 @@ class _Worker:
     restart_at: float | None = None
     generation: int = -1  # processes that have had the number before this one
     deaths: int = 0  # in quick succession
+    is_forgotten: bool = True  # what the last process with its number had in shared memory
     has_served: bool = False
     is_serving: bool = False  # it was told to
     waits_for: set[int] = field(default_factory=set)  # workers that have not taken their link to it
@@ -89,7 +91,7 @@ class Supervisor:
         wakeup.setblocking(False)
         self._inherited = [wake, wakeup]
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGCHLD, signal.SIGHUP, *STOP_SIGNALS):
             signal.signal(number, lambda *_: None)
         self._selector.register(wake, selectors.EVENT_READ)
         # What is there now is never collected: workers then share its pages.
@@ -111,9 +113,15 @@ class Supervisor:
                     self._on_line(key.data)
             now = time.monotonic()
             for worker in self._workers:
-                if worker.restart_at is not None and worker.restart_at <= now:
+                if worker.restart_at is not None and worker.restart_at <= now and self._forget(worker):
                     worker.restart_at = None
-                    self._start(worker)
+                    try:
+                        self._start(worker)
+                    except OSError as error:  # no process, no memory or no descriptor now
+                        self._log.error("worker not started", worker=worker.number, reason=str(error))
+                        worker.restart_at = now + RESTART_MAX_SECONDS
+                elif worker.restart_at is not None and worker.restart_at <= now:
+                    worker.restart_at = now + WATCH_SECONDS
             if watch_at <= now:
                 watch_at = now + WATCH_SECONDS
                 self._watch(now)
@@ -125,13 +133,18 @@ class Supervisor:
 
     def _start(self, worker: _Worker) -> None:
         line, their_line = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        running = [other for other in self._workers if other.pid]
+        # One whose line is closed is dying: its SIGCHLD is still to come.
+        running = [other for other in self._workers if other.pid and other.line is not None]
         pairs = [(other, *socket_pair()) for other in running]
         parent = os.getpid()
         worker.generation += 1
         # A signal that comes before the worker can take it must wait for that, not be lost.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        worker.pid = os.fork()
+        try:
+            worker.pid = os.fork()
+        except OSError:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            raise
         if worker.pid == 0:
             line.close()
             for _, _, far in pairs:
@@ -247,8 +260,10 @@ class Supervisor:
 
     def _on_signals(self, numbers: bytes) -> None:
         for number in numbers:
-            if number in (signal.SIGTERM, signal.SIGINT):
+            if number in STOP_SIGNALS:
                 self._stop()
+            elif number == signal.SIGHUP:
+                self._log.info("SIGHUP", text="there is nothing to reload")
         while any(worker.pid for worker in self._workers):
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
@@ -256,6 +271,14 @@ class Supervisor:
             for worker in self._workers:
                 if worker.pid == pid:
                     self._on_death(worker, os.waitstatus_to_exitcode(status))
+
+    def _forget(self, worker: _Worker) -> bool:
+        """Clean up after a worker that is gone; False if that must wait for a process that is stopped."""
+        if not worker.is_forgotten:
+            with suppress(TableBusyError):
+                self._node.forget(worker.number)
+                worker.is_forgotten = True
+        return worker.is_forgotten
 
     def _stop(self) -> None:
         self._is_stopping = True
@@ -269,7 +292,8 @@ class Supervisor:
     def _on_death(self, worker: _Worker, status: int) -> None:
         worker.pid = 0
         self._hang_up(worker)
-        routes = self._node.forget(worker.number)
+        worker.is_forgotten = False
+        self._forget(worker)
         for other in self._workers:
             other.waits_for.discard(worker.number)
             self._let_serve(other)
@@ -280,9 +304,7 @@ class Supervisor:
             return
         lived = time.monotonic() - worker.started_at
         worker.deaths = 1 if lived > HEALTHY_SECONDS else worker.deaths + 1
-        self._log.error(
-            "worker died", worker=worker.number, status=status, lived_seconds=round(lived, 1), sessions=routes
-        )
+        self._log.error("worker died", worker=worker.number, status=status, lived_seconds=round(lived, 1))
         if not worker.has_served and worker.deaths >= START_ATTEMPTS:
             self._log.error("giving up: a worker cannot start", worker=worker.number, attempts=worker.deaths)
             self._status = 1

@@ -41,8 +41,6 @@ from gateway.registry import Registry, Session
 
 # A message over the limit is still read up to this size, so that its ERROR can name it.
 FRAME_MAX_BYTES = 4 * MESSAGE_MAX_BYTES
-# Connections whose request is still to come; each has a descriptor, and nothing else to be limited by.
-OPENING_MAX = descriptors.RESERVED - 256
 # Of a client that was refused because there is no room.
 RETRY_AFTER_SECONDS = 10
 TICK_SECONDS = 0.1
@@ -120,6 +118,7 @@ class Gateway:
         )
         self._started_at = time.monotonic()
         self._connections_max = descriptors.connections_per_worker()
+        self._opening_max = descriptors.requests_per_worker()
         self._is_draining = False
         self._sweep_at = 0
         self._opening = 0  # connections whose request is not answered yet
@@ -176,7 +175,9 @@ class Gateway:
         self.node.addresses.add(self.worker, place, 1)
         self._opening += 1
         # One more than the limit is heard, to be told why it is refused.
-        if self._opening <= OPENING_MAX and not (limit and self.node.addresses.count(place) > limit + 1):
+        if self._opening <= self._opening_max and not (
+            limit and self.node.addresses.count(place) > limit + 1
+        ):
             return True
         self._tally.refused("http_503")
         self._log.info("http refused", status=503, address=address, text="too many unfinished requests")
@@ -335,6 +336,7 @@ class Gateway:
                 told.add(scan(data).id)
                 self._return(data, "unconfirmed")
         self.moves.on_link_lost(worker)
+        self.router.flush()
         # What it had confirmed, and kept for agents that were away or slow.
         for sender, target, message_id in self.node.ledger.read(worker, self._generations.pop(worker, 0)):
             if sender in self.registry and message_id not in told:
@@ -385,8 +387,8 @@ class Gateway:
                 self._return(message, "away_expired")
             elif scan(message).type in ("REGISTER", "PONG"):
                 pass  # those belonged to the old connection
-            elif session.connection is None or not self._send(session.connection, message):
-                self._return(message, "slow_consumer")
+            else:
+                self._give(session, message)
 
     def _admit(self, session: Session, registration: Registration, resumed: bool) -> None:
         """Answer a REGISTER: the agent can be reached."""
@@ -405,19 +407,20 @@ class Gateway:
         self._close(connection, 4504)
 
     def _end_session(self, connection: Connection, *, keep: bool) -> None:
-        """Part a session from its connection; `keep` lets it be away for a while."""
+        """Part a session from its connection; `keep` lets it be away for a while, unless this worker ends."""
         session = connection.session
         if session is None:
             return
         undelivered = connection.take_undelivered()
         connection.forget_session()
-        if keep and self.settings.away > 0:
+        if keep and self.settings.away > 0 and not self._is_draining:
             if self.registry.drop(session):
                 for message in undelivered:
                     if not session.hold(message):
                         self._return(message, "away_full")
         elif self.registry.remove(session):
-            self._return_all(undelivered, "not_online")
+            self.moves.give_up(session)
+            self._return_all([*undelivered, *session.release()], "not_online")
         self._count_sessions()
 
     def _put_back(self, data: bytes) -> None:
@@ -442,8 +445,10 @@ class Gateway:
             data, name = self._returning[0]
             try:
                 self._tell_sender(data, name)
-            finally:
-                self._returning.popleft()
+            except Exception:
+                # The fault with one must not keep the others from going back.
+                self._log.exception("fault", cause=name)
+            self._returning.popleft()
 
     def _tell_sender(self, data: bytes, name: str) -> None:
         found = scan(data)
@@ -458,6 +463,8 @@ class Gateway:
         sender = self.registry.get(did)
         if sender is None:
             self.router.forward(did.encode(), answer)
+        elif sender.move is not None:
+            self.moves.hold(sender, self.worker, answer)  # behind the answer to its REGISTER
         elif sender.connection is None or not self._send(sender.connection, answer):
             sender.hold(answer)
 
@@ -581,9 +588,8 @@ class Gateway:
             # We closed a session, maybe with one frame half written: that did not get through.
             for message in connection.take_undelivered():
                 self._put_back(message)
-        # A client that says 1000 has finished; every other end may be followed by a resume. But not here if
-        # this worker ends.
-        self._end_session(connection, keep=code not in (1000, 1005) and not self._is_draining)
+        # A client that says 1000 has finished; every other end may be followed by a resume.
+        self._end_session(connection, keep=code not in (1000, 1005))
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -633,12 +639,13 @@ class Gateway:
             await asyncio.sleep(TICK_SECONDS)
             now = loop.time()
             elapsed += min(now - last, STALL_SECONDS)
-            last = now
+            last, last_run = now, last
             try:
                 for session in self.registry.expire():
                     self._return_all(session.release(), "away_expired")
                 self.moves.expire()
-                if self.node.workers > 1:
+                # After a stall, what other workers have to say of their sessions is not read yet.
+                if self.node.workers > 1 and now - last_run < STALL_SECONDS:
                     self._look_for_taken_sessions()
                 self._count_sessions()
                 self.router.advance(elapsed)
@@ -689,7 +696,6 @@ class Gateway:
         for start in range(0, len(connections), size):
             for connection in connections[start : start + size]:
                 if connection.is_open:
-                    self._return_all(connection.take_undelivered(), "not_online")
                     self._close(connection, 4001, retry_after_ms=500 + random.randrange(1_000))  # noqa: S311
             self.router.flush()
             if start + size < len(connections) and await self._is_stopped(TICK_SECONDS):

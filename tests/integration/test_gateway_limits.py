@@ -88,7 +88,7 @@ def test_unfinished_requests_count_as_connections_of_their_address(start_gateway
 
 def test_too_many_unfinished_requests_at_one_worker_are_503(start_gateway):
     gateway = start_gateway("--workers", "1")
-    clients = [RawClient(gateway.port) for _ in range(900)]
+    clients = [RawClient(gateway.port) for _ in range(4_200)]
     try:
         assert clients[-1].read_to_end().startswith(b"HTTP/1.1 503 ")
     finally:
