@@ -10,7 +10,7 @@ What is accepted here is accepted by orjson with the same `type`, `from`, `to` a
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memcmp, memset
+from libc.string cimport memcmp, memcpy, memset
 
 
 cdef extern from "_scan.h" nogil:
@@ -20,6 +20,7 @@ cdef extern from "_scan.h" nogil:
         CLASS_ESCAPE
     uint32_t hex_value(uint8_t digit) noexcept
     bint same_bytes(const uint8_t* a, const char* b, size_t size) noexcept
+    bint same_start(const uint8_t* a, const uint8_t* b, unsigned size) noexcept
     bint is_uuid(const uint8_t* p) noexcept
     bint is_base58_48(const uint8_t* p) noexcept
     const uint8_t* skip_plain(const uint8_t* p, const uint8_t* begin, const uint8_t* end) noexcept
@@ -36,6 +37,8 @@ cdef enum:
     DID_PREFIX_BYTES = 12   # "did:key:z6Mk": the two bytes of ed25519-pub make the "6Mk"
     DID_SCHEME_BYTES = 8    # "did:key:"; what follows is base58btc, its "z" too
     KEY_MAX_BYTES = 14      # correlation_id
+    KEY_BLOCK_BYTES = 16    # the same with the quote and the colon behind it
+    KEY_SLOTS = 32          # a power of two, large enough that key_slot puts no two names into one
     DOUBLE_MAX_EXPONENT = 308
     # The digits of a number count in exponents, so every exponent beyond the length of a message is
     # as good as any other.
@@ -102,6 +105,38 @@ TYPE_NAME_OF[<int> PING] = b"PING"
 TYPE_NAME_OF[<int> PONG] = b"PONG"
 TYPE_NAME_OF[<int> DISCOVER] = b"DISCOVER"
 TYPE_NAME_OF[<int> PRESENCE] = b"PRESENCE"
+
+
+# A member's name as it is mostly written, so that one comparison finds the field and where its value begins.
+cdef struct KnownKey:
+    uint8_t[KEY_BLOCK_BYTES] text   # with the quote and the colon behind it
+    unsigned size                   # of that, in bytes; 0 in a slot that no name is in
+    EnvelopeField field             # FIELD_NONE in such a slot
+
+cdef KnownKey[KEY_SLOTS] KNOWN_KEYS
+
+
+cdef inline Py_ssize_t key_slot(const uint8_t* key) noexcept nogil:
+    """Return where in KNOWN_KEYS the name is that begins with the two bytes at `key`."""
+    return (4 * key[0] + key[1]) & (KEY_SLOTS - 1)
+
+
+cdef int fill_known_keys() except -1:
+    cdef KnownKey* known
+    cdef bytes text
+    cdef int i
+    memset(KNOWN_KEYS, 0, sizeof(KNOWN_KEYS))
+    for i in range(<int> FIELD_ID, <int> FIELD_COUNT):
+        text = <bytes> FIELD_NAME_OF[i] + b'":'
+        known = &KNOWN_KEYS[key_slot(text)]
+        assert known.size == 0, "two names in one slot"
+        known.size = <unsigned> len(text)
+        known.field = <EnvelopeField> i
+        memcpy(known.text, <const char*> text, known.size)
+    return 0
+
+
+fill_known_keys()
 
 
 cdef str text_of_name(const char* name):
@@ -661,6 +696,7 @@ cdef const uint8_t* scan_members(const uint8_t* p, Scanner* s, Envelope* out) no
     cdef const uint8_t* end = s.end
     cdef const uint8_t* key
     cdef const uint8_t* key_end
+    cdef const KnownKey* known
     cdef EnvelopeField field
     cdef uint32_t seen = 0
     cdef int i
@@ -672,20 +708,30 @@ cdef const uint8_t* scan_members(const uint8_t* p, Scanner* s, Envelope* out) no
             key = p + 1
             if p == end or p[0] != c'"':
                 return stop(s, NOT_JSON)
-            p = skip_text(key, s)
-            if p is NULL:
-                return NULL
-            key_end = p - 1
-            if not s.escaped:
-                field = field_of(key, key_end - key)
-            else:
-                field = escaped_field_of(key, key_end)
-                if field != FIELD_NONE:
-                    note(s, ESCAPED_KEY, field)
+            field = FIELD_NONE
+            if end - key >= KEY_BLOCK_BYTES:
+                known = &KNOWN_KEYS[key_slot(key)]
+                if same_start(key, known.text, known.size):
+                    field = known.field
+                    p = key + known.size
+                    s.escaped = False
+            if field == FIELD_NONE:
+                # Another name, or one of the known written otherwise.
+                p = skip_text(key, s)
+                if p is NULL:
+                    return NULL
+                key_end = p - 1
+                if not s.escaped:
+                    field = field_of(key, key_end - key)
+                else:
+                    field = escaped_field_of(key, key_end)
+                    if field != FIELD_NONE:
+                        note(s, ESCAPED_KEY, field)
+                p = skip_space(p, end)
+                if p == end or p[0] != c':':
+                    return stop(s, NOT_JSON)
+                p += 1
             p = skip_space(p, end)
-            if p == end or p[0] != c':':
-                return stop(s, NOT_JSON)
-            p = skip_space(p + 1, end)
             s.current = field
             if field == FIELD_NONE:
                 note(s, UNKNOWN_FIELD, FIELD_NONE)

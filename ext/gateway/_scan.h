@@ -7,10 +7,16 @@
 #include <stdint.h>
 #include <string.h>
 
-/* -DAICONEXUS_SCAN_PORTABLE takes the path of a machine without SSE2, to test it on one that has it. */
+/* -DAICONEXUS_SCAN_PORTABLE takes the path of a machine without SSE2, to test it on one that has it, and
+ * -DAICONEXUS_SCAN_NO_AVX2 that of a machine with SSE2 alone. */
 #if defined(__SSE2__) && !defined(AICONEXUS_SCAN_PORTABLE)
-#include <emmintrin.h>
+#include <immintrin.h>
 #define AICONEXUS_SCAN_SSE2 1
+#ifdef AICONEXUS_SCAN_NO_AVX2
+#define HAS_AVX2 0
+#else
+#define HAS_AVX2 __builtin_cpu_supports("avx2") /* asked once when loaded; here a load and a test */
+#endif
 #endif
 
 #define CLASS_HEX 1u    /* 0-9 a-f A-F */
@@ -29,6 +35,10 @@ static const uint8_t CLASS_OF[256] = {
     8, 11, 15, 11, 11, 11, 15, 10, 10, 10, 10, 10, 8, 10, 14, 10,  /* ` a-o */
     10, 10, 14, 10, 14, 10, 10, 10, 10, 10, 10, 8, 8, 8, 8, 8,     /* p-z { | } ~ DEL */
 };
+
+/* How much of a string is read 16 bytes at a time before AVX2 is worth a call: a multiple of 16. Keys and
+ * most values end within it. */
+#define NEAR_BYTES 48
 
 /* What a hexadecimal digit is worth; meaningful only where CLASS_OF says CLASS_HEX. */
 static inline uint32_t hex_value(uint8_t digit) {
@@ -72,6 +82,17 @@ static inline uint32_t hex_bits(const uint8_t *p) {
         _mm_or_si128(in_range(bytes, '0', '9'), in_range(lower, 'a', 'f')));
 }
 #endif
+
+/* Say whether the first `size` of the 16 bytes at `a` and at `b` are the same. */
+static inline int same_start(const uint8_t *a, const uint8_t *b, unsigned size) {
+#ifdef AICONEXUS_SCAN_SSE2
+    const __m128i same = _mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)a),
+                                        _mm_loadu_si128((const __m128i *)b));
+    return (~(uint32_t)_mm_movemask_epi8(same) & ((1u << size) - 1)) == 0;
+#else
+    return memcmp(a, b, size) == 0;
+#endif
+}
 
 /* Say whether the 36 bytes at `p` are 8-4-4-4-12 hexadecimal digits. */
 static inline int is_uuid(const uint8_t *p) {
@@ -159,23 +180,57 @@ static inline const uint8_t *skip_plain(const uint8_t *p, const uint8_t *begin, 
     return p;
 }
 
-/* Like skip_plain, but pass over `\r` and `\n` as well: an SDP has both at the end of every line. `p`
- * must not be behind the first half of an escape. */
-static inline const uint8_t *skip_lines(const uint8_t *p, const uint8_t *begin, const uint8_t *end) {
 #ifdef AICONEXUS_SCAN_SSE2
-    /* A backslash is no hit where the byte behind it, byte 16 for the last one, is `r` or `n`. Nor is
-     * that byte one, so it may well be the first of the next block. Of two backslashes in a row the
-     * first is a hit, whatever follows the second. */
+/* Return one bit for each of the 16 bytes at `p`, set where skip_lines has to stop. Reads 17 bytes.
+ *
+ * A backslash is no hit where the byte behind it is `r` or `n`. Nor is that byte one, so it may well be
+ * the first of the next block. Of two backslashes in a row the first is a hit, whatever follows the
+ * second. */
+static inline unsigned line_bits(const uint8_t *p) {
+    const __m128i bytes = _mm_loadu_si128((const __m128i *)p);
+    const __m128i next = _mm_loadu_si128((const __m128i *)(p + 1));
+    const __m128i line_end = _mm_or_si128(_mm_cmpeq_epi8(next, _mm_set1_epi8('r')),
+                                          _mm_cmpeq_epi8(next, _mm_set1_epi8('n')));
+    const __m128i escape = _mm_andnot_si128(line_end, _mm_cmpeq_epi8(bytes, _mm_set1_epi8('\\')));
+    const __m128i special = _mm_or_si128(_mm_cmpeq_epi8(bytes, _mm_set1_epi8('"')), escape);
+    return (unsigned)_mm_movemask_epi8(_mm_or_si128(special, below_space(bytes)));
+}
+
+/* Look for the same, 32 bytes at a time. Returns the first hit, or where fewer than 33 bytes are left. */
+__attribute__((target("avx2"))) static const uint8_t *skip_lines_avx2(const uint8_t *p,
+                                                                      const uint8_t *end) {
+    const __m256i quote = _mm256_set1_epi8('"');
+    const __m256i backslash = _mm256_set1_epi8('\\');
+    const __m256i r = _mm256_set1_epi8('r');
+    const __m256i n = _mm256_set1_epi8('n');
+    const __m256i space = _mm256_set1_epi8(' ');
+    while (end - p > 32) {
+        const __m256i bytes = _mm256_loadu_si256((const __m256i *)p);
+        const __m256i next = _mm256_loadu_si256((const __m256i *)(p + 1));
+        const __m256i line_end =
+            _mm256_or_si256(_mm256_cmpeq_epi8(next, r), _mm256_cmpeq_epi8(next, n));
+        const __m256i escape = _mm256_andnot_si256(line_end, _mm256_cmpeq_epi8(bytes, backslash));
+        const __m256i special = _mm256_or_si256(_mm256_cmpeq_epi8(bytes, quote), escape);
+        const unsigned hits = (unsigned)_mm256_movemask_epi8(
+            _mm256_or_si256(special, _mm256_cmpgt_epi8(space, bytes)));
+        if (hits != 0) {
+            return p + __builtin_ctz(hits);
+        }
+        p += 32;
+    }
+    return p;
+}
+#endif
+
+/* The part of skip_lines that is not worth inlining. */
+__attribute__((noinline)) static const uint8_t *skip_more_lines(const uint8_t *p, const uint8_t *begin,
+                                                                const uint8_t *end) {
+#ifdef AICONEXUS_SCAN_SSE2
+    if (end - p > 32 && HAS_AVX2) {
+        p = skip_lines_avx2(p, end);
+    }
     while (end - p > 16) {
-        const __m128i bytes = _mm_loadu_si128((const __m128i *)p);
-        const __m128i next = _mm_loadu_si128((const __m128i *)(p + 1));
-        const __m128i line_end = _mm_or_si128(_mm_cmpeq_epi8(next, _mm_set1_epi8('r')),
-                                              _mm_cmpeq_epi8(next, _mm_set1_epi8('n')));
-        const __m128i escape =
-            _mm_andnot_si128(line_end, _mm_cmpeq_epi8(bytes, _mm_set1_epi8('\\')));
-        const __m128i special = _mm_or_si128(_mm_cmpeq_epi8(bytes, _mm_set1_epi8('"')), escape);
-        const unsigned hits =
-            (unsigned)_mm_movemask_epi8(_mm_or_si128(special, below_space(bytes)));
+        const unsigned hits = line_bits(p);
         if (hits != 0) {
             return p + __builtin_ctz(hits);
         }
@@ -189,6 +244,23 @@ static inline const uint8_t *skip_lines(const uint8_t *p, const uint8_t *begin, 
         }
         p += 2;
     }
+}
+
+/* Like skip_plain, but pass over `\r` and `\n` as well: an SDP has both at the end of every line. `p`
+ * must not be in the middle of an escape. */
+static inline const uint8_t *skip_lines(const uint8_t *p, const uint8_t *begin, const uint8_t *end) {
+#ifdef AICONEXUS_SCAN_SSE2
+    if (end - p > NEAR_BYTES) {
+        for (int i = 0; i < NEAR_BYTES; i += 16) {
+            const unsigned hits = line_bits(p + i);
+            if (hits != 0) {
+                return p + i + __builtin_ctz(hits);
+            }
+        }
+        p += NEAR_BYTES;
+    }
+#endif
+    return skip_more_lines(p, begin, end);
 }
 
 #endif
