@@ -8,7 +8,17 @@ from __future__ import annotations
 import orjson
 import pytest
 
-from aiconexus.protocol import DIDKey, canonicalize, decode, encode, sign_message, verify_envelope
+from aiconexus.protocol import (
+    DIDKey,
+    IceCandidatePayload,
+    Message,
+    OfferPayload,
+    canonicalize,
+    decode,
+    encode,
+    sign_message,
+    verify_envelope,
+)
 from bench.offers import offer
 
 pytest.importorskip("pytest_benchmark")
@@ -25,6 +35,34 @@ def key():
 def data(key):
     """A signed OFFER of 600 bytes."""
     return offer(key, DIDKey.generate()).payload
+
+
+def _signed(key, payload):
+    return encode(sign_message(Message.create(key.did, DIDKey.generate().did, payload), key))
+
+
+@pytest.fixture(scope="module")
+def candidate(key):
+    """A signed ICE_CANDIDATE of 600 bytes, the longer ones of a browser."""
+    line = (
+        "candidate:842163049 1 udp 1677729535 192.0.2.1 46154 typ srflx raddr 0.0.0.0 rport 0 generation 0 "
+        "ufrag EsAw network-cost 999 "
+    )
+    size = len(_signed(key, IceCandidatePayload(candidate=line, sdp_mid="0", sdp_mline_index=0)))
+    return _signed(
+        key, IceCandidatePayload(candidate=line + "x" * (600 - size), sdp_mid="0", sdp_mline_index=0)
+    )
+
+
+@pytest.fixture(scope="module")
+def large_offer(key):
+    """A signed OFFER of 6 KB: what an agent sends that does not trickle, with 80 candidates."""
+    sdp = (
+        "v=0\r\no=- 1 2 IN IP4 0.0.0.0\r\ns=-\r\nt=0 0\r\n"
+        "m=application 9 UDP/DTLS/SCTP webrtc-datachannel\r\n"
+    )
+    line = "a=candidate:842163049 1 udp 1677729535 192.0.2.1 46154 typ host\r\n"
+    return _signed(key, OfferPayload(sdp=sdp + line * 80))
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +88,21 @@ def test_scan(benchmark, data):
     """Scan with the Python face of the scanner; the router calls its C function."""
     frames = pytest.importorskip("gateway._frames")
     assert benchmark(frames.scan, data).status == "ok"
+
+
+@pytest.mark.benchmark(group="parse")
+def test_scan_of_a_candidate(benchmark, candidate):
+    """Scan what is sent most: one for each candidate of either side."""
+    frames = pytest.importorskip("gateway._frames")
+    assert len(candidate) == 600
+    assert benchmark(frames.scan, candidate).status == "ok"
+
+
+@pytest.mark.benchmark(group="parse")
+def test_scan_of_a_large_offer(benchmark, large_offer):
+    """Scan 6 KB, nearly all of it one string with a line end every 65 bytes."""
+    frames = pytest.importorskip("gateway._frames")
+    assert benchmark(frames.scan, large_offer).status == "ok"
 
 
 @pytest.mark.benchmark(group="parse")

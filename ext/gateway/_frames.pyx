@@ -10,17 +10,21 @@ What is accepted here is accepted by orjson with the same `type`, `from`, `to` a
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memcmp, memset
+from libc.string cimport memcmp, memcpy, memset
 
 
 cdef extern from "_scan.h" nogil:
     const uint8_t[256] CLASS_OF
     enum:
         CLASS_HEX
-        CLASS_BASE58
         CLASS_ESCAPE
     uint32_t hex_value(uint8_t digit) noexcept
-    const uint8_t* skip_plain(const uint8_t* p, const uint8_t* end) noexcept
+    bint same_bytes(const uint8_t* a, const char* b, size_t size) noexcept
+    bint same_start(const uint8_t* a, const uint8_t* b, unsigned size) noexcept
+    bint is_uuid(const uint8_t* p) noexcept
+    bint is_base58_48(const uint8_t* p) noexcept
+    const uint8_t* skip_plain(const uint8_t* p, const uint8_t* begin, const uint8_t* end) noexcept
+    const uint8_t* skip_lines(const uint8_t* p, const uint8_t* begin, const uint8_t* end) noexcept
 
 
 cdef enum:
@@ -31,7 +35,10 @@ cdef enum:
     ID_BYTES = 36           # 8-4-4-4-12 hexadecimal digits
     DID_BYTES = 56          # "did:key:", "z", base58btc of 34 bytes
     DID_PREFIX_BYTES = 12   # "did:key:z6Mk": the two bytes of ed25519-pub make the "6Mk"
+    DID_SCHEME_BYTES = 8    # "did:key:"; what follows is base58btc, its "z" too
     KEY_MAX_BYTES = 14      # correlation_id
+    KEY_BLOCK_BYTES = 16    # the same with the quote and the colon behind it
+    KEY_SLOTS = 32          # a power of two, large enough that key_slot puts no two names into one
     DOUBLE_MAX_EXPONENT = 308
     # The digits of a number count in exponents, so every exponent beyond the length of a message is
     # as good as any other.
@@ -100,6 +107,38 @@ TYPE_NAME_OF[<int> DISCOVER] = b"DISCOVER"
 TYPE_NAME_OF[<int> PRESENCE] = b"PRESENCE"
 
 
+# A member's name as it is mostly written, so that one comparison finds the field and where its value begins.
+cdef struct KnownKey:
+    uint8_t[KEY_BLOCK_BYTES] text   # with the quote and the colon behind it
+    unsigned size                   # of that, in bytes; 0 in a slot that no name is in
+    EnvelopeField field             # FIELD_NONE in such a slot
+
+cdef KnownKey[KEY_SLOTS] KNOWN_KEYS
+
+
+cdef inline Py_ssize_t key_slot(const uint8_t* key) noexcept nogil:
+    """Return where in KNOWN_KEYS the name is that begins with the two bytes at `key`."""
+    return (4 * key[0] + key[1]) & (KEY_SLOTS - 1)
+
+
+cdef int fill_known_keys() except -1:
+    cdef KnownKey* known
+    cdef bytes text
+    cdef int i
+    memset(KNOWN_KEYS, 0, sizeof(KNOWN_KEYS))
+    for i in range(<int> FIELD_ID, <int> FIELD_COUNT):
+        text = <bytes> FIELD_NAME_OF[i] + b'":'
+        known = &KNOWN_KEYS[key_slot(text)]
+        assert known.size == 0, "two names in one slot"
+        known.size = <unsigned> len(text)
+        known.field = <EnvelopeField> i
+        memcpy(known.text, <const char*> text, known.size)
+    return 0
+
+
+fill_known_keys()
+
+
 cdef str text_of_name(const char* name):
     return None if name is NULL else name.decode("ascii")
 
@@ -113,11 +152,12 @@ TYPE_NAMES = tuple([text_of_name(TYPE_NAME_OF[i]) for i in range(TYPE_COUNT)])
 # Where a scan stands. The position itself is passed from function to function, so that it stays in a
 # register; NULL for a position says that the scan has ended and `status` why.
 cdef struct Scanner:
+    const uint8_t* begin
     const uint8_t* end
     ScanStatus status           # the verdict so far
     EnvelopeField field         # where the verdict was made
     EnvelopeField current       # the member being read
-    bint escaped                # the last string had an escape
+    bint escaped                # the last string that skip_text read had an escape
 
 
 cdef inline void note(Scanner* s, ScanStatus reason, EnvelopeField field) noexcept nogil:
@@ -185,9 +225,10 @@ cdef const uint8_t* skip_multibyte(const uint8_t* p, const uint8_t* end) noexcep
 
 cdef bint is_utf8(const char* data, Py_ssize_t size) noexcept nogil:
     cdef const uint8_t* p = <const uint8_t*> data
+    cdef const uint8_t* begin = p
     cdef const uint8_t* end = p + size
     while p != end:
-        p = skip_plain(p, end)
+        p = skip_plain(p, begin, end)
         if p == end:
             break
         if p[0] < 0x80:
@@ -238,26 +279,45 @@ cdef const uint8_t* skip_escapes(const uint8_t* p, Scanner* s) noexcept nogil:
     return p
 
 
-cdef const uint8_t* skip_string(const uint8_t* p, Scanner* s) noexcept nogil:
-    """Return what follows the string whose first byte after the opening quote is at `p`."""
+cdef const uint8_t* skip_special(const uint8_t* p, Scanner* s) noexcept nogil:
+    """Return what follows the bytes at `p`, within a string, that are not plain and not its end."""
     cdef const uint8_t* end = s.end
+    if p == end:
+        return stop(s, NOT_JSON)
+    if p[0] == c'\\':
+        return skip_escapes(p, s)
+    if p[0] < 0x80:
+        return stop(s, NOT_JSON)        # a control character
+    p = skip_multibyte(p, end)
+    if p is NULL:
+        return stop(s, INVALID_UTF8)
+    return p
+
+
+cdef const uint8_t* skip_text(const uint8_t* p, Scanner* s) noexcept nogil:
+    """Return what follows the string whose first byte after the opening quote is at `p`.
+
+    Tell by `s.escaped` whether it is written as it reads.
+    """
     s.escaped = False
     while True:
-        p = skip_plain(p, end)
-        if p == end:
-            return stop(s, NOT_JSON)
-        if p[0] == c'"':
+        p = skip_plain(p, s.begin, s.end)
+        if p != s.end and p[0] == c'"':
             return p + 1
-        if p[0] == c'\\':
-            p = skip_escapes(p, s)
-            if p is NULL:
-                return NULL
-        elif p[0] >= 0x80:
-            p = skip_multibyte(p, end)
-            if p is NULL:
-                return stop(s, INVALID_UTF8)
-        else:
-            return stop(s, NOT_JSON)    # a control character
+        p = skip_special(p, s)
+        if p is NULL:
+            return NULL
+
+
+cdef const uint8_t* skip_string(const uint8_t* p, Scanner* s) noexcept nogil:
+    """Return the same as skip_text, sooner, but leave `s.escaped` without a meaning."""
+    while True:
+        p = skip_lines(p, s.begin, s.end)
+        if p != s.end and p[0] == c'"':
+            return p + 1
+        p = skip_special(p, s)
+        if p is NULL:
+            return NULL
 
 
 cdef bint overflows(const uint8_t* p, const uint8_t* end, Py_ssize_t magnitude) noexcept nogil:
@@ -438,30 +498,30 @@ cdef const uint8_t* skip_value(const uint8_t* p, Scanner* s, Py_ssize_t outside)
 cdef EnvelopeField field_of(const uint8_t* key, Py_ssize_t size) noexcept nogil:
     """Return the field of that name, or FIELD_NONE."""
     if size == 2:
-        if memcmp(key, b"id", 2) == 0:
+        if same_bytes(key, b"id", 2):
             return FIELD_ID
-        if memcmp(key, b"to", 2) == 0:
+        if same_bytes(key, b"to", 2):
             return FIELD_TO
     elif size == 3:
-        if memcmp(key, b"ext", 3) == 0:
+        if same_bytes(key, b"ext", 3):
             return FIELD_EXT
     elif size == 4:
-        if memcmp(key, b"from", 4) == 0:
+        if same_bytes(key, b"from", 4):
             return FIELD_FROM
-        if memcmp(key, b"type", 4) == 0:
+        if same_bytes(key, b"type", 4):
             return FIELD_TYPE
     elif size == 7:
-        if memcmp(key, b"payload", 7) == 0:
+        if same_bytes(key, b"payload", 7):
             return FIELD_PAYLOAD
-        if memcmp(key, b"version", 7) == 0:
+        if same_bytes(key, b"version", 7):
             return FIELD_VERSION
     elif size == 9:
-        if memcmp(key, b"timestamp", 9) == 0:
+        if same_bytes(key, b"timestamp", 9):
             return FIELD_TIMESTAMP
-        if memcmp(key, b"signature", 9) == 0:
+        if same_bytes(key, b"signature", 9):
             return FIELD_SIGNATURE
     elif size == 14:
-        if memcmp(key, b"correlation_id", 14) == 0:
+        if same_bytes(key, b"correlation_id", 14):
             return FIELD_CORRELATION_ID
     return FIELD_NONE
 
@@ -490,95 +550,85 @@ cdef EnvelopeField escaped_field_of(const uint8_t* p, const uint8_t* end) noexce
 cdef MessageType type_of(const uint8_t* name, Py_ssize_t size) noexcept nogil:
     """Return the message type of that name, or TYPE_NONE."""
     if size == 4:
-        if memcmp(name, b"PING", 4) == 0:
+        if same_bytes(name, b"PING", 4):
             return PING
-        if memcmp(name, b"PONG", 4) == 0:
+        if same_bytes(name, b"PONG", 4):
             return PONG
     elif size == 5:
-        if memcmp(name, b"OFFER", 5) == 0:
+        if same_bytes(name, b"OFFER", 5):
             return OFFER
-        if memcmp(name, b"ERROR", 5) == 0:
+        if same_bytes(name, b"ERROR", 5):
             return ERROR
     elif size == 6:
-        if memcmp(name, b"ANSWER", 6) == 0:
+        if same_bytes(name, b"ANSWER", 6):
             return ANSWER
-        if memcmp(name, b"INTENT", 6) == 0:
+        if same_bytes(name, b"INTENT", 6):
             return INTENT
     elif size == 8:
-        if memcmp(name, b"REGISTER", 8) == 0:
+        if same_bytes(name, b"REGISTER", 8):
             return REGISTER
-        if memcmp(name, b"DISCOVER", 8) == 0:
+        if same_bytes(name, b"DISCOVER", 8):
             return DISCOVER
-        if memcmp(name, b"PRESENCE", 8) == 0:
+        if same_bytes(name, b"PRESENCE", 8):
             return PRESENCE
     elif size == 10:
-        if memcmp(name, b"UNREGISTER", 10) == 0:
+        if same_bytes(name, b"UNREGISTER", 10):
             return UNREGISTER
     elif size == 12:
-        if memcmp(name, b"EXEC_REQUEST", 12) == 0:
+        if same_bytes(name, b"EXEC_REQUEST", 12):
             return EXEC_REQUEST
     elif size == 13:
-        if memcmp(name, b"ICE_CANDIDATE", 13) == 0:
+        if same_bytes(name, b"ICE_CANDIDATE", 13):
             return ICE_CANDIDATE
-        if memcmp(name, b"EXEC_RESPONSE", 13) == 0:
+        if same_bytes(name, b"EXEC_RESPONSE", 13):
             return EXEC_RESPONSE
     return TYPE_NONE
 
 
-cdef bint is_id(const uint8_t* text, Py_ssize_t size) noexcept nogil:
-    """Say whether `text` has the form of RFC 9562 section 4; no version or variant is asked for."""
-    cdef uint8_t classes = CLASS_HEX
-    cdef Py_ssize_t i
-    if size != ID_BYTES or text[8] != c'-' or text[13] != c'-' or text[18] != c'-' or text[23] != c'-':
-        return False
-    for i in range(8):
-        classes &= CLASS_OF[text[i]]
-    for i in range(4):
-        classes &= CLASS_OF[text[9 + i]] & CLASS_OF[text[14 + i]] & CLASS_OF[text[19 + i]]
-    for i in range(24, ID_BYTES):
-        classes &= CLASS_OF[text[i]]
-    return classes != 0
+cdef inline const uint8_t* scan_id(const uint8_t* text, Scanner* s, Span* out) noexcept nogil:
+    """Return what follows the UUID whose first digit is at `text`, or NULL if there is none.
+
+    It has the form of RFC 9562 section 4; no version or variant is asked for.
+    """
+    if s.end - text <= ID_BYTES or text[ID_BYTES] != c'"' or not is_uuid(text):
+        return NULL
+    out.data = <const char*> text
+    out.size = ID_BYTES
+    return text + ID_BYTES + 1
 
 
-cdef bint is_did(const uint8_t* text, Py_ssize_t size) noexcept nogil:
-    """Say whether `text` can be the did:key of an Ed25519 key; what is decoded at registration is."""
-    cdef uint8_t classes = CLASS_BASE58
-    cdef Py_ssize_t i
-    if size != DID_BYTES or memcmp(text, b"did:key:z6Mk", DID_PREFIX_BYTES) != 0:
-        return False
-    for i in range(DID_PREFIX_BYTES, DID_BYTES):
-        classes &= CLASS_OF[text[i]]
-    return classes != 0
+cdef inline const uint8_t* scan_did(const uint8_t* text, Scanner* s, Span* out) noexcept nogil:
+    """Return what follows the DID whose first byte is at `text`, or NULL if there is none.
+
+    It can be the did:key of an Ed25519 key; what is decoded at registration is.
+    """
+    if (
+        s.end - text <= DID_BYTES
+        or text[DID_BYTES] != c'"'
+        or not same_bytes(text, b"did:key:z6Mk", DID_PREFIX_BYTES)
+        or not is_base58_48(text + DID_SCHEME_BYTES)
+    ):
+        return NULL
+    out.data = <const char*> text
+    out.size = DID_BYTES
+    return text + DID_BYTES + 1
 
 
-cdef void take(
+cdef void check(
     EnvelopeField field, const uint8_t* text, Py_ssize_t size, Scanner* s, Envelope* out
 ) noexcept nogil:
-    """Check the text of a string member, which has no escapes, and keep what the caller wants of it."""
-    cdef Span span
-    span.data = <const char*> text
-    span.size = size
-    if field == FIELD_ID or field == FIELD_CORRELATION_ID:
-        if not is_id(text, size):
-            note(s, BAD_ID, field)
-        elif field == FIELD_ID:
-            out.id = span
-        else:
-            out.correlation_id = span
-    elif field == FIELD_FROM or field == FIELD_TO:
-        if not is_did(text, size):
-            note(s, BAD_DID, field)
-        elif field == FIELD_FROM:
-            out.from_ = span
-        else:
-            out.to = span
-    elif field == FIELD_TYPE:
+    """Check the text of a string member, which has no escapes and is no id and no DID."""
+    if field == FIELD_TYPE:
         out.type = type_of(text, size)
         if out.type == TYPE_NONE:
             note(s, UNKNOWN_TYPE, field)
     elif field == FIELD_VERSION:
         if size != 3 or memcmp(text, b"1.0", 3) != 0:
             note(s, UNSUPPORTED_VERSION, field)
+    elif field == FIELD_FROM or field == FIELD_TO:
+        note(s, BAD_DID, field)
+    else:
+        note(s, BAD_ID, field)
 
 
 cdef void drop(EnvelopeField field, Envelope* out) noexcept nogil:
@@ -617,13 +667,27 @@ cdef const uint8_t* scan_value(const uint8_t* p, Scanner* s, Envelope* out) noex
             note(s, WRONG_TYPE, field)
         return skip_value(p, s, 1)
     text = p + 1
-    p = skip_string(text, s)
-    if p is NULL or field == FIELD_TIMESTAMP or field == FIELD_SIGNATURE:
+    if field == FIELD_TIMESTAMP or field == FIELD_SIGNATURE:
+        return skip_string(text, s)
+    # What is well formed is no longer read as a string: it has nothing in it that could be wrong.
+    p = NULL
+    if field == FIELD_FROM:
+        p = scan_did(text, s, &out.from_)
+    elif field == FIELD_TO:
+        p = scan_did(text, s, &out.to)
+    elif field == FIELD_ID:
+        p = scan_id(text, s, &out.id)
+    elif field == FIELD_CORRELATION_ID:
+        p = scan_id(text, s, &out.correlation_id)
+    if p is not NULL:
         return p
+    p = skip_text(text, s)
+    if p is NULL:
+        return NULL
     if s.escaped:
         note(s, ESCAPED_VALUE, field)
     else:
-        take(field, text, p - 1 - text, s, out)
+        check(field, text, p - 1 - text, s, out)
     return p
 
 
@@ -632,6 +696,7 @@ cdef const uint8_t* scan_members(const uint8_t* p, Scanner* s, Envelope* out) no
     cdef const uint8_t* end = s.end
     cdef const uint8_t* key
     cdef const uint8_t* key_end
+    cdef const KnownKey* known
     cdef EnvelopeField field
     cdef uint32_t seen = 0
     cdef int i
@@ -643,20 +708,30 @@ cdef const uint8_t* scan_members(const uint8_t* p, Scanner* s, Envelope* out) no
             key = p + 1
             if p == end or p[0] != c'"':
                 return stop(s, NOT_JSON)
-            p = skip_string(key, s)
-            if p is NULL:
-                return NULL
-            key_end = p - 1
-            if not s.escaped:
-                field = field_of(key, key_end - key)
-            else:
-                field = escaped_field_of(key, key_end)
-                if field != FIELD_NONE:
-                    note(s, ESCAPED_KEY, field)
+            field = FIELD_NONE
+            if end - key >= KEY_BLOCK_BYTES:
+                known = &KNOWN_KEYS[key_slot(key)]
+                if same_start(key, known.text, known.size):
+                    field = known.field
+                    p = key + known.size
+                    s.escaped = False
+            if field == FIELD_NONE:
+                # Another name, or one of the known written otherwise.
+                p = skip_text(key, s)
+                if p is NULL:
+                    return NULL
+                key_end = p - 1
+                if not s.escaped:
+                    field = field_of(key, key_end - key)
+                else:
+                    field = escaped_field_of(key, key_end)
+                    if field != FIELD_NONE:
+                        note(s, ESCAPED_KEY, field)
+                p = skip_space(p, end)
+                if p == end or p[0] != c':':
+                    return stop(s, NOT_JSON)
+                p += 1
             p = skip_space(p, end)
-            if p == end or p[0] != c':':
-                return stop(s, NOT_JSON)
-            p = skip_space(p + 1, end)
             s.current = field
             if field == FIELD_NONE:
                 note(s, UNKNOWN_FIELD, FIELD_NONE)
@@ -695,6 +770,7 @@ cdef ScanStatus scan_envelope(const char* data, Py_ssize_t size, Envelope* out) 
     memset(out, 0, sizeof(Envelope))
     if size > SCAN_MAX_BYTES:
         return TOO_LARGE
+    s.begin = p
     s.end = p + size
     s.status = OK
     s.field = FIELD_NONE

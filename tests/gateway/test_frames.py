@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import json
+import re
 
 import pytest
 
@@ -388,6 +389,87 @@ def test_string_may_end_at_any_distance_from_the_end_of_the_message():
             assert scan(document(ext=f'{{"a":"{text}{odd}"}}')).status == "not_json"
         assert scan(document(ext=f'{{"a":"{text}\\"é\\\\{text}"}}')).status == "ok"
         assert scan(data[:-3]).status == "not_json"
+
+
+# What stands in a string, as it is written, and what becomes of the message.
+WRITTEN = {
+    "\\r\\n": "ok",
+    "\\n\\n\\r": "ok",
+    "\\t": "ok",
+    '\\"': "ok",
+    "\\\\": "ok",
+    "\\\\n": "ok",
+    "\\\\\\r": "ok",
+    "\\u000d": "ok",
+    "nr": "ok",
+    "é€😀": "ok",
+    "\x7f": "ok",
+    "\\q": "not_json",
+    "\\N": "not_json",
+    "\\\\\\q": "not_json",
+    '\\\\"': "not_json",
+    "\\r\n": "not_json",
+    "\\\r": "not_json",
+    "\x00": "not_json",
+    "\x1f": "not_json",
+    "\\é": "not_json",
+    "\\\ud800": "invalid_utf8",
+    "\ud800": "invalid_utf8",
+}
+
+
+@pytest.mark.parametrize(("written", "status"), WRITTEN.items(), ids=ascii)
+def test_escape_is_read_alike_wherever_it_stands(written, status):
+    # In a string far from the end of the message, and in the last one: 16 and 32 bytes are read at a time.
+    for before in range(100):
+        for behind in (0, 1, 15, 16, 17, 31, 32, 33, 80):
+            text = f'"{"x" * before}{written}{"y" * behind}"'
+            assert scan(document(payload=f'{{"sdp":{text}}}')).status == status
+            assert scan(document(signature=text, ext=None)).status == status
+
+
+def test_string_ends_at_its_first_quote_without_a_backslash():
+    for size in range(100):
+        text = "x" * size + "\\r\\n"
+        assert scan(document(payload=f'{{"a":"{text}","b":1}}')).status == "ok"
+        assert scan(document(payload=f'{{"a":"{text}\\","b":1}}')).status == "not_json"
+        assert scan(document(payload=f'{{"a":"{text}\\\\","b":1}}')).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("name", "valid", "form"),
+    [
+        ("id", ID, rb"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"),
+        ("correlation_id", ID, rb"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"),
+        ("from", ALICE, rb"did:key:z6Mk[1-9A-HJ-NP-Za-km-z]{44}"),
+        ("to", BOB, rb"did:key:z6Mk[1-9A-HJ-NP-Za-km-z]{44}"),
+    ],
+)
+def test_every_byte_of_an_id_and_a_did_counts(name, valid, form):
+    head, tail = document(**{name: '"@"'}).split(b"@")
+    for at in range(len(valid)):
+        for byte in range(256):
+            text = valid[:at].encode() + bytes([byte]) + valid[at + 1 :].encode()
+            accepted = re.fullmatch(form, text) is not None
+            assert (scan(head + text + tail).status == "ok") == accepted, text
+
+
+@pytest.mark.parametrize("name", FIELD_NAMES[1:])
+def test_key_is_known_only_by_its_whole_name(name):
+    value = MEMBERS[name]
+    assert scan(document(f'"{name}" :\n{value}', **{name: None})).status == "ok"
+    for at in range(len(name)):
+        for odd in (
+            name[:at],
+            name[:at] + "~" + name[at + 1 :],
+            name[:at] + name[at].upper() + name[at + 1 :],
+        ):
+            expected = "unknown_field" if odd != name else "ok"
+            assert scan(document(f'"{odd}":{value}', **{name: None})).status == expected
+    assert scan(document(f'"{name}x":{value}', **{name: None})).status == "unknown_field"
+    for end in ("", ":", "x", '"'):
+        assert scan((f'{{"{name}{end}').encode()).status == "not_json"
+        assert scan((f'{{"{name}"{end}').encode()).status == "not_json"
 
 
 @pytest.mark.parametrize(

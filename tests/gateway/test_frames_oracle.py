@@ -251,6 +251,14 @@ PIECES = [
     b"\xc2\xa0",
     b"\xe2\x80\xa8",
 ]
+# What may end a line, or break it.
+LINE_ENDS = [
+    *[rb"\r\n"] * 60,
+    *rb"\n \r \t \/ \" \\ \\n \\\r \n\n\r \u000d\u000a \ud83d\ude00".split() * 2,
+    *["é".encode(), "€😀".encode(), b"r", b"n", b"nr", b"\x7f"] * 2,
+    *rb'\ \q \x \ud800 \u00 " \\"'.split(),
+    *[b"\n", b"\x00", b"\x1f", b"\x80", b"\xc3"],
+]
 SPACES = [b" ", b"\n", b"\t", b"\r", b" \r\n\t ", b"\x0c", b"\x0b", b"\xc2\xa0", b"\x00"]
 
 
@@ -274,10 +282,26 @@ def escaped(rng: random.Random, text: bytes) -> bytes:
     return text[:at] + (b"\\u%04x" if rng.random() < 0.5 else b"\\u%04X") % text[at] + text[at + 1 :]
 
 
+def lines(rng: random.Random) -> bytes:
+    """Return a string of lines of any length, as an SDP has them."""
+    written = [
+        b"candidate:842163049 1 udp 1677729535 192.0.2.1 3478 typ srflx raddr 0.0.0.0 rport 0"[
+            rng.randrange(40) : rng.randrange(88)
+        ]
+        + rng.choice(LINE_ENDS)
+        for _ in range(rng.choice((1, 2, 3, 12)))
+    ]
+    return b'"' + b"".join(written) + b'"'
+
+
 def members_of(rng: random.Random) -> list[tuple[bytes, bytes]]:
     """Return the members of a valid envelope, as they are written."""
-    payload = rng.choice((b"{}", rb'{"sdp":"v=0\r\no=- 1 2 IN IP4 192.0.2.1\r\ns=-\r\nt=0 0\r\n"}', b""))
-    if not payload:
+    payload = rng.choice(
+        (b"{}", rb'{"sdp":"v=0\r\no=- 1 2 IN IP4 192.0.2.1\r\ns=-\r\nt=0 0\r\n"}', b"", b"lines")
+    )
+    if payload == b"lines":
+        payload = b'{"sdp":' + lines(rng) + b"}"
+    elif not payload:
         payload = b'{"a":' + rng.choice(VALUES) + b',"a":' + rng.choice((b"1", b'"x"', b"[null,{}]")) + b"}"
     members = [
         (b'"id"', rng.choice(IDS)),
