@@ -20,7 +20,7 @@ from aiconexus import __version__
 from aiconexus.protocol import DIDKey
 from aiconexus.protocol.errors import KeyFileError
 from aiconexus.protocol.limits import ENDPOINT_PATH
-from gateway.config import Settings
+from gateway.config import ENVIRONMENT, Settings
 from gateway.descriptors import connections_per_worker
 
 _PROTOCOL, _LIMITS, _LOGS = "Protocol", "Limits", "Logs"
@@ -52,8 +52,8 @@ def _banner(settings: Settings, key: DIDKey, port: int) -> None:
         ),
         ("workers", f"{settings.workers}   (pid {os.getpid()})"),
     ]
-    if settings.public_urls:
-        rows.insert(1, ("public", ", ".join(settings.public_urls)))
+    if settings.public_url:
+        rows.insert(1, ("public", ", ".join(settings.public_url)))
     fit = settings.workers * connections_per_worker()
     if fit < settings.max_connections:
         rows.insert(
@@ -77,7 +77,7 @@ def _banner(settings: Settings, key: DIDKey, port: int) -> None:
 @app.command(
     help="Run the AIConexus gateway: agents register here, find each other and exchange offers.",
     epilog="Every option can be set in the environment, too: `AICONEXUS_GATEWAY_PORT=8000`, "
-    "`AICONEXUS_GATEWAY_PUBLIC_URLS=wss://a.example/ws,wss://b.example/ws`. The command line wins.",
+    "`AICONEXUS_GATEWAY_PUBLIC_URL=wss://a.example/ws,wss://b.example/ws`. The command line wins.",
 )
 def serve(
     host: Annotated[
@@ -181,7 +181,7 @@ def serve(
         "port": port,
         "workers": workers,
         "identity": identity,
-        "public_urls": tuple(public_url) if public_url else None,
+        "public_url": tuple(public_url) if public_url else None,
         "register_timeout": register_timeout,
         "ping_interval": ping_interval,
         "pong_timeout": pong_timeout,
@@ -195,12 +195,20 @@ def serve(
         "log_level": log_level,
         "log_format": log_format,
     }
+    unknown = sorted(
+        name
+        for name in os.environ
+        if name.startswith(ENVIRONMENT)
+        and name.removeprefix(ENVIRONMENT).lower() not in Settings.model_fields
+    )
+    if unknown:
+        _fail(f"{unknown[0]}: there is no such setting; the options of --help have their names")
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = "--" + str(first["loc"][0]).replace("_", "-").replace("public-urls", "public-url")
-        _fail(f"{name}: {first['msg']}")
+        name = "--" + str(first["loc"][0]).replace("_", "-")
+        _fail(f"{name}: {first['msg'].removeprefix('Value error, ')}")
 
     try:
         from gateway import descriptors, log, supervisor
@@ -222,7 +230,7 @@ def serve(
         address = supervisor.reserve(settings.host, settings.port)
     except OSError as error:
         _fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}")
-    if not settings.public_urls and not ip_address(address.getsockname()[0]).is_loopback:
+    if not settings.public_url and not ip_address(address.getsockname()[0]).is_loopback:
         structlog.get_logger("gateway").warning(
             "no public URL",
             hint="the audience that agents sign is only compared with their Host header, which a relay in "

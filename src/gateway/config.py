@@ -20,6 +20,7 @@ from aiconexus.protocol.limits import (
 )
 from gateway.handshake import parse_url
 
+ENVIRONMENT = "AICONEXUS_GATEWAY_"  # and the name of a setting in capitals
 MAX_WORKERS = 64
 
 
@@ -48,13 +49,13 @@ Seconds = Annotated[float, Field(gt=0, le=3600)]
 class Settings(BaseSettings):
     """All settings with their defaults; times are in seconds."""
 
-    model_config = SettingsConfigDict(env_prefix="AICONEXUS_GATEWAY_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT, extra="forbid", frozen=True)
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     workers: int = Field(default_factory=_cores, ge=1, le=MAX_WORKERS)
     identity: Path | None = None
-    public_urls: Annotated[
+    public_url: Annotated[
         tuple[Annotated[str, AfterValidator(_websocket_url)], ...], NoDecode, BeforeValidator(_list)
     ] = ()
     register_timeout: Seconds = REGISTER_TIMEOUT_SECONDS

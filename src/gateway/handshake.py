@@ -185,8 +185,8 @@ class Registrar:
             late = time.time() - message.timestamp.timestamp()
             if abs(late) > REGISTER_CLOCK_SKEW_SECONDS:
                 raise StaleMessageError(
-                    f"the timestamp is {late:+.0f} s from the time here; at most "
-                    f"±{REGISTER_CLOCK_SKEW_SECONDS:.0f} s are accepted: check the clock",
+                    f"the timestamp is {abs(late):.0f} s {'behind' if late > 0 else 'ahead of'} the time here; "
+                    f"at most {REGISTER_CLOCK_SKEW_SECONDS:.0f} s are accepted: check the clock",
                     field="timestamp",
                 )
             verify_envelope(envelope)

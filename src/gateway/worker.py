@@ -82,7 +82,7 @@ class Gateway:
             self._log = self._log.bind(worker=worker)
         self._registrar = Registrar(
             key,
-            public_urls=settings.public_urls,
+            public_urls=settings.public_url,
             register_timeout=settings.register_timeout,
             ping_interval=settings.ping_interval,
             away=settings.away,

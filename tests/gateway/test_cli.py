@@ -92,6 +92,10 @@ def test_a_value_from_the_environment_that_makes_no_sense_gives_one_sentence():
     assert_one_sentence(run(AICONEXUS_GATEWAY_PORT="http"), "port")
 
 
+def test_a_name_in_the_environment_that_is_no_setting_gives_one_sentence():
+    assert_one_sentence(run(AICONEXUS_GATEWAY_PROT="3"), "AICONEXUS_GATEWAY_PROT")
+
+
 def test_what_is_no_option_or_no_number_is_a_usage_error():
     for options in (("--prot", "1"), ("--port", "http"), ("extra",)):
         done = run(*options)

@@ -20,17 +20,17 @@ def test_the_defaults_are_those_of_the_help_text():
     assert (settings.max_connections, settings.max_connections_per_address) == (100_000, 0)
     assert (settings.message_rate, settings.message_burst) == (200, 1000)
     assert settings.drain_seconds == 10
-    assert settings.public_urls == ()
+    assert settings.public_url == ()
     assert (settings.log_level, settings.log_format) == ("info", "console")
 
 
 def test_the_environment_sets_what_no_option_does(monkeypatch):
     monkeypatch.setenv("AICONEXUS_GATEWAY_PORT", "9")
     monkeypatch.setenv("AICONEXUS_GATEWAY_AWAY", "5")
-    monkeypatch.setenv("AICONEXUS_GATEWAY_PUBLIC_URLS", "wss://a.example/ws, wss://b.example/ws")
+    monkeypatch.setenv("AICONEXUS_GATEWAY_PUBLIC_URL", "wss://a.example/ws, wss://b.example/ws")
     settings = Settings(away=7)
     assert (settings.port, settings.away) == (9, 7)
-    assert settings.public_urls == ("wss://a.example/ws", "wss://b.example/ws")
+    assert settings.public_url == ("wss://a.example/ws", "wss://b.example/ws")
 
 
 @pytest.mark.parametrize(
@@ -53,11 +53,11 @@ def test_the_environment_sets_what_no_option_does(monkeypatch):
         ("idle_timeout", math.nan),
         ("log_level", "loud"),
         ("log_format", "xml"),
-        ("public_urls", ("https://gateway.example/ws",)),
-        ("public_urls", ("gateway.example",)),
-        ("public_urls", ("wss://gateway.example",)),
-        ("public_urls", ("wss://gateway.example:99999/ws",)),
-        ("public_urls", ("wss://user@gateway.example/ws",)),
+        ("public_url", ("https://gateway.example/ws",)),
+        ("public_url", ("gateway.example",)),
+        ("public_url", ("wss://gateway.example",)),
+        ("public_url", ("wss://gateway.example:99999/ws",)),
+        ("public_url", ("wss://user@gateway.example/ws",)),
         ("prot", 1),
     ],
 )
