@@ -184,8 +184,9 @@ class Registrar:
             self._check_audience(message.ext.get("aud"), handshake.host)
             late = time.time() - message.timestamp.timestamp()
             if abs(late) > REGISTER_CLOCK_SKEW_SECONDS:
+                where = "behind" if late > 0 else "ahead of"
                 raise StaleMessageError(
-                    f"the timestamp is {abs(late):.0f} s {'behind' if late > 0 else 'ahead of'} the time here; "
+                    f"the timestamp is {abs(late):.0f} s {where} the time here; "
                     f"at most {REGISTER_CLOCK_SKEW_SECONDS:.0f} s are accepted: check the clock",
                     field="timestamp",
                 )
