@@ -425,12 +425,13 @@ async def test_a_stopped_worker_costs_its_own_agents_only(gateway):
         assert resident(survivor) - before < 32 * 2**20
     finally:
         os.kill(victim, signal.SIGCONT)
-    deadline = time.monotonic() + 20
-    while len(target.got) + refused < len(names):
-        assert time.monotonic() < deadline, (len(target.got), refused, len(names))
+    # All that was taken comes now, faster than a busy client may read it: then some of it goes back, too.
+    deadline = time.monotonic() + 30
+    while len({name for _, name in target.got} | set(sender.errors)) < len(names):
+        assert time.monotonic() < deadline, (len(target.got), sender.error_names, len(names))
         await asyncio.sleep(0.05)
     delivered = [name for _, name in target.got]
-    assert delivered == sorted(delivered)
+    assert delivered == sorted(set(delivered))
     assert not set(delivered) & set(sender.errors)
     await flock.leave()
 
