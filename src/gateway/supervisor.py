@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import os
 import selectors
@@ -35,6 +36,9 @@ LINK_SECONDS = 1.0
 # A worker whose event loop does not turn for so long is killed, so that its agents can go elsewhere.
 HANG_SECONDS = 60.0
 WATCH_SECONDS = 1.0
+
+# A gateway that was told to stop leaves the port within this time; the next one may be started at once.
+RESERVE_SECONDS = 1.0
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -336,11 +340,20 @@ def reserve(host: str, port: int) -> socket.socket:
     """
     info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, kind, _, _, name = info[0]
-    with socket.socket(family, kind) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(name)
-        probe.listen(1)
-        name = probe.getsockname()
+    deadline = time.monotonic() + RESERVE_SECONDS
+    while True:
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(name)
+                probe.listen(1)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                    raise
+            else:
+                name = probe.getsockname()
+                break
+        time.sleep(0.05)
     address = socket.socket(family, kind)
     address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

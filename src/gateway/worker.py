@@ -679,15 +679,17 @@ class Gateway:
     async def _drain(self, server: asyncio.Server) -> None:
         """Send every agent away with a time to come back, spread so that they do not all come at once."""
         self._is_draining = True
-        server.close()
         deadline = time.monotonic() + self.settings.drain_seconds
         connections = self.router.open_connections()
         self._log.info("draining", connections=len(connections), seconds=self.settings.drain_seconds)
         # What cannot be delivered any more goes back while its senders are still there to be told.
         for session in self.registry.end_away():
             self._return_all(session.release(), "away_expired")
-        # Some of them are at other workers, which begin to close connections just as we do.
-        if await self._is_stopped(TICK_SECONDS):
+        # Some of them are at other workers, which begin to close connections just as we do. And who has
+        # connected but is not accepted yet gets an answer, not a reset.
+        is_stopped = await self._is_stopped(TICK_SECONDS)
+        server.close()
+        if is_stopped:
             return
         random.shuffle(connections)
         # The last ones keep some of the time for their CLOSE handshake.
@@ -700,7 +702,8 @@ class Gateway:
             self.router.flush()
             if start + size < len(connections) and await self._is_stopped(TICK_SECONDS):
                 return
-        while self.router.connection_count and time.monotonic() < deadline:
+        # Requests that are not complete yet get their 503, too.
+        while (self.router.connection_count or self._opening) and time.monotonic() < deadline:
             if await self._is_stopped(TICK_SECONDS / 10):
                 return
 
