@@ -702,9 +702,11 @@ class Gateway:
             self.router.flush()
             if start + size < len(connections) and await self._is_stopped(TICK_SECONDS):
                 return
-        # Requests that are not complete yet get their 503, too.
-        while (self.router.connection_count or self._opening) and time.monotonic() < deadline:
-            if await self._is_stopped(TICK_SECONDS / 10):
+        # Requests that are on their way get their 503, too.
+        patience = min(time.monotonic() + CLOSE_TIMEOUT_SECONDS, deadline)
+        while self.router.connection_count or self._opening:
+            until = deadline if self.router.connection_count else patience
+            if time.monotonic() > until or await self._is_stopped(TICK_SECONDS / 10):
                 return
 
     async def _is_stopped(self, seconds: float) -> bool:
