@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -272,6 +273,20 @@ class Flock:
             if agent.writer is not None:
                 agent.writer.close()
         await asyncio.wait(self.tasks)
+        for agent in self.agents:
+            if agent.writer is not None:
+                with suppress(OSError):
+                    await agent.writer.wait_closed()
+
+
+def is_accepted(port: int) -> bool:
+    """Whether connections are no longer given to a worker that has died, which resets them."""
+    try:
+        for _ in range(20):
+            Agent(port, register=False).drop()
+    except ConnectionError:
+        return False
+    return True
 
 
 def kill_worker_of(gateway, agent: Agent) -> None:
@@ -293,6 +308,8 @@ def test_what_waits_for_an_agent_that_is_away_comes_back_if_its_worker_dies(gate
         kill_worker_of(gateway, agent)
         for data in sent:
             sender.receive_error("unconfirmed", json.loads(data)["id"])
+        wait_until(lambda: len(gateway.worker_pids) == WORKERS)
+        wait_until(lambda: is_accepted(gateway.port))
         with Agent(gateway.port, agent.key, resume=agent.resume_token) as back:
             assert not back.resumed
             assert_exchange(sender, back)
