@@ -284,7 +284,7 @@ def is_accepted(port: int) -> bool:
     try:
         for _ in range(20):
             Agent(port, register=False).drop()
-    except ConnectionError:
+    except (ConnectionError, EOFError):
         return False
     return True
 

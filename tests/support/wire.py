@@ -11,6 +11,8 @@ import os
 import socket
 import struct
 from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +115,17 @@ class RawClient:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if receive_buffer:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.socket.connect(("127.0.0.1", port))
+        with self._closed_on_failure():
+            self.socket.connect(("127.0.0.1", port))
+
+    @contextmanager
+    def _closed_on_failure(self) -> Iterator[None]:
+        """Who gets an exception from a constructor has nothing to close."""
+        try:
+            yield
+        except BaseException:
+            self.socket.close()
+            raise
 
     def __enter__(self) -> RawClient:
         return self
@@ -225,15 +237,16 @@ class Agent(RawClient):
         self.key = key or DIDKey.generate()
         self.did = self.key.did
         self.url = f"ws://127.0.0.1:{port}/ws"
-        self.hello = self.upgrade()
-        self.gateway_did: str = self.hello["from"]
-        self.nonce: str = self.hello["ext"]["nonce"]
         self.register_answer: dict[str, Any] = {}
         self.session = ""
         self.resume_token = ""
         self.resumed = False
-        if register:
-            self.register(resume)
+        with self._closed_on_failure():
+            self.hello = self.upgrade()
+            self.gateway_did: str = self.hello["from"]
+            self.nonce: str = self.hello["ext"]["nonce"]
+            if register:
+                self.register(resume)
 
     def __enter__(self) -> Agent:
         return self
