@@ -10,6 +10,7 @@ from libc.stdint cimport uint32_t
 from libc.string cimport memset
 
 import os
+import socket
 
 from gateway._memory cimport map_shared, unmap_shared
 
@@ -27,8 +28,14 @@ cdef class Addresses:
         unmap_shared(self.cells, self.mapped)
 
     def place(self, str address not None):
-        """Return the number under which an address is counted."""
-        return int.from_bytes(blake2b(address.encode(), key=self.secret, digest_size=4).digest(), "little")
+        """Return the number under which an address is counted; an IPv6 network of 64 bits is one address."""
+        cdef bytes counted
+        if ":" in address:
+            # The smallest network that a site gets: it has all of its addresses to dial from (RFC 6177).
+            counted = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])[:8]
+        else:
+            counted = address.encode()
+        return int.from_bytes(blake2b(counted, key=self.secret, digest_size=4).digest(), "little")
 
     def count(self, uint32_t place):
         """Return how many connections there are from an address."""

@@ -59,11 +59,6 @@ cdef class Link:
             os.close(self.fd)
             self.fd = -1
 
-    @property
-    def unconfirmed_bytes(self):
-        """Bytes that wait to be confirmed."""
-        return self.out_size
-
     # --- sending -------------------------------------------------------------------------------
 
     cdef int reserve(self, size_t more) except -1:

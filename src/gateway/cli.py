@@ -148,7 +148,8 @@ def serve(
     max_connections_per_address: Annotated[
         int | None,
         typer.Option(
-            help="Connections from one IP address; more get HTTP 503. Leave it off behind a proxy. "
+            help="Connections from one IP address (IPv6: one /64); more get HTTP 503. Leave it off behind a "
+            "proxy. "
             "[default: 0, no limit]",
             rich_help_panel=_LIMITS,
         ),

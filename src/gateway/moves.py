@@ -48,6 +48,11 @@ MOVING_MAX_MESSAGES = 4_096
 GONE_SECONDS = 10.0
 
 
+def is_lasting(data: bytes) -> bool:
+    """Tell whether a message that waits means anything on the agent's next connection."""
+    return scan(data).type not in ("REGISTER", "PONG")
+
+
 @dataclass(slots=True)
 class Move:
     """A session on its way.
@@ -240,9 +245,7 @@ class Moves:
         for message in waiting:
             if not resumed:
                 self._give_back(message, "away_expired")
-            elif scan(message).type in ("REGISTER", "PONG"):
-                pass  # those belonged to the old connection
-            elif not self._router.tell(new, HELD, self._worker, epoch, message):
+            elif is_lasting(message) and not self._router.tell(new, HELD, self._worker, epoch, message):
                 self._give_back(message, "overloaded")
         self._router.tell(new, MARK, self._worker, epoch, b"")
 

@@ -35,7 +35,7 @@ from gateway._mesh import ROUTED_KIND
 from gateway._routing import TableBusyError, TableFullError
 from gateway.config import Settings
 from gateway.handshake import Handshake, Registrar, Registration
-from gateway.moves import MESSAGE_KINDS, Moves
+from gateway.moves import MESSAGE_KINDS, Moves, is_lasting
 from gateway.node import Node, Tally
 from gateway.registry import Registry, Session
 
@@ -385,9 +385,7 @@ class Gateway:
         for message in done.held:
             if not done.resumed:
                 self._return(message, "away_expired")
-            elif scan(message).type in ("REGISTER", "PONG"):
-                pass  # those belonged to the old connection
-            else:
+            elif is_lasting(message):
                 self._give(session, message)
 
     def _admit(self, session: Session, registration: Registration, resumed: bool) -> None:

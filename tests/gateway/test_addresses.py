@@ -16,6 +16,14 @@ def test_connections_of_all_workers_count():
     assert addresses.count(one) == 2
 
 
+def test_an_ipv6_network_of_64_bits_counts_as_one_address():
+    addresses = Addresses(1)
+    place = addresses.place("2001:db8:0:1::1")
+    assert addresses.place("2001:db8:0:1:ffff::2") == place
+    assert addresses.place("2001:db8:0:2::1") != place
+    assert addresses.place("fe80::1%eth0") == addresses.place("fe80::2%eth1")
+
+
 def test_what_a_dead_worker_had_is_forgotten():
     addresses = Addresses(2)
     place = addresses.place("192.0.2.1")
