@@ -25,7 +25,8 @@ class Session:
 
     `epoch` grows with every registration: whatever an older connection of the same DID still does, it
     cannot touch what belongs to a newer epoch. `move` is set while the session comes over from another
-    worker; `old_path_closed` once what is still on its way through that worker would come too late.
+    worker; `old_path_closed` once what is still on its way through that worker would come too late. `proven_at` is the timestamp of its
+    REGISTER in ms.
     """
 
     __slots__ = (
@@ -40,6 +41,7 @@ class Session:
         "last_activity",
         "move",
         "old_path_closed",
+        "proven_at",
         "resume_token",
         "shelf",
     )
@@ -51,6 +53,7 @@ class Session:
         epoch: int,
         capabilities: bytes,
         resume_token: str,
+        proven_at: int,
         ledger: Ledger,
     ) -> None:
         self.did = did
@@ -60,6 +63,7 @@ class Session:
         self.epoch = epoch
         self.capabilities = capabilities
         self.resume_token = resume_token
+        self.proven_at = proven_at
         self.connected_at = time.time()
         self.last_activity = self.connected_at
         self.away_until = 0.0
@@ -124,13 +128,25 @@ class Registry:
         ledger: Where it is written down what waits.
         worker: The number of the worker.
         away: Seconds for which a dropped session stays routable.
+        on_away: Called with a session that dropped.
+        on_gone: Called with a session that has ended here and is nowhere else.
     """
 
-    def __init__(self, table: RoutingTable, ledger: Ledger, worker: int, away: float) -> None:
+    def __init__(
+        self,
+        table: RoutingTable,
+        ledger: Ledger,
+        worker: int,
+        away: float,
+        on_away: Callable[[Session], None] = lambda _: None,
+        on_gone: Callable[[Session], None] = lambda _: None,
+    ) -> None:
         self._table = table
         self._ledger = ledger
         self._worker = worker
         self._away = away
+        self._on_away = on_away
+        self._on_gone = on_gone
         self._sessions: dict[str, Session] = {}
         # All are kept for the same time, so the order of dropping is the order of expiry.
         self._dropped: OrderedDict[str, Session] = OrderedDict()
@@ -153,6 +169,10 @@ class Registry:
     def get(self, did: str) -> Session | None:
         """Return the session of a DID, here or away."""
         return self._sessions.get(did)
+
+    def all(self) -> list[Session]:
+        """Return the sessions of this worker, here or away."""
+        return list(self._sessions.values())
 
     def find(self, did: str, epoch: int) -> Session | None:
         """Return the session of an epoch, if it has not been given away."""
@@ -177,7 +197,13 @@ class Registry:
         )
 
     def register(
-        self, did: str, connection: Connection, capabilities: bytes, resume_token: str, resume: str | None
+        self,
+        did: str,
+        connection: Connection,
+        capabilities: bytes,
+        resume_token: str,
+        resume: str | None,
+        proven_at: int = 0,
     ) -> Registered:
         """Make `connection` the one of `did`: the newest proven session wins.
 
@@ -187,9 +213,10 @@ class Registry:
             capabilities: JSON, as it was registered.
             resume_token: The token that the new session may be resumed with.
             resume: The token that the agent presented.
+            proven_at: The timestamp of its REGISTER in ms.
         """
         epoch, owner = self._table.bind(did.encode(), self._worker, connection.index)
-        session = Session(did, connection, epoch, capabilities, resume_token, self._ledger)
+        session = Session(did, connection, epoch, capabilities, resume_token, proven_at, self._ledger)
         before = self._sessions.get(did)
         self._sessions[did] = session
         if before is not None and owner is not None and owner[2] != before.epoch:
@@ -247,6 +274,7 @@ class Registry:
         session.connection = None
         session.away_until = time.monotonic() + self._away
         self._dropped[session.did] = session
+        self._on_away(session)
         return True
 
     def remove(self, session: Session) -> bool:
@@ -260,6 +288,7 @@ class Registry:
         self._dropped.pop(session.did, None)
         session.connection = None
         self._change(self._table.remove, session)
+        self._on_gone(session)
         return True
 
     def _change(self, change: Callable[[bytes, int], bool], session: Session) -> bool:
