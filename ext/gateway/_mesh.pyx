@@ -49,7 +49,7 @@ cdef class Link:
         fd: The socket, not blocking. The link owns it.
     """
 
-    def __cinit__(self, int worker, int fd):
+    def __cinit__(self, int worker, int fd, **_):
         self.worker = worker
         self.fd = fd
         self.is_open = True

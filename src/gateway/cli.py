@@ -56,7 +56,7 @@ def _banner(settings: Settings, key: DIDKey, port: int) -> None:
     if settings.public_url:
         rows.insert(1, ("public", ", ".join(settings.public_url)))
     if settings.redis:
-        rows.append(("redis", f"{without_password(settings.redis)}   (this node is {settings.node_name})"))
+        rows.insert(-1, ("redis", f"{without_password(settings.redis)}   (this node is {settings.node_name})"))
     fit = settings.workers * connections_per_worker()
     if fit < settings.max_connections:
         rows.insert(

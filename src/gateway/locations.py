@@ -9,9 +9,11 @@ another worker may have found the target meanwhile, and the table would let the 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from gateway._connection import Connection
 from gateway._mesh import NODE_WORKERS
@@ -19,9 +21,9 @@ from gateway._routing import RoutingTable, TableBusyError
 from gateway.cluster import Cluster
 from gateway.shared_registry import Place
 
-# For which an agent that was not found is not asked for again: long enough for a sender that tries and tries,
-# short enough that nobody notices once it has come.
-ABSENT_SECONDS = 0.1
+# For which an agent that was not found is not asked for again: who wants it meanwhile, waits. A refusal from
+# memory would be wrong for an agent that has come just now.
+ABSENT_SECONDS = 0.05
 ABSENT_MAX = 10_000
 # Messages that wait in one worker.
 WAITING_MAX = 10_000
@@ -39,6 +41,7 @@ class Waiting:
 class _Search:
     did: str
     messages: list[Waiting] = field(default_factory=list)
+    asked_for: int = 0  # of the messages: those that came before the registry was asked
 
 
 class Locations:
@@ -74,33 +77,38 @@ class Locations:
     def search(self, did: str, data: bytes, sender: Connection | None) -> str | None:
         """Keep a message until it is known where its target is; return the cause if that cannot be."""
         search = self._searches.get(did)
-        if search is None:
-            if not self._cluster.is_connected:
-                return "unreachable"
-            if self._absent.get(did, 0.0) > time.monotonic():
-                return "not_online"
+        if search is None and not self._cluster.is_connected:
+            return "unreachable"
         if self._waiting >= WAITING_MAX:
             return "overloaded"
         self._waiting += 1
-        waiting = Waiting(data, sender)
         if sender is not None:
             self._senders[sender] = self._senders.get(sender, 0) + 1
             sender.is_waiting = True
-        if search is not None:
-            search.messages.append(waiting)
-            return None
-        self._searches[did] = _Search(did, [waiting])
-        self._cluster.locate(did, lambda answer: self._found(did, answer))
+        if search is None:
+            search = self._searches[did] = _Search(did)
+            wait = self._absent.pop(did, 0.0) - time.monotonic()
+            if wait > 0:
+                asyncio.get_running_loop().call_later(wait, self._ask, search)
+            else:
+                self._ask(search, Waiting(data, sender))
+                return None
+        search.messages.append(Waiting(data, sender))
         return None
 
-    def _found(self, did: str, answer: Place | None | Exception) -> None:
-        search = self._searches.pop(did)
+    def _ask(self, search: _Search, *messages: Waiting) -> None:
+        search.messages.extend(messages)
+        search.asked_for = len(search.messages)
+        self._cluster.locate(search.did, partial(self._found, search))
+
+    def _found(self, search: _Search, answer: Place | None | Exception) -> None:
+        did, messages = search.did, search.messages
         cause: str | None = None
         if isinstance(answer, Exception):
             cause = "unreachable"
         elif answer is None:
             cause = "not_online"
-            self._be_absent(did)
+            messages, search.messages = messages[: search.asked_for], messages[search.asked_for :]
         elif answer.worker >= NODE_WORKERS:
             try:
                 self._table.cache(did.encode(), answer.worker, answer.connection, answer.epoch)
@@ -108,7 +116,14 @@ class Locations:
                 cause = "unreachable"
             else:
                 self._cluster.reach(answer.worker)
-        for waiting in search.messages:
+        if cause == "not_online" and search.messages:
+            # The agent may have come after the registry was asked, and before these were sent.
+            asyncio.get_running_loop().call_later(ABSENT_SECONDS, self._ask, search)
+        else:
+            del self._searches[did]
+            if cause == "not_online":
+                self._be_absent(did)
+        for waiting in messages:
             self._release(waiting.sender)
             if cause is None:
                 self._deliver(did, waiting)
@@ -132,7 +147,3 @@ class Locations:
         self._absent[did] = now + ABSENT_SECONDS
         while next(iter(self._absent.values())) <= now:
             del self._absent[next(iter(self._absent))]
-
-    def appear(self, did: str) -> None:
-        """Take note that an agent has come to this node."""
-        self._absent.pop(did, None)

@@ -467,8 +467,6 @@ class Gateway:
         if self.cluster is None:
             self._begin_session(session, registration, done, None)
         else:
-            if self.locations is not None:
-                self.locations.appear(session.did)
             self.cluster.register(session, partial(self._begin_session, session, registration, done))
 
     def _begin_session(
