@@ -212,15 +212,10 @@ cdef class Router:
 
     def advance(self, double seconds):
         """Let time pass up to `seconds` since the worker started: timers fire, batches are confirmed."""
-        cdef Link link
-        cdef uint64_t unconfirmed = 0
         self.counted[HEARTBEATS] += 1
         self.timers.advance(<uint32_t>(seconds * TICKS_PER_SECOND), fire)
         self.end_pass(True)
         self.ledger.settle()
-        for link in self.open_links:
-            unconfirmed += link.out_size
-        self.counted[UNCONFIRMED_BYTES] = unconfirmed
         if self.has_freed and self.timers.now - self.trimmed_at >= TRIM_TICKS:
             self.has_freed = False
             self.trimmed_at = self.timers.now
@@ -286,6 +281,7 @@ cdef class Router:
         cdef Connection connection
         cdef Link link
         cdef list broken
+        cdef uint64_t unconfirmed
         while True:
             self.flush()
             broken = self.broken
@@ -297,11 +293,14 @@ cdef class Router:
                     self.handler.on_fault(connection)
             if self.dirty_size or self.broken:
                 continue
+            unconfirmed = 0
             for link in self.open_links:
                 # Only now: a batch is dealt with when its messages have left this process.
                 link.settle()
                 if link.out_size or link.owes:
                     self.write_link(link, confirm_now)
+                unconfirmed += link.out_size
+            self.counted[UNCONFIRMED_BYTES] = unconfirmed
             if not self.dirty_size and not self.broken:
                 return 0
 

@@ -60,6 +60,6 @@ cdef class RoutingTable:
     cdef void put(self, uint64_t index, const Route* value) noexcept nogil
     cdef void clear(self, uint64_t index) noexcept nogil
     cdef void close_gap(self, uint64_t hole) noexcept nogil
-    cdef uint64_t purge_once(self, uint16_t worker) except? 0
+    cdef uint64_t purge_once(self, uint32_t first, uint32_t end) except? 0
     cdef void evict(self) noexcept nogil
     cdef Route* own(self, const char* key, uint64_t epoch) noexcept nogil

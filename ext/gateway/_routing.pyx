@@ -458,30 +458,35 @@ cdef class RoutingTable:
         finally:
             self.unlock()
 
-    def purge(self, uint16_t worker):
-        """Remove every route of a worker that is gone; return how many there were."""
+    def purge(self, uint16_t worker, uint32_t count=1):
+        """Remove every route of a worker that is gone, or of `count` from it on; return how many there were."""
         cdef uint64_t before, removed = 0
         while True:
             before = removed
-            removed += self.purge_once(worker)
+            removed += self.purge_once(worker, worker + count)
             # Others may have moved one to where the scan had been.
             if removed == before:
                 return removed
 
-    cdef uint64_t purge_once(self, uint16_t worker) except? 0:
+    cdef uint64_t purge_once(self, uint32_t first, uint32_t end) except? 0:
         cdef uint64_t index
         cdef uint64_t removed = 0
         for index in range(self.mask + 1):
             # Removing one may move another into its place.
-            while self.slots[index].state == USED and self.slots[index].worker == worker:
+            while self.slots[index].state == USED and first <= self.slots[index].worker < end:
                 self.lock()
                 try:
-                    if self.slots[index].state == USED and self.slots[index].worker == worker:
+                    if self.slots[index].state == USED and first <= self.slots[index].worker < end:
                         self.clear(index)
                         removed += 1
                 finally:
                     self.unlock()
         return removed
+
+    def forget_others(self):
+        """Remove every route to another node."""
+        if self.head.cached:
+            self.purge(MAX_WORKERS, 0x10000 - MAX_WORKERS)
 
     def get(self, bytes did not None):
         """Return (worker, connection, epoch), or None."""

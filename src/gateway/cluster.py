@@ -14,6 +14,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from redis.exceptions import RedisError
 
 from gateway._connection import Router
 from gateway._mesh import NODE_WORKERS, source_of
-from gateway._routing import RoutingTable
+from gateway._routing import RoutingTable, TableBusyError
 from gateway.redis_line import LineLostError, RedisLine, make_client
 from gateway.shared_registry import (
     HEARTBEAT_SECONDS,
@@ -283,6 +284,10 @@ class Cluster:
         self._line = self._registry = None
         for worker in list(self._links):
             self._unlink(worker, "Redis lost")
+        # Who is where, and under which number, is asked anew then.
+        self._members = {}
+        with suppress(TableBusyError):
+            self._table.forget_others()
         self._router.settle()
 
     async def _connection(self) -> None:
@@ -354,9 +359,11 @@ class Cluster:
         for number, member in self._members.items():
             if number not in alive or alive[number].instance != member.instance:
                 self._log.warning("node gone", node=number, name=member.name)
-                for worker in member.worker_numbers():
+                numbers = member.worker_numbers()
+                for worker in numbers:
                     self._unlink(worker, "the node is gone")
-                    self._table.purge(worker)
+                with suppress(TableBusyError):
+                    self._table.purge(numbers.start, len(numbers))
         for number, member in alive.items():
             if number not in self._members:
                 self._log.info("node met", node=number, name=member.name, workers=member.workers)

@@ -349,8 +349,11 @@ class Gateway:
         if is_forwarded is None:
             return "not_online" if self.locations is None else self.locations.search(did, data, sender)
         route = self.node.table.get(did.encode())
-        reachable = route is None or route[0] in self.router.linked_workers()
-        return "overloaded" if reachable else "unreachable"
+        if route is None or route[0] in self.router.linked_workers():
+            return "overloaded"
+        if route[0] < NODE_WORKERS or self.cluster is None or not self.cluster.reach(route[0]):
+            return "unreachable"
+        return None if self.router.forward(did.encode(), data) else "unreachable"
 
     def _deliver_found(self, did: str, waiting: Waiting) -> None:
         """Send a message on its way whose target was looked up."""

@@ -3,50 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from uuid import uuid4
 
-import pytest
-from redis_server import RedisServer
 from wire import Agent, assert_exchange, wait_until
 
 from aiconexus.protocol import DIDKey
-
-WORKERS = 2
-
-
-@pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A Redis for all tests that leave it alone; each has a prefix of its own."""
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def start_node(start_gateway: Callable, redis_server: RedisServer) -> Callable:
-    """Start nodes of one network; each waits until it has met those before it."""
-    prefix = f"test-{uuid4()}"
-    nodes: list = []
-
-    def start(*options: str, url: str = redis_server.url):
-        node = start_gateway(
-            "--redis", url, "--redis-prefix", prefix, "--node-name", f"node-{len(nodes)}",
-            "--workers", str(WORKERS), "--message-rate", "0", *options,
-        )  # fmt: skip
-        nodes.append(node)
-        for each in nodes:
-            wait_until(lambda each=each: len(each.health()["cluster"]["others"]) == len(nodes) - 1)
-        return node
-
-    return start
-
-
-@pytest.fixture
-def pair(start_node: Callable) -> tuple:
-    return start_node(), start_node()
-
 
 def test_agents_at_different_nodes_exchange_exact_bytes(pair):
     first, second = pair
