@@ -24,7 +24,7 @@ from gateway.config import ENVIRONMENT, Settings
 from gateway.descriptors import connections_per_worker
 from gateway.redis_line import LineLostError, ping, without_password
 
-_NODES, _PROTOCOL, _LIMITS, _LOGS = "Several nodes", "Protocol", "Limits", "Logs"
+_NODES, _PROTOCOL, _LIMITS, _LOGS = "Nodes", "Protocol", "Limits", "Logs"
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
@@ -56,7 +56,9 @@ def _banner(settings: Settings, key: DIDKey, port: int) -> None:
     if settings.public_url:
         rows.insert(1, ("public", ", ".join(settings.public_url)))
     if settings.redis:
-        rows.insert(-1, ("redis", f"{without_password(settings.redis)}   (this node is {settings.node_name})"))
+        rows.insert(
+            -1, ("redis", f"{without_password(settings.redis)}   (this node is {settings.node_name})")
+        )
     fit = settings.workers * connections_per_worker()
     if fit < settings.max_connections:
         rows.insert(

@@ -106,6 +106,7 @@ class Cluster:
         # By worker of another node: what it had confirmed at the last heartbeat, and for how many of them.
         self._links: dict[int, tuple[int, int]] = {}
         self._clock_offset = 0.0  # time of Redis minus the monotonic one, in ms
+        self._settled: asyncio.Event | None = None
         self._pending = 0  # registrations and their ends that Redis has not answered
 
     # --- what it is ----------------------------------------------------------------------------
@@ -156,7 +157,7 @@ class Cluster:
         assert self._registry is not None
 
         def decide(answer: Any) -> None:
-            self._pending -= 1
+            self._count_down()
             if isinstance(answer, Claim):
                 done(self._known(answer))
                 return
@@ -179,6 +180,11 @@ class Cluster:
             decide,
         )
 
+    def _count_down(self) -> None:
+        self._pending -= 1
+        if self._pending == 0 and self._settled is not None:
+            self._settled.set()
+
     def _known(self, claim: Claim) -> Claim:
         """Return a claim with the numbers of this node's own workers."""
         if claim.before is None:
@@ -193,7 +199,7 @@ class Cluster:
             return
 
         def decide(answer: Any) -> None:
-            self._pending -= 1
+            self._count_down()
             if isinstance(answer, tuple):
                 done(tuple(number for number in answer if number != self.number))
 
@@ -205,13 +211,13 @@ class Cluster:
         if self._registry is not None:
             self._registry.set_status(session.did, session.epoch, "away")
 
-    def locate(self, did: str, done: Callable[[Place | None | Exception], None]) -> None:
+    def locate(self, did: str, done: Callable[[Place | Exception | None], None]) -> None:
         """Find out where an agent is; `done` gets its place, None, or the exception that came instead."""
         if self._registry is None:
             done(LineLostError("Redis is lost"))
             return
 
-        def decide(answer: Place | None | Exception) -> None:
+        def decide(answer: Place | Exception | None) -> None:
             if isinstance(answer, Place):
                 answer = Place(self.number_of(answer.worker), answer.connection, answer.epoch)
             done(answer)
@@ -436,6 +442,7 @@ class Cluster:
 
     async def close(self) -> None:
         """Wait until Redis knows which agents have gone."""
-        deadline = time.monotonic() + CLOSE_SECONDS
-        while self._pending and self._registry is not None and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
+        if self._pending and self._registry is not None:
+            self._settled = asyncio.Event()
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._settled.wait(), CLOSE_SECONDS)

@@ -1,7 +1,7 @@
 """Where agents of other nodes are: messages wait here while the shared registry is asked.
 
-What is found is cached in the routing table of the node, so that the next message does not come here. A cached
-route goes when the agent's node says so, or says that the agent is not there.
+What is found is cached in the routing table of the node, so that the next message does not come here. A
+cached route goes when the agent's node says so, or says that the agent is not there.
 
 Order: while a message of an agent waits here, all that this agent sends takes this way (`is_waiting`), for
 another worker may have found the target meanwhile, and the table would let the newer message overtake.
@@ -101,7 +101,7 @@ class Locations:
         search.asked_for = len(search.messages)
         self._cluster.locate(search.did, partial(self._found, search))
 
-    def _found(self, search: _Search, answer: Place | None | Exception) -> None:
+    def _found(self, search: _Search, answer: Place | Exception | None) -> None:
         did, messages = search.did, search.messages
         cause: str | None = None
         if isinstance(answer, Exception):

@@ -340,23 +340,28 @@ class Moves:
             self._tell(self._number(home["old"]), MARK, self._worker, epoch, data)
         elif kind == MARK and data:
             self._tell(self._number(orjson.loads(data)["new"]), MARK, origin, epoch, b"")
-        elif kind == MARK:
-            if (move := self._moves.get(epoch)) is not None:
+        elif kind in (MARK, HANDED):
+            if (move := self._moves.get(epoch)) is None:
+                pass
+            elif kind == MARK:
                 self._mark(move, origin)
-        elif kind == HANDED:
-            if (move := self._moves.get(epoch)) is not None:
+            else:
                 self._handed(move, data)
         elif kind == ROUTE:
             self._correct(worker, epoch, data)
         elif kind in MESSAGE_KINDS:
-            session = self._session(epoch, data)
-            if session is None:
-                is_closed = epoch in self._gone and self._gone[epoch][3]
-                self._pass_on(origin, epoch, data, is_closed=is_closed)
-            elif session.old_path_closed:
-                self._give_back(data, "away_expired")
-            else:
-                self._give(session, data)
+            self._on_old_path(origin, epoch, data)
+
+    def _on_old_path(self, origin: int, epoch: int, data: bytes) -> None:
+        """Take a message that came through the worker which had the session before."""
+        session = self._session(epoch, data)
+        if session is None:
+            is_closed = epoch in self._gone and self._gone[epoch][3]
+            self._pass_on(origin, epoch, data, is_closed=is_closed)
+        elif session.old_path_closed:
+            self._give_back(data, "away_expired")
+        else:
+            self._give(session, data)
 
     def on_stray(self, origin: int, epoch: int, data: bytes) -> None:
         """Take a message that a worker sent to the session of an epoch, which has dropped or gone since."""

@@ -1,8 +1,8 @@
 """The line of one worker to Redis: what is asked while one round trip is under way leaves with the next.
 
 One pipeline at a time keeps the order of all commands, and makes batches of them just when there are many.
-A line that broke is made anew by its owner (gateway.cluster): whether Redis has done what it was asked last is
-then not known, and everybody who asked is told so.
+A line that broke is made anew by its owner (gateway.cluster): whether Redis has done what it was asked last
+is then not known, and everybody who asked is told so.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def make_client(url: str) -> Redis:
         db=int(query.get("db", 0)),
         ssl=query.get("ssl", "") == "true",
     )
-    client: Redis = Sentinel(sentinels, socket_timeout=CONNECT_SECONDS).master_for(service, **options)
+    sentinel = Sentinel(sentinels, socket_timeout=CONNECT_SECONDS)  # type: ignore[no-untyped-call]
+    client: Redis = sentinel.master_for(service, **options)
     return client
 
 
@@ -99,7 +100,7 @@ def without_password(url: str) -> str:
 
 def read_script(name: str) -> str:
     """Return the source of one of SCRIPTS."""
-    return resources.files("gateway").joinpath("lua", f"{name}.lua").read_text()
+    return (resources.files("gateway") / "lua" / f"{name}.lua").read_text()
 
 
 class RedisLine:

@@ -25,8 +25,8 @@ class Session:
 
     `epoch` grows with every registration: whatever an older connection of the same DID still does, it
     cannot touch what belongs to a newer epoch. `move` is set while the session comes over from another
-    worker; `old_path_closed` once what is still on its way through that worker would come too late. `proven_at` is the timestamp of its
-    REGISTER in ms.
+    worker; `old_path_closed` once what is still on its way through that worker would come too late.
+    `proven_at` is the timestamp of its REGISTER in ms.
     """
 
     __slots__ = (

@@ -109,14 +109,15 @@ class Gateway:
             idle_timeout=settings.idle_timeout,
             close_timeout=CLOSE_TIMEOUT_SECONDS,
         )
-        self.registry = Registry(
-            node.table, node.ledger, worker, settings.away, self._on_away, self._on_gone
-        )
+        self.registry = Registry(node.table, node.ledger, worker, settings.away, self._on_away, self._on_gone)
         self.cluster = self._make_cluster(settings, node, worker)
         self.locations = None
         if self.cluster is not None:
             self.locations = Locations(
-                self.cluster, node.table, deliver=self._deliver_found, refuse=lambda _, waiting, cause: self._return(waiting.data, cause)
+                self.cluster,
+                node.table,
+                deliver=self._deliver_found,
+                refuse=lambda _, waiting, cause: self._return(waiting.data, cause),
             )
         self.moves = Moves(
             worker,

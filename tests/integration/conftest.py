@@ -55,7 +55,6 @@ def pair(start_node: Callable[..., Any]) -> tuple[Any, Any]:
     return start_node(), start_node()
 
 
-
 @pytest.fixture
 def run_gateway() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a gateway that is to end by itself."""

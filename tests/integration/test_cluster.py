@@ -8,6 +8,7 @@ from wire import Agent, assert_exchange, wait_until
 
 from aiconexus.protocol import DIDKey
 
+
 def test_agents_at_different_nodes_exchange_exact_bytes(pair):
     first, second = pair
     with Agent(first.port) as one, Agent(second.port) as other:

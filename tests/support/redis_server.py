@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 class RedisServer:
-    """One redis-server on a port of its own that keeps nothing on disk; it can be killed and started again."""
+    """One redis-server that keeps nothing on disk; it can be killed and started again on its port."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.port = free_port()
@@ -46,10 +46,9 @@ class RedisServer:
 
     def start(self) -> None:
         """Start it, empty, and wait until it answers."""
-        self._process = subprocess.Popen(
-            [find_server(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-            + ["--dir", str(self._folder), "--logfile", "redis.log", *self._options]
-        )
+        where = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder)]
+        kept = ["--save", "", "--appendonly", "no", "--logfile", "redis.log"]
+        self._process = subprocess.Popen([find_server(), *where, *kept, *self._options])
         deadline = time.monotonic() + START_SECONDS
         while self.command("PING") != b"+PONG\r\n":
             assert time.monotonic() < deadline, (self._folder / "redis.log").read_text()
