@@ -459,7 +459,7 @@ cdef class RoutingTable:
             self.unlock()
 
     def purge(self, uint16_t worker, uint32_t count=1):
-        """Remove the routes of a worker that is gone, or of `count` from it on; return how many there were."""
+        """Remove the routes of a worker that is gone, or of `count` from it on; return their number."""
         cdef uint64_t before, removed = 0
         while True:
             before = removed

@@ -119,8 +119,8 @@ def serve(
         bool | None,
         typer.Option(
             "--redis-required",
-            help="Do not start without Redis, and be not ready (GET /ready) while it is lost. [default: go on "
-            "alone]",
+            help="Do not start without Redis, and not be ready (GET /ready) while it is lost. "
+            "[default: go on alone]",
             rich_help_panel=_NODES,
         ),
     ] = None,
