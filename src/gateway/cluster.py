@@ -105,6 +105,7 @@ class Cluster:
         self._members: dict[int, Member] = {}
         # By worker of another node: what it had confirmed at the last heartbeat, and for how many of them.
         self._links: dict[int, tuple[int, int]] = {}
+        self._deaf: set[int] = set()  # workers of other nodes that did not listen since the last heartbeat
         self._clock_offset = 0.0  # time of Redis minus the monotonic one, in ms
         self._settled: asyncio.Event | None = None
         self._pending = 0  # registrations and their ends that Redis has not answered
@@ -230,7 +231,7 @@ class Cluster:
         """Have a link to a worker of another node; False if there can be none now."""
         if worker in self._links:
             return True
-        if self._registry is None:
+        if self._registry is None or worker in self._deaf:
             return False
         self._router.add_remote_link(worker, self.number, self._publish)
         self._links[worker] = (0, 0)
@@ -244,6 +245,7 @@ class Cluster:
     def _published(self, worker: int, answer: Any) -> None:
         # An exception is the end of the line, and with it of all links.
         if answer == 0:
+            self._deaf.add(worker)
             self._unlink(worker, "nobody listens")
 
     def _unlink(self, worker: int, reason: str) -> None:
@@ -426,6 +428,7 @@ class Cluster:
 
     def _look_after_links(self) -> None:
         """Give back what a worker of another node does not confirm."""
+        self._deaf.clear()
         for worker, (confirmed, times) in list(self._links.items()):
             base, waiting = self._router.progress(worker)
             if not waiting or base != confirmed:

@@ -29,6 +29,7 @@ class Flock:
         self.tasks: list[asyncio.Task[None]] = []
         self.number = 0
         self.is_leaving = False
+        self.roaming: dict[AsyncAgent, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
         await asyncio.gather(*(self._connect(agent) for agent in self.agents))
@@ -49,14 +50,31 @@ class Flock:
 
     async def _keep(self, agent: AsyncAgent) -> None:
         while True:
-            assert agent.reading is not None
-            await asyncio.wait([agent.reading])
+            reading = agent.reading
+            assert reading is not None
+            await asyncio.wait([reading])
             if self.is_leaving:
                 return
+            if agent in self.roaming:
+                await asyncio.wait([self.roaming[agent]])
+            if agent.reading is not reading:
+                continue  # it has roamed
             if agent.writer is not None:
                 agent.writer.close()
             agent.writer = agent.reading = None
             await self._connect(agent)
+
+    def roam(self) -> None:
+        """Let a random agent register anew, perhaps elsewhere, while its connection is still there.
+
+        One that is dropped instead loses what its kernel has taken.
+        """
+        agent = self.rng.choice(self.agents)
+        if agent.reading is None or agent.reading.done() or agent in self.roaming:
+            return
+        agent.port = self.rng.choice(self.ports)
+        task = self.roaming[agent] = asyncio.create_task(agent.connect(resume=True))
+        task.add_done_callback(lambda _: self.roaming.pop(agent))
 
     @property
     def present(self) -> list[AsyncAgent]:
@@ -65,13 +83,14 @@ class Flock:
     def send(self) -> tuple[str, AsyncAgent, int] | None:
         """Send a message from one random agent to another; return its id, its sender and the connection."""
         sender, target = self.rng.choice(self.agents), self.rng.choice(self.agents)
-        if sender.writer is None or sender.reading is None or sender.reading.done():
+        if sender in self.roaming or sender.reading is None or sender.reading.done():
             return None
         self.number += 1
         return sender.send(target.did, self.number), sender, sender.generation
 
     async def settle(self, sent: list[tuple[str, AsyncAgent, int]], seconds: float) -> dict[str, int]:
         """Wait until every message is delivered, or answered, or its sender's connection broke."""
+        await asyncio.gather(*self.roaming.values())
         deadline = time.monotonic() + seconds
         while True:
             delivered = Counter(name for agent in self.agents for _, name in agent.got)
