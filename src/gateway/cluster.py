@@ -18,13 +18,17 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import structlog
 from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
+from gateway import replies
 from gateway._connection import Router
 from gateway._mesh import NODE_WORKERS, source_of
 from gateway._routing import RoutingTable, TableBusyError
+from gateway.directory import Offer, Query
+from gateway.discovery import Page
 from gateway.redis_line import LineLostError, RedisLine, make_client
 from gateway.shared_registry import (
     HEARTBEAT_SECONDS,
@@ -36,7 +40,9 @@ from gateway.shared_registry import (
     Member,
     Place,
     SharedRegistry,
+    read_presence,
 )
+from gateway.watches import Change
 
 if TYPE_CHECKING:
     from gateway.registry import Registry, Session
@@ -52,6 +58,30 @@ PATIENCE = 2
 CLOSE_SECONDS = 2.0
 # Heartbeats in which the registry has other agents of this worker than this worker.
 DOUBTS_MAX = 2
+
+
+def terms_of(session: Session) -> tuple[str, ...]:
+    """Return the indexes in which an agent is listed, see lua/register.lua."""
+    if session.hidden:
+        return ()
+    names = {f"cap:{offer.name}" for offer in session.offers}
+    tags = {f"tag:{tag}" for offer in session.offers for tag in offer.tags}
+    return ("all", *sorted(names | tags))
+
+
+def offers_of(card: bytes) -> tuple[Offer, ...]:
+    """Return what a card offers that a node has checked."""
+    if not card:
+        return ()
+    return tuple(
+        Offer.read(capability["name"], capability.get("tags", ()), capability.get("description", ""))
+        for capability in orjson.loads(card)["capabilities"]
+    )
+
+
+def fits(query: Query, did: str, card: bytes) -> bool:
+    """Whether an agent of the registry is what is asked for."""
+    return query.matches(did, offers_of(card) if query.names_capabilities else ())
 
 
 class Cluster:
@@ -70,6 +100,8 @@ class Cluster:
         on_taken: Called with a session that another node has, and proven later.
         on_replaced: Called with a session that was found to replace one elsewhere, where that was, and the
             nodes that may look for it there.
+        on_change: Called with what happens to agents of all nodes, while somebody here watches.
+        on_doubt: Called when something of that may have been missed.
     """
 
     def __init__(
@@ -86,6 +118,8 @@ class Cluster:
         sessions: Registry,
         on_taken: Callable[[Session], None],
         on_replaced: Callable[[Session, Claim], None],
+        on_change: Callable[[Change], None],
+        on_doubt: Callable[[], None],
     ) -> None:
         self._url = url
         self._prefix = prefix
@@ -98,10 +132,15 @@ class Cluster:
         self._sessions = sessions
         self._on_taken = on_taken
         self._on_replaced = on_replaced
+        self._on_change = on_change
+        self._on_doubt = on_doubt
         self._log = structlog.get_logger("gateway.cluster").bind(worker=worker)
         self._line: RedisLine | None = None
         self._registry: SharedRegistry | None = None
         self._has_connected = False
+        self._is_watching = False
+        self._watching_changed = asyncio.Event()
+        self._searches: set[asyncio.Future[None]] = set()
         self._members: dict[int, Member] = {}
         # By worker of another node: what it had confirmed at the last heartbeat, and for how many of them.
         self._links: dict[int, tuple[int, int]] = {}
@@ -174,8 +213,9 @@ class Cluster:
                 epoch=session.epoch,
                 proven_at=session.proven_at,
                 is_away=session.connection is None,
-                card=session.capabilities,
-                terms=(),
+                card=session.card,
+                hidden=session.hidden,
+                terms=terms_of(session),
             ),
             deadline,
             decide,
@@ -210,7 +250,7 @@ class Cluster:
     def set_away(self, session: Session) -> None:
         """Say that an agent is away."""
         if self._registry is not None:
-            self._registry.set_status(session.did, session.epoch, "away")
+            self._registry.set_away(session.did, session.epoch)
 
     def locate(self, did: str, done: Callable[[Place | Exception | None], None]) -> None:
         """Find out where an agent is; `done` gets its place, None, or the exception that came instead."""
@@ -224,6 +264,72 @@ class Cluster:
             done(answer)
 
         self._registry.locate(did, decide)
+
+    # --- the directory -------------------------------------------------------------------------
+
+    def discover(self, query: Query, cursor: str, limit: int, done: Callable[[Page | None], None]) -> None:
+        """Find agents of all nodes; `done` gets None if Redis is lost."""
+        assert self._registry is not None
+        task = asyncio.ensure_future(self._discover(self._registry, query, cursor, limit, done))
+        self._searches.add(task)
+        task.add_done_callback(self._searches.discard)
+
+    async def _discover(
+        self,
+        registry: SharedRegistry,
+        query: Query,
+        cursor: str,
+        limit: int,
+        done: Callable[[Page | None], None],
+    ) -> None:
+        try:
+            done(await self._find(registry, query, cursor, limit))
+        except (LineLostError, RedisError) as error:
+            if not isinstance(error, LineLostError):
+                self._log.error("search refused", reason=str(error))
+            done(None)
+
+    async def _find(self, registry: SharedRegistry, query: Query, cursor: str, limit: int) -> Page:
+        if query.dids is not None:
+            described = sorted(await registry.describe([did for did in query.dids if did > cursor]))
+            fitting = [agent for agent in described if fits(query, agent[0], agent[2])]
+            return Page.of(((did, replies.agent(did, status, card)) for did, status, card in fitting), limit)
+        if query.capability is not None:
+            term = f"cap:{query.capability}"
+        elif query.tag is not None:
+            term = f"tag:{query.tag}"
+        else:
+            term = "all"
+        text = query.text or ""
+        # What JSON escapes stands on the card in another form.
+        if not text.isascii() or not text.isprintable() or set(text) & {'"', "\\"}:
+            text = ""
+        found: list[tuple[str, bytes]] = []
+        while len(found) <= limit:
+            cursor, agents = await registry.discover(term, cursor, limit + 1, text)
+            found.extend(
+                (did, replies.agent(did, status, card))
+                for did, status, card in agents
+                if fits(query, did, card)
+            )
+            if not cursor:
+                break
+        return Page.of(found, limit)
+
+    def watch(self, wanted: bool) -> None:
+        """Hear what happens to agents, or no longer."""
+        self._is_watching = wanted
+        self._watching_changed.set()
+
+    async def _listen(self, pubsub: PubSub, channel: str) -> None:
+        """Subscribe to the presence channel whenever somebody watches."""
+        is_subscribed = False
+        while True:
+            if self._is_watching != is_subscribed:
+                is_subscribed = self._is_watching
+                await (pubsub.subscribe if is_subscribed else pubsub.unsubscribe)(channel)
+            self._watching_changed.clear()
+            await self._watching_changed.wait()
 
     # --- messages ------------------------------------------------------------------------------
 
@@ -253,12 +359,22 @@ class Cluster:
             self._log.info("link lost", node=worker // NODE_WORKERS, to=worker % NODE_WORKERS, reason=reason)
             self._router.lose_remote_link(worker)
 
-    async def _read(self, pubsub: PubSub) -> None:
+    async def _read(self, pubsub: PubSub, channel: bytes) -> None:
         while True:
-            message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=HEARTBEAT_SECONDS)
+            message = await pubsub.get_message(timeout=HEARTBEAT_SECONDS)
             if message is None:
                 continue
+            if message["type"] != "message":
+                if message["channel"] == channel:
+                    self._on_doubt()  # until now nothing was heard
+                    self._router.settle()
+                continue
             piece = message["data"]
+            if message["channel"] == channel:
+                event, did, status, hidden, card = read_presence(piece)
+                self._on_change(Change(event, did, status, 0, card, hidden))
+                self._router.settle()
+                continue
             source = source_of(piece)
             if source is None or source // NODE_WORKERS in (0, self.number):
                 self._log.error("not a piece of a stream", channel=message["channel"], size=len(piece))
@@ -296,6 +412,7 @@ class Cluster:
         self._members = {}
         with suppress(TableBusyError):
             self._table.forget_others()
+        self._on_doubt()
         self._router.settle()
 
     async def _connection(self) -> None:
@@ -324,7 +441,9 @@ class Cluster:
                 self._has_connected = True
             self._line, self._registry = line, registry
             self._log.info("joined", node=beat.number, term=beat.term)
-            tasks.append(asyncio.create_task(self._read(pubsub)))
+            channel = registry.presence_channel
+            tasks.append(asyncio.create_task(self._read(pubsub, channel.encode())))
+            tasks.append(asyncio.create_task(self._listen(pubsub, channel)))
             tasks.append(asyncio.create_task(self._stay(registry, beat)))
             ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             ended.pop().result()

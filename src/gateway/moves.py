@@ -16,7 +16,7 @@ NEW holds back what a worker sends directly until that worker's MARK has come. W
 another thus arrives in the order in which it was sent. If OLD does not answer in time, NEW goes on without
 it, and what comes through OLD later goes back to its senders: never out of order, never in silence.
 
-Kinds are those of records between workers (ext/gateway/_mesh.pxd); the epoch in a record is that of the
+The words in capitals are kinds of records (gateway.kinds); the epoch in a record is that of the
 session at NEW. Numbers of workers in what is said are those that other nodes use.
 """
 
@@ -34,8 +34,9 @@ from aiconexus.protocol.limits import WRITE_QUEUE_MAX_BYTES
 from gateway._connection import Connection, Router
 from gateway._frames import scan
 from gateway._ledger import Ledger
-from gateway._mesh import FIRST_OTHER_KIND, NODE_WORKERS
+from gateway._mesh import NODE_WORKERS
 from gateway._routing import AWAY_INDEX, RoutingTable, TableBusyError
+from gateway.kinds import FENCE, FORWARDED, HANDED, HELD, MARK, MESSAGE_KINDS, MOVE, ROUTE
 from gateway.shelf import Shelf
 
 if TYPE_CHECKING:
@@ -43,11 +44,6 @@ if TYPE_CHECKING:
     from gateway.handshake import Registration
     from gateway.registry import Registry, Session
 
-MOVE, FENCE, MARK, HANDED, HELD, FORWARDED = range(FIRST_OTHER_KIND, FIRST_OTHER_KIND + 6)
-# To another node: what it has cached of an agent is not so any more.
-ROUTE = 32
-# Of records that hold an agent's message.
-MESSAGE_KINDS = frozenset({HELD, FORWARDED})
 # A worker that is alive answers within a loop pass.
 MOVE_SECONDS = 2.0
 # From one worker, for one session that is on its way.

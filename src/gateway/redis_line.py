@@ -20,7 +20,18 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
 
-SCRIPTS = ("heartbeat", "register", "unregister", "away", "locate", "purge", "disown", "bury")
+SCRIPTS = (
+    "heartbeat",
+    "register",
+    "unregister",
+    "away",
+    "locate",
+    "purge",
+    "disown",
+    "bury",
+    "discover",
+    "describe",
+)
 # After which Redis counts as lost. Its slowest answer is that to a purge, of milliseconds.
 REPLY_SECONDS = 3.0
 CONNECT_SECONDS = 3.0

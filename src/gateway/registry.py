@@ -14,10 +14,20 @@ from aiconexus.protocol.limits import AWAY_MAX_BYTES, AWAY_MAX_MESSAGES
 from gateway._connection import Connection
 from gateway._ledger import Ledger
 from gateway._routing import RoutingTable, TableBusyError
+from gateway.directory import Directory, Offer
 from gateway.shelf import Shelf
 
 if TYPE_CHECKING:
     from gateway.moves import Move
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What others may see of an agent: its card (JSON or empty), what that offers; hidden: not listed."""
+
+    card: bytes = b""
+    offers: tuple[Offer, ...] = ()
+    hidden: bool = False
 
 
 class Session:
@@ -32,14 +42,16 @@ class Session:
     __slots__ = (
         "_ledger",
         "away_until",
-        "capabilities",
+        "card",
         "connected_at",
         "connection",
         "did",
         "epoch",
+        "hidden",
         "id",
         "last_activity",
         "move",
+        "offers",
         "old_path_closed",
         "proven_at",
         "resume_token",
@@ -51,7 +63,7 @@ class Session:
         did: str,
         connection: Connection,
         epoch: int,
-        capabilities: bytes,
+        shown: Shown,
         resume_token: str,
         proven_at: int,
         ledger: Ledger,
@@ -61,7 +73,7 @@ class Session:
         self.id = str(uuid4())
         self.connection: Connection | None = connection
         self.epoch = epoch
-        self.capabilities = capabilities
+        self.show(shown)
         self.resume_token = resume_token
         self.proven_at = proven_at
         self.connected_at = time.time()
@@ -70,6 +82,17 @@ class Session:
         self.move: Move | None = None
         self.old_path_closed = False
         self.shelf: Shelf | None = None
+
+    @property
+    def status(self) -> str:
+        """What others are told of it: "online" or "away"."""
+        return "away" if self.connection is None else "online"
+
+    def show(self, shown: Shown) -> None:
+        """Let others see this of it, once it is listed."""
+        self.card = shown.card
+        self.offers = shown.offers
+        self.hidden = shown.hidden
 
     def hold(self, data: bytes) -> bool:
         """Keep a message for the return of an agent that is away; tell whether it fits."""
@@ -91,13 +114,13 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """What the gateway knows of one agent. Times are seconds since the epoch; `capabilities` is JSON."""
+    """What the gateway knows of one agent. Times are seconds since the epoch; `card` is JSON or empty."""
 
     did: str
     session: str
     connected_at: float
     last_activity: float
-    capabilities: bytes
+    card: bytes
     away: bool
 
 
@@ -108,6 +131,7 @@ class Registered:
     Attributes:
         session: The new session; its route is bound.
         resumed: Whether it continues the one before.
+        is_known: Whether the agent was at this node before, here or away.
         replaced: A connection of the same DID at this worker that is still open and must be closed with 4504.
         held: What waited here, to be sent on if resumed, else to go back to its senders.
         elsewhere: Worker and epoch of the session before, if another worker has it.
@@ -115,6 +139,7 @@ class Registered:
 
     session: Session
     resumed: bool
+    is_known: bool
     replaced: Connection | None
     held: deque[bytes]
     elsewhere: tuple[int, int] | None
@@ -147,6 +172,7 @@ class Registry:
         self._away = away
         self._on_away = on_away
         self._on_gone = on_gone
+        self.directory = Directory()
         self._sessions: dict[str, Session] = {}
         # All are kept for the same time, so the order of dropping is the order of expiry.
         self._dropped: OrderedDict[str, Session] = OrderedDict()
@@ -192,7 +218,7 @@ class Registry:
             session=session.id,
             connected_at=session.connected_at,
             last_activity=last_activity,
-            capabilities=session.capabilities,
+            card=session.card,
             away=session.connection is None,
         )
 
@@ -200,7 +226,7 @@ class Registry:
         self,
         did: str,
         connection: Connection,
-        capabilities: bytes,
+        shown: Shown,
         resume_token: str,
         resume: str | None,
         proven_at: int = 0,
@@ -210,22 +236,25 @@ class Registry:
         Args:
             did: The proven DID.
             connection: Where it is now.
-            capabilities: JSON, as it was registered.
+            shown: What others may see of the agent.
             resume_token: The token that the new session may be resumed with.
             resume: The token that the agent presented.
             proven_at: The timestamp of its REGISTER in ms.
         """
         epoch, owner = self._table.bind(did.encode(), self._worker, connection.index)
-        session = Session(did, connection, epoch, capabilities, resume_token, proven_at, self._ledger)
+        session = Session(did, connection, epoch, shown, resume_token, proven_at, self._ledger)
         before = self._sessions.get(did)
+        if before is not None:
+            self._unlist(before)
         self._sessions[did] = session
+        self._list(session)
         if before is not None and owner is not None and owner[2] != before.epoch:
             # It was at another worker meanwhile, which will come for what was here.
             self._take_away(before)
             before = None
         if before is None:
             elsewhere = (owner[0], owner[2]) if owner is not None and owner[0] != self._worker else None
-            return Registered(session, False, None, deque(), elsewhere)
+            return Registered(session, False, owner is not None, None, deque(), elsewhere)
         held: deque[bytes] = deque()
         replaced = before.connection
         if replaced is not None:
@@ -237,7 +266,21 @@ class Registry:
         if resumed:
             session.id = before.id
             session.connected_at = before.connected_at
-        return Registered(session, resumed, replaced, held, None)
+        return Registered(session, resumed, True, replaced, held, None)
+
+    def show(self, session: Session, shown: Shown) -> None:
+        """Let others see something else of an agent."""
+        self._unlist(session)
+        session.show(shown)
+        self._list(session)
+
+    def _list(self, session: Session) -> None:
+        if not session.hidden:
+            session.offers = self.directory.put(session.did, session.offers)
+
+    def _unlist(self, session: Session) -> None:
+        if not session.hidden:
+            self.directory.remove(session.did, session.offers)
 
     def _take_away(self, session: Session) -> None:
         self._dropped.pop(session.did, None)
@@ -253,6 +296,7 @@ class Registry:
                 return None
             del self._sessions[did]
             self._dropped.pop(did, None)
+            self._unlist(session)
         return session
 
     def drop(self, session: Session) -> bool:
@@ -268,6 +312,7 @@ class Registry:
             # Another worker has it now, and will come for what waits.
             session.connection = None
             del self._sessions[session.did]
+            self._unlist(session)
             self._take_away(session)
             return True
         session.last_activity = time.time() - session.connection.silent_seconds
@@ -286,6 +331,7 @@ class Registry:
             return False
         del self._sessions[session.did]
         self._dropped.pop(session.did, None)
+        self._unlist(session)
         session.connection = None
         self._change(self._table.remove, session)
         self._on_gone(session)

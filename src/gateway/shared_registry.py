@@ -9,6 +9,7 @@ is done in Redis for an agent while it is merely there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,11 @@ REGISTER_SECONDS = 4.0
 # In one script: Redis does nothing else meanwhile, for about a millisecond.
 PURGE_COUNT = 200
 
-_PREFIX_SIZE = len("did:key:z6Mk")
+# Agents that one search looks at.
+LOOK_COUNT = 500
+
+_DID_PREFIX = "did:key:z6Mk"
+_PREFIX_SIZE = len(_DID_PREFIX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,7 @@ class Entry:
     proven_at: int
     is_away: bool
     card: bytes
+    hidden: bool
     terms: tuple[str, ...]
 
 
@@ -102,6 +108,19 @@ def _place(node: Any, worker: Any, connection: Any, epoch: Any) -> Place | None:
     if not int(node):
         return None
     return Place(int(node) * NODE_WORKERS + int(worker), int(connection), int(epoch))
+
+
+def _agents(found: list[bytes]) -> list[tuple[str, str, bytes]]:
+    return [
+        (_DID_PREFIX + key.decode(), status.decode(), card)
+        for key, status, card in zip(found[::3], found[1::3], found[2::3], strict=True)
+    ]
+
+
+def read_presence(data: bytes) -> tuple[str, str, str, bool, bytes]:
+    """Return event, DID, status, whether it is hidden, and the card, of what the presence channel says."""
+    event, key, status, hidden, card = data.split(b"\n", 4)
+    return event.decode(), _DID_PREFIX + key.decode(), status.decode(), hidden == b"1", card
 
 
 class SharedRegistry:
@@ -203,6 +222,7 @@ class SharedRegistry:
             orjson.dumps(entry.terms),
             "again" if deadline is None else "new",
             deadline or 0,
+            int(entry.hidden),
             done=decide,
         )
 
@@ -221,9 +241,11 @@ class SharedRegistry:
             done=decide,
         )
 
-    def set_status(self, did: str, epoch: int, status: str) -> None:
-        """Say that an agent is "online" or "away"."""
-        self._line.run("away", (self._agent(did),), epoch, status, done=lambda _: None)
+    def set_away(self, did: str, epoch: int) -> None:
+        """Say that an agent is away."""
+        self._line.run(
+            "away", (self._agent(did),), self.prefix, did[_PREFIX_SIZE:], epoch, done=lambda _: None
+        )
 
     def locate(self, did: str, done: Done) -> None:
         """Find out where an agent is; `done` gets a Place, None, or an exception."""
@@ -244,6 +266,39 @@ class SharedRegistry:
         ):
             pass
 
+    @property
+    def presence_channel(self) -> str:
+        """On which whoever watches hears what happens to agents."""
+        return f"{self.prefix}presence"
+
+    async def discover(
+        self, term: str, cursor: str, count: int, text: str
+    ) -> tuple[str, list[tuple[str, str, bytes]]]:
+        """Return some of the listed agents behind a DID, and the DID behind which to go on, if any.
+
+        Args:
+            term: An index: "all", "cap:..." or "tag:...".
+            cursor: A DID, or "".
+            count: How many agents at most.
+            text: ASCII in lower case that must be on the card, or "".
+
+        Raises:
+            LineLostError: Redis cannot be reached.
+        """
+        last, *found = await self._line.ask_script(
+            "discover", (self.prefix + term,), self.prefix, cursor[_PREFIX_SIZE:], count, text, LOOK_COUNT
+        )
+        return (_DID_PREFIX + last.decode() if last else ""), _agents(found)
+
+    async def describe(self, dids: Sequence[str]) -> list[tuple[str, str, bytes]]:
+        """Return what is known of some agents.
+
+        Raises:
+            LineLostError: Redis cannot be reached.
+        """
+        keys = (did[_PREFIX_SIZE:] for did in dids)
+        return _agents(await self._line.ask_script("describe", (f"{self.prefix}nodes",), self.prefix, *keys))
+
     async def owned(self) -> set[str]:
         """Return the DIDs of which this worker is the owner, as the registry has it.
 
@@ -251,7 +306,7 @@ class SharedRegistry:
             LineLostError: Redis cannot be reached.
         """
         keys = await self._line.ask("SMEMBERS", self._owned(self._instance, self._worker))
-        return {"did:key:z6Mk" + key.decode() for key in keys}
+        return {_DID_PREFIX + key.decode() for key in keys}
 
     async def disown(self, dids: list[str]) -> None:
         """Remove what this worker no longer has.

@@ -20,9 +20,13 @@ from aiconexus import __version__
 from aiconexus.protocol import (
     DIDError,
     DIDKey,
+    DiscoverPayload,
     InvalidSignatureError,
+    Message,
     MessageError,
     PingPayload,
+    RegisterPayload,
+    UnregisterPayload,
     UnsupportedVersionError,
     decode,
     decode_did,
@@ -34,14 +38,18 @@ from gateway._connection import Connection, Router
 from gateway._frames import Scan, scan
 from gateway._mesh import NODE_WORKERS, ROUTED_KIND
 from gateway._routing import TableBusyError, TableFullError
-from gateway.cluster import Cluster
+from gateway.cluster import Cluster, offers_of
 from gateway.config import Settings
-from gateway.handshake import Handshake, Registrar, Registration
+from gateway.directory import Query
+from gateway.discovery import Discovery, Page
+from gateway.handshake import Handshake, Registrar, Registration, read_shown
+from gateway.kinds import ANSWER, ASK, CHANGED, MESSAGE_KINDS, WATCHING
 from gateway.locations import Locations, Waiting
-from gateway.moves import MESSAGE_KINDS, Moves, is_lasting
+from gateway.moves import Moves, is_lasting
 from gateway.node import Node, Tally
 from gateway.registry import Registered, Registry, Session
 from gateway.shared_registry import Claim
+from gateway.watches import WATCHES_MAX, Change, Watch, Watches
 
 # A message over the limit is still read up to this size, so that its ERROR can name it.
 FRAME_MAX_BYTES = 4 * MESSAGE_MAX_BYTES
@@ -59,6 +67,7 @@ DRAIN_STEP_MIN = 20
 SWEEP_TICKS = 100
 BACKLOG = 4096
 
+_FOR_US = frozenset({"PING", "PONG", "UNREGISTER", "DISCOVER", "REGISTER"})
 _ROUTED = frozenset({"OFFER", "ANSWER", "ICE_CANDIDATE", "ERROR"})
 _DATA_PLANE = frozenset({"INTENT", "EXEC_REQUEST", "EXEC_RESPONSE"})
 # Of a refusal on a registered session: all others leave it alive.
@@ -119,6 +128,24 @@ class Gateway:
                 deliver=self._deliver_found,
                 refuse=lambda _, waiting, cause: self._return(waiting.data, cause),
             )
+        self.discovery = Discovery(
+            worker,
+            self.registry.directory,
+            self.registry,
+            self.cluster,
+            others=self._siblings,
+            tell=self._tell,
+            reply=self._send_page,
+            settle=self.router.settle,
+        )
+        self.watches = Watches(
+            worker,
+            read_offers=offers_of,
+            others=self._siblings,
+            tell=self._tell,
+            notify=self._notify,
+            on_wanted=self.cluster.watch if self.cluster is not None else lambda _: None,
+        )
         self.moves = Moves(
             worker,
             self.router,
@@ -160,6 +187,8 @@ class Gateway:
             sessions=self.registry,
             on_taken=self._on_taken,
             on_replaced=self._on_replaced,
+            on_change=lambda change: self.watches.take(change, is_ordered=True),
+            on_doubt=self._doubt,
         )
 
     # --- HTTP ----------------------------------------------------------------------------------
@@ -304,21 +333,83 @@ class Gateway:
             self._deliver_elsewhere(connection, data, found)
         elif kind in _DATA_PLANE:
             self._refuse(connection, "data_plane_only", found=found, field="type")
-        elif kind == "DISCOVER":
-            self._refuse(connection, "not_offered", found=found, field="type")
-        elif kind not in ("PING", "PONG", "UNREGISTER") or found.to != self.did:
+        elif kind not in _FOR_US or found.to != self.did:
             self._refuse(connection, "unexpected_type", found=found, field="type")
         else:
             try:
                 message = decode(data)
+                self._answer(connection, session, message, found)
             except MessageError as error:
                 self._refuse(connection, error.cause.name, str(error), found=found, field=error.field)
-                return
-            if isinstance(message.payload, PingPayload):
-                answer = replies.pong(self.did, session.did, message.id, message.payload.sequence)
-                self._send(connection, answer)
-            elif kind == "UNREGISTER":
-                self._close(connection, 1000)
+
+    def _answer(self, connection: Connection, session: Session, message: Message, found: Scan) -> None:
+        """Do what an agent asks of the gateway itself."""
+        payload = message.payload
+        if isinstance(payload, PingPayload):
+            answer = replies.pong(self.did, session.did, message.id, payload.sequence)
+            self._send(connection, answer)
+        elif isinstance(payload, DiscoverPayload):
+            self._discover(connection, session, message, payload, found)
+        elif isinstance(payload, RegisterPayload):
+            shown = read_shown(message)
+            self._send(connection, self._registrar.note(message))
+            self.registry.show(session, shown)
+            if self.cluster is not None:
+                self.cluster.register(session, lambda _: None)
+            self._publish(session, "update")
+        elif isinstance(payload, UnregisterPayload):
+            self._close(connection, 1000)
+
+    def _discover(
+        self,
+        connection: Connection,
+        session: Session,
+        message: Message,
+        payload: DiscoverPayload,
+        found: Scan,
+    ) -> None:
+        if payload.watch is False:
+            if message.correlation_id is not None:
+                self.watches.remove(session, message.correlation_id)
+            self._send_page(session, message.id, Page(), False)
+            return
+        # What happens after the question was asked is told by the watch.
+        if payload.watch and not self.watches.add(session, message.id, Query.of(payload)):
+            text = f"an agent watches {WATCHES_MAX} times at most"
+            self._refuse(connection, "overloaded", text, found=found, field="payload.watch")
+        elif not self.discovery.ask(session, message.id, payload):
+            self.watches.remove(session, message.id)
+            text = "too many searches at the same time: wait for the answers"
+            self._refuse(connection, "overloaded", text, found=found, field="type", retry_after_ms=1_000)
+
+    def _send_page(self, session: Session, message_id: str, page: Page, is_partial: bool) -> None:
+        if session.connection is None:
+            return
+        cursor = page.agents[-1][0] if page.more and page.agents else None
+        agents = [data for _, data in page.agents]
+        answer = replies.presence(
+            self.did, session.did, message_id, agents, cursor=cursor, partial=is_partial
+        )
+        self._send(session.connection, answer)
+
+    def _notify(self, watch: Watch, event: str | None, agents: list[bytes]) -> None:
+        if watch.session.connection is None:
+            return
+        answer = replies.presence(
+            self.did, watch.session.did, watch.id, agents, event=event, partial=event is None
+        )
+        self._send(watch.session.connection, answer)
+
+    def _doubt(self) -> None:
+        """Tell whoever watches that something may have been missed."""
+        self.watches.doubt()
+
+    def _publish(self, session: Session, event: str) -> None:
+        """Tell whoever watches what has happened to an agent; with Redis, its scripts do."""
+        if self.cluster is None or not self.cluster.is_connected:
+            status = "offline" if event == "leave" else session.status
+            change = Change(event, session.did, status, session.epoch, session.card, session.hidden)
+            self.watches.publish(change)
 
     def _deliver_elsewhere(self, connection: Connection, data: bytes, found: Scan) -> None:
         """Deal with a message that the router did not deliver: its target is away, elsewhere or nowhere."""
@@ -407,11 +498,21 @@ class Gateway:
         """
         self.router.add_link(worker, fd)
         self._generations[worker] = generation
+        self.watches.on_link(worker)
 
     def on_record(self, worker: int, kind: int, origin: int, epoch: int, data: bytes) -> None:
         """Take what another worker says to this one."""
-        self.moves.on_record(worker, kind, origin, epoch, data)
-        self._count_sessions()
+        if kind == ASK:
+            self.discovery.on_ask(worker, epoch, data)
+        elif kind == ANSWER:
+            self.discovery.on_answer(worker, epoch, data)
+        elif kind == WATCHING:
+            self.watches.on_watching(worker, data)
+        elif kind == CHANGED:
+            self.watches.on_changed(data)
+        else:
+            self.moves.on_record(worker, kind, origin, epoch, data)
+            self._count_sessions()
 
     def on_link_lost(self, worker: int, records: list[tuple[int, int, int, bytes]]) -> None:
         """Another worker has gone: tell the senders of what it had not confirmed."""
@@ -423,9 +524,11 @@ class Gateway:
                 told.add(scan(data).id)
                 self._return(data, "unconfirmed")
         self.moves.on_link_lost(worker)
+        self.discovery.on_link_lost(worker)
         self.router.flush()
         if worker >= NODE_WORKERS:
             return
+        self.watches.on_link_lost(worker)
         # What it had confirmed, and kept for agents that were away or slow.
         for sender, target, message_id in self.node.ledger.read(worker, self._generations.pop(worker, 0)):
             if sender in self.registry and message_id not in told:
@@ -453,7 +556,7 @@ class Gateway:
             done = self.registry.register(
                 registration.did,
                 connection,
-                registration.capabilities,
+                registration.shown,
                 self._registrar.new_resume_token(),
                 registration.resume_token,
                 round(registration.message.timestamp.timestamp() * 1000),
@@ -493,6 +596,7 @@ class Gateway:
                 self.cluster.register(session, partial(self._begin_session, session, registration, done))
                 return
             claim = None
+        self._publish(session, "update" if done.is_known else "join")
         remote: list[int] = []
         elsewhere = done.elsewhere
         if claim is not None and self.cluster is not None:
@@ -535,11 +639,17 @@ class Gateway:
         assert claim.before is not None
         self.moves.dismiss(session, claim.before.worker, claim.before.epoch)
 
+    def _siblings(self) -> list[int]:
+        """Return the other workers of this node."""
+        return [worker for worker in self.router.linked_workers() if worker < NODE_WORKERS]
+
     def _on_away(self, session: Session) -> None:
+        self._publish(session, "away")
         if self.cluster is not None:
             self.cluster.set_away(session)
 
     def _on_gone(self, session: Session) -> None:
+        self._publish(session, "leave")
         if self.cluster is not None:
             self.cluster.unregister(session, partial(self._tell_gone, session.did, session.epoch))
 
@@ -563,6 +673,8 @@ class Gateway:
 
     def _replace(self, connection: Connection) -> None:
         """Close the connection of an agent that has registered anew."""
+        if connection.session is not None:
+            self.watches.remove(connection.session)
         connection.forget_session()
         self._close(connection, 4504)
 
@@ -571,6 +683,7 @@ class Gateway:
         session = connection.session
         if session is None:
             return
+        self.watches.remove(session)
         undelivered = connection.take_undelivered()
         connection.forget_session()
         if keep and self.settings.away > 0 and not self._is_draining:
@@ -805,6 +918,8 @@ class Gateway:
                 for session in self.registry.expire():
                     self._return_all(session.release(), "away_expired")
                 self.moves.expire()
+                self.discovery.expire()
+                self.watches.catch_up()
                 # After a stall, what other workers have to say of their sessions is not read yet.
                 if self.node.workers > 1 and now - last_run < STALL_SECONDS:
                     self._look_for_taken_sessions()

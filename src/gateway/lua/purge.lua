@@ -11,9 +11,11 @@
 local dids = redis.call('SPOP', KEYS[1], ARGV[4])
 for _, did in ipairs(dids) do
     local agent = ARGV[1] .. 'agent:' .. did
-    local old = redis.call('HMGET', agent, 'i', 'w', 'x')
+    local old = redis.call('HMGET', agent, 'i', 'w', 'x', 'h', 'k')
     if old[1] == ARGV[2] and old[2] == ARGV[3] then
         redis.call('DEL', agent)
+        redis.call('PUBLISH', ARGV[1] .. 'presence',
+                   'leave\n' .. did .. '\noffline\n' .. old[4] .. '\n' .. old[5])
         for _, term in ipairs(cjson.decode(old[3])) do
             redis.call('ZREM', ARGV[1] .. term, did)
         end

@@ -9,7 +9,7 @@
 -- Returns the numbers of the nodes that asked where it was, each followed by a comma; nil if another session
 -- owns it.
 
-local old = redis.call('HMGET', KEYS[1], 'e', 'x', 'q')
+local old = redis.call('HMGET', KEYS[1], 'e', 'x', 'q', 'h', 'k')
 if old[1] ~= ARGV[3] then
     return false
 end
@@ -18,4 +18,5 @@ redis.call('SREM', KEYS[2], ARGV[2])
 for _, term in ipairs(cjson.decode(old[2])) do
     redis.call('ZREM', ARGV[1] .. term, ARGV[2])
 end
+redis.call('PUBLISH', ARGV[1] .. 'presence', 'leave\n' .. ARGV[2] .. '\noffline\n' .. old[4] .. '\n' .. old[5])
 return old[3] or ''
