@@ -73,7 +73,7 @@ class Watches:
         read_offers: Returns what a card offers.
         others: Returns the other workers of this node.
         tell: Sends a record to another worker, as `Router.tell`.
-        notify: Called with a watch, the event or None, and the agents to tell of, each as JSON.
+        notify: Called with a watch, the event, and the agents to tell of, each as JSON.
         on_wanted: Called when there is a watch, and when there is none any more.
     """
 
@@ -84,7 +84,7 @@ class Watches:
         read_offers: Callable[[bytes], Iterable[Offer]],
         others: Callable[[], list[int]],
         tell: Callable[[int, int, int, int, bytes], bool],
-        notify: Callable[[Watch, str | None, list[bytes]], None],
+        notify: Callable[[Watch, str, list[bytes]], None],
         on_wanted: Callable[[bool], None],
     ) -> None:
         self._worker = worker
@@ -157,7 +157,7 @@ class Watches:
         """Tell all watchers that they may have missed something."""
         for own in list(self._watches.values()):
             for watch in list(own.values()):
-                self._notify(watch, None, [])
+                self._notify(watch, "missed", [])
 
     def on_changed(self, data: bytes) -> None:
         """Another worker tells what has happened to one of its agents; with no data: that it could not."""

@@ -392,13 +392,10 @@ class Gateway:
         )
         self._send(session.connection, answer)
 
-    def _notify(self, watch: Watch, event: str | None, agents: list[bytes]) -> None:
-        if watch.session.connection is None:
-            return
-        answer = replies.presence(
-            self.did, watch.session.did, watch.id, agents, event=event, partial=event is None
-        )
-        self._send(watch.session.connection, answer)
+    def _notify(self, watch: Watch, event: str, agents: list[bytes]) -> None:
+        if watch.session.connection is not None:
+            answer = replies.presence(self.did, watch.session.did, watch.id, agents, event=event)
+            self._send(watch.session.connection, answer)
 
     def _doubt(self) -> None:
         """Tell whoever watches that something may have been missed."""

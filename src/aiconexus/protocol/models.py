@@ -276,13 +276,13 @@ class PresencePayload(Payload):
     """A page of agents, or one event of a watch.
 
     Each of `agents` has `did`, `status` ("online" or "away") and, if it has shown one, `card`. A page that is
-    not the last has a `cursor`. `partial`: not everybody who knows could be asked; in a watch, events may be
-    missing from now on or have been missed, so ask again.
+    not the last has a `cursor`. `partial`: not everybody who knows could be asked. The event "missed" has no
+    agents: others may have been lost, so ask again.
     """
 
     type = MessageType.PRESENCE
     agents: list[dict[str, JsonValue]] = Field(default_factory=list)
-    event: Literal["join", "leave", "away", "update"] | None = None
+    event: Literal["join", "leave", "away", "update", "missed"] | None = None
     cursor: str | None = None
     partial: bool | None = None
 
