@@ -91,6 +91,7 @@ class Cluster:
         url: Of Redis.
         prefix: What the keys of this network begin with.
         instance: Of this node: random, new at every start.
+        did: Of this node.
         name: Of this node, for people.
         workers: How many it has.
         worker: Which one this is.
@@ -110,6 +111,7 @@ class Cluster:
         *,
         prefix: str,
         instance: str,
+        did: str,
         name: str,
         workers: int,
         worker: int,
@@ -124,6 +126,7 @@ class Cluster:
         self._url = url
         self._prefix = prefix
         self._instance = instance
+        self._did = did
         self._name = name
         self._workers = workers
         self._worker = worker
@@ -426,6 +429,7 @@ class Cluster:
                 line,
                 prefix=self._prefix,
                 instance=self._instance,
+                did=self._did,
                 name=self._name,
                 workers=self._workers,
                 worker=self._worker,
@@ -494,6 +498,14 @@ class Cluster:
         for number, member in alive.items():
             if number not in self._members:
                 self._log.info("node met", node=number, name=member.name, workers=member.workers)
+                if member.did != self._did:
+                    self._log.warning(
+                        "node with another identity",
+                        node=number,
+                        name=member.name,
+                        did=member.did,
+                        hint="agents that come from there cannot resume here: give all nodes one --identity",
+                    )
         self._members = alive
         self._router.settle()
 

@@ -41,6 +41,7 @@ class Member:
     number: int
     instance: str
     workers: int
+    did: str
     name: str
     is_alive: bool
 
@@ -130,17 +131,19 @@ class SharedRegistry:
         line: To Redis.
         prefix: What the keys of this network of nodes begin with.
         instance: Of this node: random, new at every start.
+        did: Of this node.
         name: Of this node, for people.
         workers: How many it has.
         worker: Which one this is.
     """
 
     def __init__(
-        self, line: RedisLine, *, prefix: str, instance: str, name: str, workers: int, worker: int
+        self, line: RedisLine, *, prefix: str, instance: str, did: str, name: str, workers: int, worker: int
     ) -> None:
         self._line = line
         self.prefix = f"{{{prefix}}}:"
         self._instance = instance
+        self._did = did
         self._name = name
         self._workers = workers
         self._worker = worker
@@ -173,7 +176,7 @@ class SharedRegistry:
             ),
             self._instance,
             self._workers,
-            self._name,
+            f"{self._did} {self._name}",
             round(LEASE_SECONDS * 1000),
             leases,
         )
@@ -183,8 +186,8 @@ class SharedRegistry:
             time,
             owned,
             tuple(
-                Member(number, instance.decode(), workers, name.decode(), bool(is_alive))
-                for number, instance, workers, name, is_alive in members
+                Member(number, instance.decode(), workers, *label.decode().split(" ", 1), bool(is_alive))
+                for number, instance, workers, label, is_alive in members
             ),
         )
 

@@ -179,6 +179,7 @@ class Gateway:
             settings.redis,
             prefix=settings.redis_prefix,
             instance=node.instance,
+            did=self.did,
             name=settings.node_name,
             workers=node.workers,
             worker=worker,
@@ -889,6 +890,7 @@ class Gateway:
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             for connection in self.router.open_connections():
                 connection.abort()
             self.router.run_pass()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -32,16 +33,17 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 
 @pytest.fixture
-def start_node(start_gateway: Callable[..., Any], redis_server: RedisServer) -> Callable[..., Any]:
+def start_node(
+    start_gateway: Callable[..., Any], redis_server: RedisServer, tmp_path: Path
+) -> Callable[..., Any]:
     """Start nodes of one network; each waits until it has met those before it."""
     prefix = f"test-{uuid4()}"
     nodes: list[Any] = []
 
     def start(*options: str, url: str = redis_server.url) -> Any:
-        node = start_gateway(
-            "--redis", url, "--redis-prefix", prefix, "--node-name", f"node-{len(nodes)}",
-            "--workers", str(NODE_WORKERS), "--message-rate", "0", *options,
-        )  # fmt: skip
+        network = ["--redis", url, "--redis-prefix", prefix, "--identity", str(tmp_path / "gateway.pem")]
+        own = ["--node-name", f"node-{len(nodes)}", "--workers", str(NODE_WORKERS), "--message-rate", "0"]
+        node = start_gateway(*network, *own, *options)
         nodes.append(node)
         for each in nodes:
             wait_until(lambda each=each: len(each.health()["cluster"]["others"]) == len(nodes) - 1)

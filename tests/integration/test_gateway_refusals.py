@@ -28,6 +28,7 @@ from aiconexus.protocol import (
     UnregisterPayload,
     sign_message,
 )
+from aiconexus.protocol.cards import sign_card
 from aiconexus.protocol.errors import CAUSES
 
 OTHER = DIDKey.from_seed(b"o" * 32)
@@ -208,12 +209,22 @@ IN_SESSION = {
     "an EXEC_REQUEST": payload("data_plane_only", ExecRequestPayload(args={})),
     "an EXEC_RESPONSE": payload("data_plane_only", ExecResponsePayload(status=ExecStatus.SUCCESS)),
     "an INTENT to the gateway": payload("data_plane_only", IntentPayload(query="x"), to_gateway=True),
-    "DISCOVER": payload("not_offered", DiscoverPayload(), to_gateway=True),
+    "a DISCOVER to an agent": payload("unexpected_type", DiscoverPayload()),
+    "a DISCOVER with a limit of 0": Bad(
+        "invalid_payload",
+        lambda a: a.message(a.gateway_did, DiscoverPayload()).replace(b'"limit":50', b'"limit":0'),
+        field="payload.limit",
+    ),
     "PRESENCE": payload("unexpected_type", PresencePayload(), to_gateway=True),
     "a PING to an agent": payload("unexpected_type", PingPayload()),
     "a PONG to an agent": payload("unexpected_type", PongPayload()),
     "an UNREGISTER to an agent": payload("unexpected_type", UnregisterPayload()),
-    "a second REGISTER": Bad("unexpected_type", lambda a: a.signed(a.registration()), field="type"),
+    "a REGISTER to an agent": payload("unexpected_type", RegisterPayload(public_key="z")),
+    "a REGISTER on a session with another's card": Bad(
+        "invalid_ext",
+        lambda a: a.signed(a.registration(ext={"card": sign_card([], OTHER)})),
+        field="ext.card.did",
+    ),
     "a PING with an unknown payload field": Bad(
         "invalid_payload",
         lambda a: a.message(a.gateway_did, PingPayload()).replace(b'"payload":{', b'"payload":{"x":1'),

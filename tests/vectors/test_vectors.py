@@ -24,6 +24,7 @@ from aiconexus.protocol import (
     DIDKey,
     ErrorPayload,
     ExecResponsePayload,
+    InvalidSignatureError,
     MalformedMessageError,
     Message,
     MessageError,
@@ -37,6 +38,7 @@ from aiconexus.protocol import (
     verify_envelope,
     verify_message,
 )
+from aiconexus.protocol.cards import verify_card
 from aiconexus.protocol.models import PAYLOADS, ErrorDetails
 from aiconexus.protocol.serialization import loads
 
@@ -190,6 +192,16 @@ def test_message_vector_passes_the_gateway(vector):
     assert (found.id, found.from_, found.to, found.type) == tuple(
         envelope[name] for name in ("id", "from", "to", "type")
     )
+
+
+@pytest.mark.parametrize("vector", read("cards.json"), ids=lambda vector: vector["reason"] or "good")
+def test_card_vector(vector):
+    if not vector["reason"]:
+        assert verify_card(vector["card"], vector["did"]).did == vector["did"]
+        return
+    error = InvalidSignatureError if vector["reason"] == "signature" else MalformedMessageError
+    with pytest.raises(error):
+        verify_card(vector["card"], vector["did"])
 
 
 def test_refusal_vectors_differ_from_a_good_message_in_one_thing():

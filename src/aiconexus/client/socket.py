@@ -313,8 +313,8 @@ class GatewayClient:
     ) -> AsyncGenerator[Found, None]:
         """Find agents: `async for found in client.discover(tag="legal")`.
 
-        They come in the order of their DIDs. `capability`, `tag` and `text` must hold for one capability of an
-        agent. Each card was signed by its agent; one that was not is left out.
+        They come in the order of their DIDs. `capability`, `tag` and `text` must hold for one and the same
+        capability. Each card was signed by its agent; an agent whose card was not is left out.
 
         Args:
             capability: Name of a capability.

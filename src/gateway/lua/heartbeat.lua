@@ -1,19 +1,19 @@
 -- Join the nodes, or renew the lease of one that has joined; and say who else is there.
 --
--- KEYS[1]  nodes: hash, number of a node -> "instance term workers name"
+-- KEYS[1]  nodes: hash, number of a node -> "instance term workers did name"
 -- KEYS[2]  counter of terms
 -- KEYS[3]  lease of this node
 -- KEYS[4]  set of the DIDs of the worker that asks
 -- ARGV[1]  instance: random, new at every start of a node
 -- ARGV[2]  workers of the node
--- ARGV[3]  its name, for people
+-- ARGV[3]  its DID and its name, for people
 -- ARGV[4]  life of the lease in ms
 -- ARGV[5]  what the names of all leases begin with
 --
 -- Returns {number, term, time, owned, nodes}. The number is the smallest that is free, from 1. The term grows
 -- with every joining: who finds another one than before was forgotten meanwhile, and announces its agents
 -- again. `time` is that of Redis in ms, `owned` the size of KEYS[4], `nodes` a list of
--- {number, instance, workers, name, 1 if its lease holds}.
+-- {number, instance, workers, DID and name, 1 if its lease holds}.
 
 local nodes = redis.call('HGETALL', KEYS[1])
 local mine, term
