@@ -19,7 +19,7 @@ from aiconexus.protocol.limits import (
     PONG_TIMEOUT_SECONDS,
     REGISTER_TIMEOUT_SECONDS,
 )
-from gateway.handshake import parse_url
+from gateway.urls import parse_url
 
 ENVIRONMENT = "AICONEXUS_GATEWAY_"  # and the name of a setting in capitals
 MAX_WORKERS = 64

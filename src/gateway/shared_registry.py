@@ -111,6 +111,11 @@ def _place(node: Any, worker: Any, connection: Any, epoch: Any) -> Place | None:
     return Place(int(node) * NODE_WORKERS + int(worker), int(connection), int(epoch))
 
 
+def _member(number: int, instance: bytes, workers: int, label: bytes, is_alive: int) -> Member:
+    did, _, name = label.decode().partition(" ")
+    return Member(number, instance.decode(), workers, did, name, bool(is_alive))
+
+
 def _agents(found: list[bytes]) -> list[tuple[str, str, bytes]]:
     return [
         (_DID_PREFIX + key.decode(), status.decode(), card)
@@ -186,7 +191,7 @@ class SharedRegistry:
             time,
             owned,
             tuple(
-                Member(number, instance.decode(), workers, *label.decode().split(" ", 1), bool(is_alive))
+                _member(number, instance, workers, label, is_alive)
                 for number, instance, workers, label, is_alive in members
             ),
         )

@@ -66,6 +66,15 @@ MESSAGES = read("messages.json")
 BLOCKS = [json.loads(text) for text in re.findall(r"(?ms)^```json\n(.*?)^```$", DOCUMENT)]
 
 
+UNSIGNED = (
+    MessageType.PING,
+    MessageType.PONG,
+    MessageType.UNREGISTER,
+    MessageType.DISCOVER,
+    MessageType.PRESENCE,
+)
+
+
 def must_be_signed(message: Message, gateway: str) -> bool:
     kind = message.type
     if kind is MessageType.EXEC_RESPONSE:
@@ -73,8 +82,7 @@ def must_be_signed(message: Message, gateway: str) -> bool:
         return message.payload.status.is_final
     if kind is MessageType.ERROR:
         return message.from_ != gateway
-    unsigned = (MessageType.PING, MessageType.PONG, MessageType.UNREGISTER, MessageType.DISCOVER)
-    return kind not in unsigned
+    return kind not in UNSIGNED
 
 
 def verify(envelope: dict) -> None:
