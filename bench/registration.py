@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from aiconexus.protocol import DIDKey, Message, MessageType, RegisterPayload, decode, encode, sign_message
+from aiconexus.protocol.cards import sign_card
 from aiconexus.protocol.limits import SUBPROTOCOL
 
 _IP_BIND_ADDRESS_NO_PORT = 24  # Linux 4.2; in `socket` from Python 3.12 on
@@ -62,7 +63,7 @@ def prove(greeting: Message, key: DIDKey, url: str, capabilities: list[Any]) -> 
             key.did,
             greeting.from_,
             RegisterPayload(public_key=key.public_key_base58),
-            ext={"nonce": greeting.ext["nonce"], "aud": url, "capabilities": capabilities},
+            ext={"nonce": greeting.ext["nonce"], "aud": url, "card": sign_card(capabilities, key)},
         ),
         key,
     )

@@ -47,6 +47,7 @@ cdef class Router:
         list connections
         list free_indices
         list links              # Link or None by worker
+        list open_links         # those that are not None
         Ledger ledger
         Addresses addresses
         Counters counters_of    # keeps `counted` alive
@@ -75,6 +76,7 @@ cdef class Router:
     cdef int watch(self, int fd, int operation, uint32_t events, uint64_t tag) except -1
     cdef int deliver(self, Link link, const Record* record, const char* payload) except -1
     cdef int lose(self, Link link) except -1
+    cdef Link link_to(self, uint16_t worker)
     cdef int unblock(self, Link link) except -1
     cdef int write_link(self, Link link, bint confirm_now) except -1
 
@@ -103,6 +105,7 @@ cdef class Connection:
         bint is_broken              # on the router's list of those that end
         bint is_pinged              # a WebSocket ping is not answered yet
         public bint is_moving       # messages for it go to the handler, see gateway.moves
+        public bint is_waiting      # messages of it go to the handler, see gateway.locations
         uint32_t last_heard, last_message, pinged_at  # ticks
         Timer timer
         # Token bucket: thousandths of messages, and when they were counted.

@@ -26,7 +26,7 @@ from gateway._counters cimport (
 )
 from gateway._frames cimport ANSWER, ERROR, ICE_CANDIDATE, OFFER, OK, Envelope, is_utf8, scan_envelope
 from gateway._ledger cimport NO_RECORD, NO_ROOM, Ledger
-from gateway._mesh cimport LINK_MAX, LINK_RESERVE, ROUTED, Link, Record
+from gateway._mesh cimport LINK_MAX, LINK_RESERVE, MAX_WORKERS, ROUTED, Link, Record, RemoteLink
 from gateway._routing cimport DID_PREFIX_SIZE, DID_SIZE, Route, RoutingTable
 from gateway._timers cimport TICKS_PER_SECOND, TimerWheel
 from gateway._websocket cimport (
@@ -176,6 +176,7 @@ cdef class Router:
         self.counted = counters.row(worker)
         self.worker = worker
         self.links = [None] * counters.workers
+        self.open_links = []
         self.timers = TimerWheel()
         self.connections = []
         self.free_indices = []
@@ -211,16 +212,10 @@ cdef class Router:
 
     def advance(self, double seconds):
         """Let time pass up to `seconds` since the worker started: timers fire, batches are confirmed."""
-        cdef Link link
-        cdef uint64_t unconfirmed = 0
         self.counted[HEARTBEATS] += 1
         self.timers.advance(<uint32_t>(seconds * TICKS_PER_SECOND), fire)
         self.end_pass(True)
         self.ledger.settle()
-        for link in self.links:
-            if link is not None:
-                unconfirmed += link.out_size
-        self.counted[UNCONFIRMED_BYTES] = unconfirmed
         if self.has_freed and self.timers.now - self.trimmed_at >= TRIM_TICKS:
             self.has_freed = False
             self.trimmed_at = self.timers.now
@@ -261,7 +256,7 @@ cdef class Router:
             flags = events[i].events
             if tag & LINK_TAG:
                 link = <Link><void*>(tag - LINK_TAG)
-                if link.fd >= 0:
+                if link.is_open:
                     if flags & EPOLLOUT:
                         self.unblock(link)
                     if flags & (EPOLLIN | EPOLLHUP | EPOLLERR) and not link.read(
@@ -286,6 +281,7 @@ cdef class Router:
         cdef Connection connection
         cdef Link link
         cdef list broken
+        cdef uint64_t unconfirmed
         while True:
             self.flush()
             broken = self.broken
@@ -297,12 +293,14 @@ cdef class Router:
                     self.handler.on_fault(connection)
             if self.dirty_size or self.broken:
                 continue
-            for link in self.links:
-                if link is not None:
-                    # Only now: a batch is dealt with when its messages have left this process.
-                    link.settle()
-                    if link.out_size or link.owes:
-                        self.write_link(link, confirm_now)
+            unconfirmed = 0
+            for link in self.open_links:
+                # Only now: a batch is dealt with when its messages have left this process.
+                link.settle()
+                if link.out_size or link.owes:
+                    self.write_link(link, confirm_now)
+                unconfirmed += link.out_size
+            self.counted[UNCONFIRMED_BYTES] = unconfirmed
             if not self.dirty_size and not self.broken:
                 return 0
 
@@ -381,20 +379,21 @@ cdef class Router:
         cdef Link old = self.links[worker]
         if old is not None:
             # Its end is not read yet.
-            while old.fd >= 0 and old.read(self.input, INPUT_BYTES, deliver_record, <void*>self):
+            while old.is_open and old.read(self.input, INPUT_BYTES, deliver_record, <void*>self):
                 if old.is_silent:
                     break
             self.lose(old)
         self.links[worker] = link
+        self.open_links.append(link)
         self.watch(fd, EPOLL_CTL_ADD, EPOLLIN, <uint64_t><void*>link + LINK_TAG)
 
     def linked_workers(self):
         """Return the numbers of the other workers that can be reached."""
-        return [link.worker for link in self.links if link is not None]
+        return [link.worker for link in self.open_links]
 
     def tell(self, int worker, int kind, int origin, uint64_t epoch, bytes data not None):
         """Send another worker a record for its handler; False if it cannot be reached or is behind."""
-        cdef Link link = self.links[worker]
+        cdef Link link = self.link_to(worker)
         return link is not None and link.append(
             LINK_MAX + LINK_RESERVE, kind, origin, 0, epoch, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data)
         )
@@ -411,7 +410,7 @@ cdef class Router:
             return None
         if route.worker == self.worker:
             return None
-        link = self.links[route.worker]
+        link = self.link_to(route.worker)
         return link is not None and link.append(
             LINK_MAX + LINK_RESERVE,
             ROUTED,
@@ -434,17 +433,65 @@ cdef class Router:
         if self.links[link.worker] is not link:
             return 0
         self.links[link.worker] = None
-        self.watch(link.fd, EPOLL_CTL_DEL, 0, 0)
+        self.open_links.remove(link)
+        if link.fd >= 0:
+            self.watch(link.fd, EPOLL_CTL_DEL, 0, 0)
         link.close()
         self.handler.on_link_lost(link.worker, link.take_unconfirmed())
         return 0
 
+    # --- workers of other nodes ----------------------------------------------------------------
+
+    def add_remote_link(self, int worker, uint16_t node, publish):
+        """Talk to a worker of another node.
+
+        Args:
+            worker: Its number, see _mesh.pxd.
+            node: The number of this node.
+            publish: Called with `worker` and each piece of the stream to it.
+        """
+        cdef RemoteLink link = RemoteLink(worker, -1, node=node, source=self.worker, publish=publish)
+        if worker < MAX_WORKERS:
+            raise ValueError(f"{worker} is a worker of this node")
+        self.links.extend([None] * (worker + 1 - len(self.links)))
+        self.links[worker] = link
+        self.open_links.append(link)
+
+    def take(self, int worker, bytes piece not None):
+        """Take what a worker of another node has published; False if our stream to it must begin anew."""
+        cdef RemoteLink link = self.links[worker]
+        cdef bint is_followed = link.take(piece, deliver_record, <void*>self)
+        self.end_pass(False)
+        return is_followed
+
+    def begin_anew(self, int worker):
+        """Begin another stream to a worker of another node; the handler gets what it did not confirm."""
+        cdef RemoteLink link = self.links[worker]
+        self.handler.on_link_lost(worker, link.begin_anew())
+
+    def progress(self, int worker):
+        """Return how many bytes a worker of another node has confirmed, and how many wait for that."""
+        return (<RemoteLink>self.links[worker]).progress
+
+    def lose_remote_link(self, int worker):
+        """Talk to a worker of another node no more."""
+        self.lose(self.links[worker])
+
+    def settle(self):
+        """End a pass that did not begin here: what was queued is written."""
+        self.end_pass(False)
+
+    cdef Link link_to(self, uint16_t worker):
+        """Return the link to another worker; None if there is none."""
+        return self.links[worker] if worker < len(self.links) else None
+
     cdef int deliver(self, Link link, const Record* record, const char* payload) except -1:
         """Take one record from another worker."""
         cdef Connection target
+        cdef uint16_t origin = link.local(record.origin)
         if record.kind != ROUTED:
             self.handler.on_record(
-                link.worker, record.kind, record.origin, record.epoch,
+                link.worker, record.kind, origin, record.epoch,
                 PyBytes_FromStringAndSize(payload, record.size),
             )
             return 0
@@ -452,9 +499,7 @@ cdef class Router:
             target = <object>PyList_GET_ITEM(self.connections, record.connection)
             if target is not None and target.epoch == record.epoch and target.state == REGISTERED:
                 if target.is_moving:
-                    self.handler.on_moving(
-                        target, record.origin, PyBytes_FromStringAndSize(payload, record.size)
-                    )
+                    self.handler.on_moving(target, origin, PyBytes_FromStringAndSize(payload, record.size))
                 elif target.queue(TEXT, payload, record.size):
                     self.counted[MESSAGES_ROUTED] += 1
                     self.counted[BYTES_ROUTED] += record.size
@@ -463,9 +508,7 @@ cdef class Router:
                         target, None, PyBytes_FromStringAndSize(payload, record.size)
                     )
                 return 0
-        self.handler.on_stray(
-            record.origin, record.epoch, PyBytes_FromStringAndSize(payload, record.size)
-        )
+        self.handler.on_stray(origin, record.epoch, PyBytes_FromStringAndSize(payload, record.size))
         return 0
 
 
@@ -745,13 +788,16 @@ cdef class Connection:
                 return 0
             if (
                 size <= router.message_max
+                and not self.is_waiting
                 and scan_envelope(data, size, &envelope) == OK
                 and (ROUTED_TYPES >> envelope.type) & 1
                 and memcmp(envelope.from_.data, self.did, DID_SIZE) == 0
                 and router.table.find(envelope.to.data + DID_PREFIX_SIZE, &route)
             ):
                 if route.worker != router.worker:
-                    link = <Link>PyList_GET_ITEM(router.links, route.worker)
+                    link = None
+                    if route.worker < PyList_GET_SIZE(router.links):
+                        link = <Link>PyList_GET_ITEM(router.links, route.worker)
                     if link is not None and link.append(
                         LINK_MAX, ROUTED, router.worker, route.connection, route.epoch, data, size
                     ):

@@ -1,6 +1,6 @@
 """The stream between two workers; see _mesh.pxd."""
 
-from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
@@ -8,6 +8,7 @@ from libc.string cimport memcpy, memmove, memset
 
 import os
 import socket
+import time
 
 cdef extern from "<sys/socket.h>" nogil:
     ssize_t send(int fd, const void* data, size_t size, int flags)
@@ -19,8 +20,12 @@ cdef enum:
     # An empty link gives memory over this back.
     KEPT_BYTES = 262_144
 
+cdef enum:
+    MAGIC = 0x41494331  # "AIC1"
+
 ROUTED_KIND = ROUTED
 FIRST_OTHER_KIND = FIRST_OTHER
+NODE_WORKERS = MAX_WORKERS
 
 
 def socket_pair():
@@ -44,9 +49,10 @@ cdef class Link:
         fd: The socket, not blocking. The link owns it.
     """
 
-    def __cinit__(self, int worker, int fd):
+    def __cinit__(self, int worker, int fd, **_):
         self.worker = worker
         self.fd = fd
+        self.is_open = True
 
     def __dealloc__(self):
         free(self.out)
@@ -55,9 +61,13 @@ cdef class Link:
 
     def close(self):
         """Close the socket; what was not confirmed stays to be taken."""
+        self.is_open = False
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    cdef uint16_t local(self, uint16_t number) noexcept:
+        return number
 
     # --- sending -------------------------------------------------------------------------------
 
@@ -87,7 +97,7 @@ cdef class Link:
     ) except -1:
         cdef size_t needed = sizeof(Record) + padded(size)
         cdef Record* record
-        if self.fd < 0 or self.out_size + needed + sizeof(BatchHead) > limit:
+        if not self.is_open or self.out_size + needed + sizeof(BatchHead) > limit:
             return False
         self.reserve(needed + sizeof(BatchHead))
         if self.out_size - self.batch >= BATCH_MAX:
@@ -123,10 +133,7 @@ cdef class Link:
         self.owes = self.owes or self.has_records
         self.has_records = False
 
-    cdef bint flush(self, bint confirm_now) except -1:
-        cdef ssize_t sent
-        if self.fd < 0:
-            return False
+    cdef int seal(self, bint confirm_now) except -1:
         if self.batch < self.out_size:
             self.end_batch()
         elif (
@@ -139,6 +146,13 @@ cdef class Link:
             memset(self.out + self.out_size, 0, sizeof(BatchHead))
             self.out_size += sizeof(BatchHead)
             self.end_batch()
+        return 0
+
+    cdef bint flush(self, bint confirm_now) except -1:
+        cdef ssize_t sent
+        if not self.is_open:
+            return False
+        self.seal(confirm_now)
         while self.written < self.out_size and not self.is_blocked:
             sent = send(
                 self.fd, self.out + self.written, self.out_size - self.written, MSG_DONTWAIT | MSG_NOSIGNAL
@@ -240,3 +254,138 @@ cdef class Link:
                 deliver(owner, self, record, data + position)
                 position += padded(record.size)
         return position
+
+
+cdef class RemoteLink(Link):
+    """The stream to a worker of another node, and what that worker says to this one.
+
+    Args:
+        worker: Its number.
+        node: The number of this node.
+        source: The number of this worker at this node.
+        publish: Called with the number of the other worker and each piece for it.
+    """
+
+    def __init__(self, int worker, int fd, *, uint16_t node, uint16_t source, publish):
+        self.node = node
+        self.source = node * MAX_WORKERS + source
+        self.publish = publish
+        self.stream = time.time_ns()
+
+    @property
+    def progress(self):
+        """Bytes that were confirmed since the stream began, and bytes that wait for it."""
+        return self.base, self.out_size
+
+    def begin_anew(self):
+        """Begin another stream; return what was not confirmed of the last, see `take_unconfirmed`."""
+        cdef list records = self.take_unconfirmed()
+        self.base = 0
+        self.stream = max(self.stream + 1, <uint64_t>time.time_ns())
+        return records
+
+    cdef uint16_t local(self, uint16_t number) noexcept:
+        return number % MAX_WORKERS if number // MAX_WORKERS == self.node else number
+
+    cdef bint append(
+        self,
+        size_t limit,
+        uint16_t kind,
+        uint16_t origin,
+        uint32_t connection,
+        uint64_t epoch,
+        const char* payload,
+        size_t size,
+    ) except -1:
+        if origin < MAX_WORKERS:
+            origin += self.node * MAX_WORKERS
+        return Link.append(self, limit, kind, origin, connection, epoch, payload, size)
+
+    cdef bint flush(self, bint confirm_now) except -1:
+        cdef bytes piece
+        cdef RemoteHead* head
+        cdef BatchHead* batch
+        cdef size_t size
+        self.seal(confirm_now)
+        size = self.out_size - self.written
+        if not self.is_open or size == 0:
+            return self.is_open
+        piece = PyBytes_FromStringAndSize(NULL, sizeof(RemoteHead) + size)
+        head = <RemoteHead*>PyBytes_AS_STRING(piece)
+        head.magic = MAGIC
+        head.kind = PIECE
+        head.source = self.source
+        head.stream = self.stream
+        head.position = self.base + self.written
+        head.confirms = self.opposite
+        # What a batch confirms may be of the opposite stream's time before it began anew.
+        while self.written < self.out_size:
+            batch = <BatchHead*>(self.out + self.written)
+            batch.confirmed = self.written_out
+            self.written += sizeof(BatchHead) + batch.size
+        memcpy(<char*>head + sizeof(RemoteHead), self.out + self.out_size - size, size)
+        self.publish(self.worker, piece)
+        return True
+
+    cdef int confirm(self, uint64_t position) except -1:
+        if self.may_confirm and self.base <= position <= self.base + self.written:
+            Link.confirm(self, position)
+        return 0
+
+    cdef int say_reset(self, uint64_t stream) except -1:
+        cdef bytes piece = PyBytes_FromStringAndSize(NULL, sizeof(RemoteHead))
+        cdef RemoteHead* head = <RemoteHead*>PyBytes_AS_STRING(piece)
+        memset(head, 0, sizeof(RemoteHead))
+        head.magic = MAGIC
+        head.kind = RESET
+        head.source = self.source
+        head.stream = stream
+        self.publish(self.worker, piece)
+        return 0
+
+    cdef bint take(self, bytes piece, Deliver deliver, void* owner) except -1:
+        cdef const RemoteHead* head = <const RemoteHead*>PyBytes_AS_STRING(piece)
+        cdef char* batches = PyBytes_AS_STRING(piece) + sizeof(RemoteHead)
+        cdef size_t size = PyBytes_GET_SIZE(piece) - sizeof(RemoteHead)
+        if head.kind == RESET:
+            return head.stream != self.stream
+        if not are_batches(batches, size):
+            self.say_reset(head.stream)
+            return True
+        if head.stream > self.opposite and head.position == 0:
+            self.opposite = head.stream
+            self.dealt_with = self.written_out = self.told = 0
+            self.has_records = self.owes = False
+        elif head.stream != self.opposite or head.position != self.dealt_with:
+            self.say_reset(head.stream)
+            return True
+        self.may_confirm = head.confirms == self.stream
+        self.deliver_batches(batches, size, deliver, owner)
+        return True
+
+
+cdef bint are_batches(const char* data, size_t size) noexcept nogil:
+    """Whether sizes add up: Redis is another program, and what it hands over was not made by this one."""
+    cdef size_t position = 0, end
+    while position < size:
+        if size - position < sizeof(BatchHead):
+            return False
+        end = position + sizeof(BatchHead) + (<const BatchHead*>(data + position)).size
+        position += sizeof(BatchHead)
+        if end > size:
+            return False
+        while position < end:
+            if end - position < sizeof(Record):
+                return False
+            position += sizeof(Record) + padded((<const Record*>(data + position)).size)
+        if position != end:
+            return False
+    return True
+
+
+def source_of(bytes piece not None):
+    """Return the number of the worker that published a piece; None if it is none."""
+    cdef const RemoteHead* head = <const RemoteHead*>PyBytes_AS_STRING(piece)
+    if PyBytes_GET_SIZE(piece) < <Py_ssize_t>sizeof(RemoteHead) or head.magic != MAGIC:
+        return None
+    return head.source

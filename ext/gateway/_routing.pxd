@@ -5,6 +5,9 @@ line with a sequence number, which is odd while the slot is being written (a seq
 one process-shared robust mutex, for the time of one slot. The head names the slot that is being written and
 keeps what it held before, so that whoever finds the owner of the mutex dead can restore it.
 
+Routes to agents at other nodes stand in the same table (their worker is no number of this node, see
+_mesh.pxd). They are a cache: there is room for so many, and the next one takes the place of another.
+
 The key is what distinguishes one DID from another: the 44 characters after `did:key:z6Mk`. They are canonical
 (strictly decoded at registration), so no base58 is computed per message.
 """
@@ -57,5 +60,6 @@ cdef class RoutingTable:
     cdef void put(self, uint64_t index, const Route* value) noexcept nogil
     cdef void clear(self, uint64_t index) noexcept nogil
     cdef void close_gap(self, uint64_t hole) noexcept nogil
-    cdef uint64_t purge_once(self, uint16_t worker) except? 0
+    cdef uint64_t purge_once(self, uint32_t first, uint32_t end) except? 0
+    cdef void evict(self) noexcept nogil
     cdef Route* own(self, const char* key, uint64_t epoch) noexcept nogil

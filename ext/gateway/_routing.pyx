@@ -12,6 +12,7 @@ from libc.string cimport memcmp, memcpy, memset
 import os
 
 from gateway._memory cimport map_shared, unmap_shared
+from gateway._mesh cimport MAX_WORKERS
 
 cdef extern from *:
     """
@@ -103,8 +104,11 @@ cdef struct Head:
     pthread_mutex_t mutex
     uint64_t epoch       # the latest
     uint64_t size        # slots in use
+    uint64_t cached      # ... by routes to other nodes
+    uint64_t hand        # where the next of them is looked for that has to go
     uint64_t secret[2]   # keys are chosen by strangers: the hash is keyed
-    uint64_t limit       # of them
+    uint64_t limit       # of slots in use by routes of this node
+    uint64_t cache_limit
     uint64_t writing     # 1 + index of the slot that is being written, or NONE
     Route before         # what it held
     uint64_t hole        # 1 + index of the slot that is to be removed, or NONE
@@ -131,13 +135,14 @@ cdef class RoutingTable:
 
     Args:
         routes: How many there may be at once.
+        cached: How many of other nodes beside them.
     """
 
-    def __cinit__(self, uint64_t routes=100_000):
+    def __cinit__(self, uint64_t routes=100_000, uint64_t cached=0):
         cdef uint64_t capacity = 1024
-        if routes > 1 << 26:
-            raise ValueError(f"{routes} routes are more than one machine can serve")
-        while capacity < 2 * routes:
+        if routes + cached > 1 << 26:
+            raise ValueError(f"{routes + cached} routes are more than one machine can serve")
+        while capacity < 2 * (routes + cached):
             capacity *= 2
         # The head takes a page of its own, so that every slot is one cache line.
         self.mapped = 4096 + capacity * sizeof(Route)
@@ -147,6 +152,9 @@ cdef class RoutingTable:
         if aic_mutex_init(&self.head.mutex):
             raise OSError("no process-shared robust mutex on this system")
         self.head.limit = routes
+        self.head.cache_limit = cached
+        # Sessions of several nodes meet in one table.
+        self.head.epoch = int.from_bytes(os.urandom(4), "little") << 31
         # Odd: a factor of a multiplication should lose no bits.
         self.head.secret[0] = int.from_bytes(os.urandom(8), "little") | 1
         self.head.secret[1] = int.from_bytes(os.urandom(8), "little") | 1
@@ -229,7 +237,7 @@ cdef class RoutingTable:
 
     cdef void repair(self) noexcept nogil:
         """Undo what the owner of the mutex died in."""
-        cdef uint64_t index, used = 0
+        cdef uint64_t index, used = 0, cached = 0
         if self.head.writing != NONE:
             index = self.head.writing - 1
             aic_store(&self.slots[index].sequence, self.slots[index].sequence | 1)
@@ -247,8 +255,11 @@ cdef class RoutingTable:
             self.close_gap(self.head.hole - 1)
         self.head.closing = (self.head.closing + 1) & ~<uint32_t>1
         for index in range(self.mask + 1):
-            used += self.slots[index].state == USED
+            if self.slots[index].state == USED:
+                used += 1
+                cached += self.slots[index].worker >= MAX_WORKERS
         self.head.size = used
+        self.head.cached = cached
 
     cdef void put(self, uint64_t index, const Route* value) noexcept nogil:
         """Write a slot, whole for every reader. The mutex is held."""
@@ -271,7 +282,7 @@ cdef class RoutingTable:
     cdef uint64_t bind_key(
         self, const char* key, uint16_t worker, uint32_t connection, Route* replaced
     ) except 0:
-        cdef uint64_t index
+        cdef uint64_t index, own
         cdef Route value
         self.lock()
         try:
@@ -282,8 +293,10 @@ cdef class RoutingTable:
                     memcpy(replaced, &self.slots[index], sizeof(Route))
                     break
                 index = (index + 1) & self.mask
-            if replaced.state == EMPTY and self.head.size >= self.head.limit:
-                raise TableFullError(f"{self.head.size} agents are registered or away; there is no room")
+            if replaced.state == EMPTY or replaced.worker >= MAX_WORKERS:
+                own = self.head.size - self.head.cached
+                if own >= self.head.limit:
+                    raise TableFullError(f"{own} agents are registered or away; there is no room")
             self.head.epoch += 1
             memcpy(value.key, key, KEY_SIZE)
             value.epoch = self.head.epoch
@@ -293,6 +306,8 @@ cdef class RoutingTable:
             self.put(index, &value)
             if replaced.state == EMPTY:
                 self.head.size += 1
+            elif replaced.worker >= MAX_WORKERS:
+                self.head.cached -= 1
             return value.epoch
         finally:
             self.unlock()
@@ -308,6 +323,7 @@ cdef class RoutingTable:
 
     cdef void clear(self, uint64_t index) noexcept nogil:
         """Remove a slot. The mutex is held."""
+        self.head.cached -= self.slots[index].worker >= MAX_WORKERS
         aic_store(&self.head.closing, self.head.closing + 1)
         aic_fence()
         self.head.hole = index + 1
@@ -353,6 +369,64 @@ cdef class RoutingTable:
             return epoch, None
         return epoch, (replaced.worker, replaced.connection, replaced.epoch)
 
+    def cache(self, bytes did not None, uint16_t worker, uint32_t connection, uint64_t epoch):
+        """Take note of an agent that is at another node, unless it is at this one."""
+        cdef const char* key = key_of(did)
+        cdef uint64_t index
+        cdef Route value
+        memcpy(value.key, key, KEY_SIZE)
+        value.epoch = epoch
+        value.connection = connection
+        value.worker = worker
+        value.state = USED
+        self.lock()
+        try:
+            if self.head.cached >= self.head.cache_limit:
+                self.evict()
+            index = aic_hash_key(key, self.head.secret) & self.mask
+            while self.slots[index].state == USED:
+                if memcmp(self.slots[index].key, key, KEY_SIZE) == 0:
+                    if self.slots[index].worker >= MAX_WORKERS:
+                        self.put(index, &value)
+                    return
+                index = (index + 1) & self.mask
+            if self.head.cached < self.head.cache_limit:
+                self.put(index, &value)
+                self.head.size += 1
+                self.head.cached += 1
+        finally:
+            self.unlock()
+
+    cdef void evict(self) noexcept nogil:
+        """Remove one route to another node. The mutex is held."""
+        cdef uint64_t _turn
+        for _turn in range(self.mask + 1):
+            self.head.hand = (self.head.hand + 1) & self.mask
+            if self.slots[self.head.hand].state == USED and self.slots[self.head.hand].worker >= MAX_WORKERS:
+                self.clear(self.head.hand)
+                return
+
+    def redirect(
+        self, bytes did not None, uint64_t epoch, uint16_t worker, uint32_t connection, uint64_t new_epoch
+    ):
+        """Let the route that `epoch` owns lead to where its agent is now, at another node."""
+        cdef Route* slot
+        cdef Route value
+        cdef const char* key = key_of(did)
+        self.lock()
+        try:
+            slot = self.own(key, epoch)
+            if slot == NULL:
+                return
+            memcpy(&value, slot, sizeof(Route))
+            self.head.cached += value.worker < MAX_WORKERS
+            value.epoch = new_epoch
+            value.connection = connection
+            value.worker = worker
+            self.put(slot - self.slots, &value)
+        finally:
+            self.unlock()
+
     def set_away(self, bytes did not None, uint64_t epoch):
         """Mark the session as away if `epoch` still owns the route; tell whether it does."""
         cdef Route* slot
@@ -384,30 +458,35 @@ cdef class RoutingTable:
         finally:
             self.unlock()
 
-    def purge(self, uint16_t worker):
-        """Remove every route of a worker that is gone; return how many there were."""
+    def purge(self, uint16_t worker, uint32_t count=1):
+        """Remove the routes of a worker that is gone, or of `count` from it on; return their number."""
         cdef uint64_t before, removed = 0
         while True:
             before = removed
-            removed += self.purge_once(worker)
+            removed += self.purge_once(worker, worker + count)
             # Others may have moved one to where the scan had been.
             if removed == before:
                 return removed
 
-    cdef uint64_t purge_once(self, uint16_t worker) except? 0:
+    cdef uint64_t purge_once(self, uint32_t first, uint32_t end) except? 0:
         cdef uint64_t index
         cdef uint64_t removed = 0
         for index in range(self.mask + 1):
             # Removing one may move another into its place.
-            while self.slots[index].state == USED and self.slots[index].worker == worker:
+            while self.slots[index].state == USED and first <= self.slots[index].worker < end:
                 self.lock()
                 try:
-                    if self.slots[index].state == USED and self.slots[index].worker == worker:
+                    if self.slots[index].state == USED and first <= self.slots[index].worker < end:
                         self.clear(index)
                         removed += 1
                 finally:
                     self.unlock()
         return removed
+
+    def forget_others(self):
+        """Remove every route to another node."""
+        if self.head.cached:
+            self.purge(MAX_WORKERS, 0x10000 - MAX_WORKERS)
 
     def get(self, bytes did not None):
         """Return (worker, connection, epoch), or None."""
@@ -416,8 +495,13 @@ cdef class RoutingTable:
             return None
         return route.worker, route.connection, route.epoch
 
+    @property
+    def cached(self):
+        """Routes to other nodes."""
+        return self.head.cached
+
     def __len__(self):
-        return self.head.size
+        return self.head.size - self.head.cached
 
     def check(self):
         """Count slots that are half written, that no search can reach, and the longest search; for tests."""

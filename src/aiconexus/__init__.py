@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aiconexus.client import GatewayClient
+    from aiconexus.client import Found, GatewayClient, PresenceEvent
     from aiconexus.core import Agent, Intent, Peer, Quote, capability
     from aiconexus.protocol import DIDKey, Message
     from aiconexus.protocol.errors import AIConexusError
@@ -21,10 +21,12 @@ _HOME = {
     "AIConexusError": "aiconexus.protocol.errors",
     "Agent": "aiconexus.core",
     "DIDKey": "aiconexus.protocol",
+    "Found": "aiconexus.client",
     "GatewayClient": "aiconexus.client",
     "Intent": "aiconexus.core",
     "Message": "aiconexus.protocol",
     "Peer": "aiconexus.core",
+    "PresenceEvent": "aiconexus.client",
     "Quote": "aiconexus.core",
     "capability": "aiconexus.core",
 }
@@ -33,10 +35,12 @@ __all__ = [
     "AIConexusError",
     "Agent",
     "DIDKey",
+    "Found",
     "GatewayClient",
     "Intent",
     "Message",
     "Peer",
+    "PresenceEvent",
     "Quote",
     "capability",
 ]

@@ -22,8 +22,9 @@ from aiconexus.protocol.errors import KeyFileError
 from aiconexus.protocol.limits import ENDPOINT_PATH
 from gateway.config import ENVIRONMENT, Settings
 from gateway.descriptors import connections_per_worker
+from gateway.redis_line import LineLostError, ping, without_password
 
-_PROTOCOL, _LIMITS, _LOGS = "Protocol", "Limits", "Logs"
+_NODES, _PROTOCOL, _LIMITS, _LOGS = "Nodes", "Protocol", "Limits", "Logs"
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
@@ -54,6 +55,10 @@ def _banner(settings: Settings, key: DIDKey, port: int) -> None:
     ]
     if settings.public_url:
         rows.insert(1, ("public", ", ".join(settings.public_url)))
+    if settings.redis:
+        rows.insert(
+            -1, ("redis", f"{without_password(settings.redis)}   (this node is {settings.node_name})")
+        )
     fit = settings.workers * connections_per_worker()
     if fit < settings.max_connections:
         rows.insert(
@@ -100,6 +105,35 @@ def serve(
         typer.Option(
             help="URL that agents dial, such as wss://gateway.example/ws; may be given several times. Agents "
             "must sign one of them. [default: whatever their Host header says]"
+        ),
+    ] = None,
+    redis: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of the Redis that the nodes share: redis://, rediss://, unix:// or "
+            "sentinel://host:26379/service. [default: none, this node is alone]",
+            rich_help_panel=_NODES,
+        ),
+    ] = None,
+    redis_required: Annotated[
+        bool | None,
+        typer.Option(
+            "--redis-required",
+            help="Do not start without Redis, and not be ready (GET /ready) while it is lost. "
+            "[default: go on alone]",
+            rich_help_panel=_NODES,
+        ),
+    ] = None,
+    redis_prefix: Annotated[
+        str | None,
+        typer.Option(
+            help="What this network's keys in Redis begin with. [default: aiconexus]", rich_help_panel=_NODES
+        ),
+    ] = None,
+    node_name: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of this node in the logs of the others. [default: the host's]", rich_help_panel=_NODES
         ),
     ] = None,
     register_timeout: Annotated[
@@ -183,6 +217,10 @@ def serve(
         "workers": workers,
         "identity": identity,
         "public_url": tuple(public_url) if public_url else None,
+        "redis": redis,
+        "redis_required": redis_required,
+        "redis_prefix": redis_prefix,
+        "node_name": node_name,
         "register_timeout": register_timeout,
         "ping_interval": ping_interval,
         "pong_timeout": pong_timeout,
@@ -227,6 +265,11 @@ def serve(
         _fail(str(error))
     except OSError as error:
         _fail(f"{settings.identity}: {error.strerror or error}")
+    if settings.redis and settings.redis_required:
+        try:
+            ping(settings.redis)
+        except LineLostError as error:
+            _fail(f"cannot reach Redis at {without_password(settings.redis)}: {error}")
     try:
         address = supervisor.reserve(settings.host, settings.port)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,7 +19,7 @@ from aiconexus.protocol.limits import (
     PONG_TIMEOUT_SECONDS,
     REGISTER_TIMEOUT_SECONDS,
 )
-from gateway.handshake import parse_url
+from gateway.urls import parse_url
 
 ENVIRONMENT = "AICONEXUS_GATEWAY_"  # and the name of a setting in capitals
 MAX_WORKERS = 64
@@ -35,6 +36,13 @@ def _websocket_url(url: str) -> str:
         path = ""
     if not path:  # agents sign the path, too
         raise ValueError(f"{url!r} is not a WebSocket URL with a path, such as wss://gateway.example/ws")
+    return url
+
+
+def _redis_url(url: str) -> str:
+    from gateway.redis_line import make_client
+
+    make_client(url)  # it does not connect yet
     return url
 
 
@@ -68,5 +76,9 @@ class Settings(BaseSettings):
     max_connections_per_address: int = Field(default=0, ge=0)
     message_rate: int = Field(default=MESSAGE_RATE, ge=0, le=1_000_000)
     message_burst: int = Field(default=MESSAGE_BURST, ge=1, le=1_000_000)
+    redis: Annotated[str, AfterValidator(_redis_url)] | None = None
+    redis_required: bool = False
+    redis_prefix: str = Field(default="aiconexus", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    node_name: str = Field(default_factory=socket.gethostname, pattern=r"^[!-~]{1,64}$")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "console"

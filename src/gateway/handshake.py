@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
 from base64 import urlsafe_b64encode
@@ -11,10 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
-from pydantic import TypeAdapter, ValidationError
 
 from aiconexus.protocol import (
-    Capability,
     DIDKey,
     InvalidSignatureError,
     MalformedMessageError,
@@ -23,6 +20,7 @@ from aiconexus.protocol import (
     sign_message,
     verify_envelope,
 )
+from aiconexus.protocol.cards import read_card
 from aiconexus.protocol.errors import StaleMessageError, WrongRecipientError
 from aiconexus.protocol.limits import (
     AWAY_MAX_BYTES,
@@ -34,14 +32,9 @@ from aiconexus.protocol.limits import (
     REGISTER_CLOCK_SKEW_SECONDS,
 )
 from aiconexus.protocol.serialization import loads, parse
-
-_CAPABILITIES = TypeAdapter(list[Capability])
-_DEFAULT_PORTS = {"ws": 80, "wss": 443}
-_VISIBLE = r"[^#?\\\x00-\x20\x7f-\U0010ffff]"  # printable ASCII but for what ends a path
-_URL = re.compile(
-    rf"(wss?)://([a-z0-9._~-]+|\[[0-9a-f:.]+\])(?::([0-9]{{1,5}}))?(/{_VISIBLE}*)?(?:\?[!\"$-\[\]-~]*)?",
-    re.ASCII | re.IGNORECASE,
-)
+from gateway.directory import Offer
+from gateway.registry import Shown
+from gateway.urls import parse_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +48,10 @@ class Handshake:
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """A proven REGISTER. `capabilities` is the JSON of the list, as bytes."""
+    """A proven REGISTER."""
 
     message: Message
-    capabilities: bytes
+    shown: Shown
     resume_token: str | None
 
     @property
@@ -71,25 +64,23 @@ def _token() -> str:
     return urlsafe_b64encode(secrets.token_bytes(NONCE_BYTES)).rstrip(b"=").decode()
 
 
-def parse_url(url: str) -> tuple[str, str, int, str]:
-    r"""Return scheme, host, port and path of a WebSocket URL.
+def read_shown(message: Message) -> Shown:
+    """Return what others may see of the agent that sent a REGISTER.
 
-    Strict, unlike `urlsplit`: in `ws://a\@b/` and `ws://a\tb/` some parsers find another host than
-    others, and whoever signs such a text may have dialled somebody else. User names and fragments are
-    refused as well (RFC 6455 section 3 has neither).
+    Its card is kept as it is, and its signature not checked: that is for those who get it, who trust no
+    gateway, and costs as much as all the rest of a registration.
 
     Raises:
-        ValueError: It is none.
+        MalformedMessageError: The card is none, or not the sender's.
     """
-    match = _URL.fullmatch(url)
-    if match is None:
-        raise ValueError(f"not a WebSocket URL: {url!r}")
-    scheme, host, port, path = match.groups()
-    scheme = scheme.lower()
-    number = int(port) if port else _DEFAULT_PORTS[scheme]
-    if not 0 < number <= 65_535:
-        raise ValueError(f"no such port: {url!r}")
-    return scheme, host.lower(), number, path or ""
+    hidden = message.ext.get("hidden", False)
+    if not isinstance(hidden, bool):
+        raise MalformedMessageError("ext.hidden is not a boolean", name="invalid_ext", field="ext.hidden")
+    value = message.ext.get("card")
+    if value is None:
+        return Shown(hidden=hidden)
+    card = read_card(value, message.from_, field="ext.card")
+    return Shown(orjson.dumps(value), tuple(Offer.of(each) for each in card.capabilities), hidden)
 
 
 class Registrar:
@@ -140,7 +131,7 @@ class Registrar:
             RegisterPayload(public_key=self.key.public_key_base58),
             ext={
                 "nonce": handshake.nonce,
-                "features": ["resume"],
+                "features": ["resume", "discover"],
                 "limits": self._limits,
                 "ping_interval_ms": self._ping_interval_ms,
                 "time": round(time.time() * 1000),
@@ -166,7 +157,7 @@ class Registrar:
                     name="unexpected_type",
                     field="type",
                 )
-            capabilities = self._capabilities(message.ext.get("capabilities", []))
+            shown = read_shown(message)
             resume_token = message.ext.get("resume")
             if resume_token is not None and not isinstance(resume_token, str):
                 raise MalformedMessageError(
@@ -194,7 +185,7 @@ class Registrar:
         except (MalformedMessageError, InvalidSignatureError) as error:
             error.message_id = message.id
             raise
-        return Registration(message, capabilities, resume_token)
+        return Registration(message, shown, resume_token)
 
     def accept(self, registration: Registration, *, session: str, resume_token: str, resumed: bool) -> bytes:
         """Return the answer to a REGISTER that was accepted."""
@@ -211,6 +202,10 @@ class Registrar:
             )
         )
 
+    def note(self, message: Message) -> bytes:
+        """Return the answer to a REGISTER on a session: others see the new card from now on."""
+        return self._sign(message.reply(RegisterPayload(public_key=self.key.public_key_base58)))
+
     @staticmethod
     def new_resume_token() -> str:
         """Return a token that cannot be guessed, for one resume."""
@@ -220,29 +215,6 @@ class Registrar:
         wire = sign_message(message, self.key).wire
         assert wire is not None
         return wire
-
-    def _capabilities(self, value: object) -> bytes:
-        field = "ext.capabilities"
-        if not isinstance(value, list) or len(value) > CAPABILITIES_MAX:
-            raise MalformedMessageError(
-                f"{field} is not a list of at most {CAPABILITIES_MAX}", name="invalid_ext", field=field
-            )
-        data = orjson.dumps(value)
-        if len(data) > CAPABILITIES_MAX_BYTES:
-            raise MalformedMessageError(
-                f"{field} has {len(data)} bytes; at most {CAPABILITIES_MAX_BYTES} are kept",
-                name="invalid_ext",
-                field=field,
-            )
-        try:
-            names = [capability.name for capability in _CAPABILITIES.validate_python(value)]
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False)[0]
-            where = ".".join((field, *map(str, first["loc"])))
-            raise MalformedMessageError(f"{where}: {first['msg']}", name="invalid_ext", field=where) from None
-        if len(set(names)) != len(names):
-            raise MalformedMessageError(f"{field} names one twice", name="invalid_ext", field=field)
-        return data
 
     def _check_audience(self, audience: object, host: str) -> None:
         """The signature covers the URL that the agent dialled, so that nobody can pass the proof on."""

@@ -9,18 +9,22 @@ NEW from then on, but what was sent before may still be on its way through OLD. 
     OLD → NEW           HANDED     whether the resume token was right; behind it HELD: what waited, in order
     OLD → NEW           FORWARDED  what still reached OLD
 
-and NEW holds back what a worker sends directly until that worker's MARK has come. What one agent sends to
+At another node the route is not in the table of NEW: there FENCE redirects it first. Of those nodes, the ones
+are told that have asked where the agent was, so that they may have cached the route.
+
+NEW holds back what a worker sends directly until that worker's MARK has come. What one agent sends to
 another thus arrives in the order in which it was sent. If OLD does not answer in time, NEW goes on without
 it, and what comes through OLD later goes back to its senders: never out of order, never in silence.
 
-Kinds are those of records between workers (ext/gateway/_mesh.pxd); the epoch in a record is that of the
-session at NEW.
+The words in capitals are kinds of records (gateway.kinds); the epoch in a record is that of the
+session at NEW. Numbers of workers in what is said are those that other nodes use.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -30,16 +34,16 @@ from aiconexus.protocol.limits import WRITE_QUEUE_MAX_BYTES
 from gateway._connection import Connection, Router
 from gateway._frames import scan
 from gateway._ledger import Ledger
-from gateway._mesh import FIRST_OTHER_KIND
+from gateway._mesh import NODE_WORKERS
+from gateway._routing import AWAY_INDEX, RoutingTable, TableBusyError
+from gateway.kinds import FENCE, FORWARDED, HANDED, HELD, MARK, MESSAGE_KINDS, MOVE, ROUTE
 from gateway.shelf import Shelf
 
 if TYPE_CHECKING:
+    from gateway.cluster import Cluster
     from gateway.handshake import Registration
     from gateway.registry import Registry, Session
 
-MOVE, FENCE, MARK, HANDED, HELD, FORWARDED = range(FIRST_OTHER_KIND, FIRST_OTHER_KIND + 6)
-# Of records that hold an agent's message.
-MESSAGE_KINDS = frozenset({HELD, FORWARDED})
 # A worker that is alive answers within a loop pass.
 MOVE_SECONDS = 2.0
 # From one worker, for one session that is on its way.
@@ -60,7 +64,7 @@ class Move:
     Attributes:
         session: At this worker, the new one.
         registration: To be answered once it is known whether the session is resumed.
-        old: The worker it comes from.
+        old: The worker it comes from; None while the shared registry is asked.
         waits: Workers whose MARK has not come.
         early: Workers whose MARK came before that of the old worker: what they sent through it may be among
             what waited there, and comes behind HANDED.
@@ -72,7 +76,7 @@ class Move:
 
     session: Session
     registration: Registration
-    old: int
+    old: int | None
     waits: set[int]
     deadline: float
     early: set[int] = field(default_factory=set)
@@ -86,9 +90,12 @@ class Moves:
 
     Args:
         worker: The number of this worker.
-        router: Where records are sent.
+        router: Where what was queued is written.
+        tell: Sends a record to another worker, as `Router.tell`.
         registry: The sessions of this worker.
+        table: The routes of the node.
         ledger: Where it is written down what waits.
+        cluster: The other nodes, if there are any.
         admit: Answers a REGISTER: (session, registration, resumed).
         give: Delivers a message to a session, or gives it back to its sender.
         give_back: Tells the sender of a message that it was not delivered: (data, cause).
@@ -100,8 +107,11 @@ class Moves:
         worker: int,
         router: Router,
         registry: Registry,
+        table: RoutingTable,
         ledger: Ledger,
         *,
+        cluster: Cluster | None,
+        tell: Callable[[int, int, int, int, bytes], bool],
         admit: Callable[[Session, Registration, bool], None],
         give: Callable[[Session, bytes], None],
         give_back: Callable[[bytes, str], None],
@@ -109,6 +119,9 @@ class Moves:
     ) -> None:
         self._worker = worker
         self._router = router
+        self._tell = tell
+        self._cluster = cluster
+        self._table = table
         self._registry = registry
         self._ledger = ledger
         self._admit = admit
@@ -122,29 +135,88 @@ class Moves:
 
     # --- at the new worker ---------------------------------------------------------------------
 
-    def begin(self, session: Session, registration: Registration, old: int, old_epoch: int) -> None:
-        """Fetch a session from the worker that had it."""
-        others = set(self._router.linked_workers()) - {old}
-        move = Move(
-            session,
-            registration,
-            old,
-            waits={old, self._worker, *others},
-            deadline=time.monotonic() + MOVE_SECONDS,
-        )
-        request = {"did": session.did, "epoch": old_epoch, "resume": registration.resume_token}
-        if not self._router.tell(old, MOVE, self._worker, session.epoch, orjson.dumps(request)):
-            # Nobody is there any more. Its route names an epoch that nobody owns.
-            self._admit(session, registration, False)
-            return
-        self._moves[session.epoch] = move
+    def prepare(self, session: Session, registration: Registration) -> None:
+        """Hold back what is sent to a session until the shared registry has said where it was before."""
+        session.move = Move(session, registration, None, waits={self._worker}, deadline=0.0)
+        self._set_moving(session.move, True)
+
+    def begin(
+        self,
+        session: Session,
+        registration: Registration,
+        old: int,
+        old_epoch: int,
+        remote: Iterable[int] = (),
+    ) -> None:
+        """Fetch a session from the worker that had it.
+
+        Args:
+            session: At this worker.
+            registration: To be answered.
+            old: The worker.
+            old_epoch: Of the session there.
+            remote: Workers of other nodes that may send to it there.
+        """
+        others = {*self._router.linked_workers(), *remote} - {old}
+        others -= {worker for worker in others if worker >= NODE_WORKERS and worker not in remote}
+        move = session.move
+        if move is None:
+            move = Move(session, registration, old, waits=set(), deadline=0.0)
+        move.old = old
+        move.waits = {old, self._worker, *others}
+        move.deadline = time.monotonic() + MOVE_SECONDS
+        connection = session.connection.index if session.connection is not None else AWAY_INDEX
         session.move = move
+        request = {
+            "did": session.did,
+            "epoch": old_epoch,
+            "connection": connection,
+            "resume": registration.resume_token,
+        }
+        self._moves[session.epoch] = move
         self._set_moving(move, True)
-        home = orjson.dumps({"old": old, "new": self._worker})
+        if not self._tell(old, MOVE, self._worker, session.epoch, orjson.dumps(request)):
+            # Nobody is there any more. Its route names an epoch that nobody owns.
+            self.end(session, resumed=False)
+            return
+        home = orjson.dumps(
+            {
+                "old": self._name(old),
+                "new": self._name(self._worker),
+                "did": session.did,
+                "epoch": old_epoch,
+                "connection": connection,
+            }
+        )
         for worker in others:
             # If it does not fit, the MARK will not come, and the old path is closed when the time is up.
-            self._router.tell(worker, FENCE, self._worker, session.epoch, home)
-        self._router.tell(old, MARK, self._worker, session.epoch, home)
+            self._tell(worker, FENCE, self._worker, session.epoch, home)
+        self._tell(old, MARK, self._worker, session.epoch, home)
+
+    def _name(self, worker: int) -> int:
+        return worker if self._cluster is None else self._cluster.name_of(worker)
+
+    def _number(self, name: int) -> int:
+        return name if self._cluster is None else self._cluster.number_of(name)
+
+    def end(self, session: Session, *, resumed: bool, held: Iterable[bytes] = ()) -> None:
+        """Let a session be like any other: it does not come from elsewhere.
+
+        Args:
+            session: At this worker.
+            resumed: What its agent is told, unless it was answered already.
+            held: What waited here for its return: it comes before all else.
+        """
+        move = session.move
+        if move is None:
+            return
+        if not move.is_answered:
+            move.is_answered = True
+            self._admit(session, move.registration, resumed)
+            self._router.flush()  # what waited for the agent may fill the queue alone
+            for data in held:
+                self._give(session, data)
+        self._end(move)
 
     def hold(self, session: Session, origin: int, data: bytes) -> None:
         """Take a message that a worker, or this one, sent directly to a session that is on its way."""
@@ -189,7 +261,7 @@ class Moves:
     def _end(self, move: Move) -> None:
         """Let the session be like any other."""
         session = move.session
-        del self._moves[session.epoch]
+        self._moves.pop(session.epoch, None)
         if not move.is_answered:
             move.is_answered = True
             self._admit(session, move.registration, False)
@@ -224,6 +296,8 @@ class Moves:
             session.move.next = (new, epoch, data)
             return
         session = self._registry.give(request["did"], request["epoch"])
+        if new >= NODE_WORKERS:
+            self._redirect(request["did"], request["epoch"], new, request["connection"], epoch)
         is_closed = session is not None and session.old_path_closed
         self._gone[request["epoch"]] = (new, epoch, time.monotonic() + GONE_SECONDS, is_closed)
         resumed = (
@@ -241,13 +315,13 @@ class Moves:
                 waiting.extend(connection.take_undelivered())
                 self._replace(connection)
             waiting.extend(session.release())
-        self._router.tell(new, HANDED, self._worker, epoch, orjson.dumps(answer))
+        self._tell(new, HANDED, self._worker, epoch, orjson.dumps(answer))
         for message in waiting:
             if not resumed:
                 self._give_back(message, "away_expired")
-            elif is_lasting(message) and not self._router.tell(new, HELD, self._worker, epoch, message):
+            elif is_lasting(message) and not self._tell(new, HELD, self._worker, epoch, message):
                 self._give_back(message, "overloaded")
-        self._router.tell(new, MARK, self._worker, epoch, b"")
+        self._tell(new, MARK, self._worker, epoch, b"")
 
     # --- at every worker -----------------------------------------------------------------------
 
@@ -256,24 +330,34 @@ class Moves:
         if kind == MOVE:
             self._hand_over(worker, epoch, data)
         elif kind == FENCE:
-            self._router.tell(orjson.loads(data)["old"], MARK, self._worker, epoch, data)
+            home = orjson.loads(data)
+            if worker >= NODE_WORKERS:
+                self._redirect(home["did"], home["epoch"], worker, home["connection"], epoch)
+            self._tell(self._number(home["old"]), MARK, self._worker, epoch, data)
         elif kind == MARK and data:
-            self._router.tell(orjson.loads(data)["new"], MARK, origin, epoch, b"")
-        elif kind == MARK:
-            if (move := self._moves.get(epoch)) is not None:
+            self._tell(self._number(orjson.loads(data)["new"]), MARK, origin, epoch, b"")
+        elif kind in (MARK, HANDED):
+            if (move := self._moves.get(epoch)) is None:
+                pass
+            elif kind == MARK:
                 self._mark(move, origin)
-        elif kind == HANDED:
-            if (move := self._moves.get(epoch)) is not None:
-                self._handed(move, data)
-        elif kind in MESSAGE_KINDS:
-            session = self._session(epoch, data)
-            if session is None:
-                is_closed = epoch in self._gone and self._gone[epoch][3]
-                self._pass_on(origin, epoch, data, is_closed=is_closed)
-            elif session.old_path_closed:
-                self._give_back(data, "away_expired")
             else:
-                self._give(session, data)
+                self._handed(move, data)
+        elif kind == ROUTE:
+            self._correct(worker, epoch, data)
+        elif kind in MESSAGE_KINDS:
+            self._on_old_path(origin, epoch, data)
+
+    def _on_old_path(self, origin: int, epoch: int, data: bytes) -> None:
+        """Take a message that came through the worker which had the session before."""
+        session = self._session(epoch, data)
+        if session is None:
+            is_closed = epoch in self._gone and self._gone[epoch][3]
+            self._pass_on(origin, epoch, data, is_closed=is_closed)
+        elif session.old_path_closed:
+            self._give_back(data, "away_expired")
+        else:
+            self._give(session, data)
 
     def on_stray(self, origin: int, epoch: int, data: bytes) -> None:
         """Take a message that a worker sent to the session of an epoch, which has dropped or gone since."""
@@ -291,14 +375,55 @@ class Moves:
         """Deliver a message to a session that is not here any more.
 
         It goes the way that the session went, worker by worker: on the short way it might overtake what is
-        older. Where that way is not known, the session has ended.
+        older. Where that way is not known, the agent has another session here, or none.
         """
-        if is_closed or epoch not in self._gone:
-            self._give_back(data, "away_expired" if is_closed else "not_online")
-            return
-        worker, epoch, *_ = self._gone[epoch]
-        if not self._router.tell(worker, FORWARDED, origin, epoch, data):
-            self._give_back(data, "unreachable")
+        if is_closed:
+            self._give_back(data, "away_expired")
+        elif epoch in self._gone:
+            worker, epoch, *_ = self._gone[epoch]
+            if not self._tell(worker, FORWARDED, origin, epoch, data):
+                self._give_back(data, "unreachable")
+        else:
+            did = scan(data).to
+            assert did is not None
+            session = self._registry.get(did)
+            if origin >= NODE_WORKERS:
+                self.correct(origin, did, epoch, session)
+            if session is None:
+                self._give_back(data, "not_online")
+            else:
+                self.hold(session, origin, data)
+
+    def dismiss(self, session: Session, worker: int, epoch: int) -> None:
+        """Let another worker end an older session of the same agent; what waits there goes back."""
+        request = {
+            "did": session.did,
+            "epoch": epoch,
+            "connection": session.connection.index if session.connection is not None else AWAY_INDEX,
+            "resume": None,
+        }
+        self._tell(worker, MOVE, self._worker, session.epoch, orjson.dumps(request))
+
+    def correct(self, worker: int, did: str, epoch: int, session: Session | None) -> None:
+        """Tell a worker of another node which session has taken the place of one here, if any has."""
+        route: dict[str, object] = {"did": did}
+        if session is not None:
+            connection = session.connection.index if session.connection is not None else AWAY_INDEX
+            route.update(connection=connection, epoch=session.epoch)
+        self._tell(worker, ROUTE, self._worker, epoch, orjson.dumps(route))
+
+    def _correct(self, worker: int, epoch: int, data: bytes) -> None:
+        route = orjson.loads(data)
+        if "epoch" in route:
+            self._redirect(route["did"], epoch, worker, route["connection"], route["epoch"])
+        else:
+            with suppress(TableBusyError):  # it is asked for again then
+                self._table.remove(route["did"].encode(), epoch)
+
+    def _redirect(self, did: str, epoch: int, worker: int, connection: int, new: int) -> None:
+        # If it cannot be done now, what follows the old route goes the way that the session went.
+        with suppress(TableBusyError):
+            self._table.redirect(did.encode(), epoch, worker, connection, new)
 
     def on_link_lost(self, worker: int) -> None:
         """Another worker has gone: its marks will not come, nor what had to come through it."""

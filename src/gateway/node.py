@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -37,20 +38,21 @@ _OTHER_CODE = "other"
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """The shared memory of a node."""
+    """What the processes of a node share. `instance` tells it from all other nodes, and its own last life."""
 
     workers: int
     table: RoutingTable
     counters: Counters
     addresses: Addresses
     ledger: Ledger
+    instance: str
 
     @classmethod
-    def create(cls, workers: int, agents: int) -> Node:
-        """Make room for `agents` sessions on `workers` processes."""
+    def create(cls, workers: int, agents: int, elsewhere: int = 0) -> Node:
+        """Make room for `agents` sessions on `workers` processes, and for routes to some at other nodes."""
         return cls(
             workers=workers,
-            table=RoutingTable(agents),
+            table=RoutingTable(agents, elsewhere),
             counters=Counters(
                 workers,
                 (
@@ -60,6 +62,7 @@ class Node:
             ),
             addresses=Addresses(workers),
             ledger=Ledger(workers),
+            instance=secrets.token_hex(8),
         )
 
     def forget(self, worker: int) -> int:

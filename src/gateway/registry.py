@@ -14,10 +14,20 @@ from aiconexus.protocol.limits import AWAY_MAX_BYTES, AWAY_MAX_MESSAGES
 from gateway._connection import Connection
 from gateway._ledger import Ledger
 from gateway._routing import RoutingTable, TableBusyError
+from gateway.directory import Directory, Offer
 from gateway.shelf import Shelf
 
 if TYPE_CHECKING:
     from gateway.moves import Move
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What others may see of an agent: its card (JSON or empty), what that offers; hidden: not listed."""
+
+    card: bytes = b""
+    offers: tuple[Offer, ...] = ()
+    hidden: bool = False
 
 
 class Session:
@@ -26,20 +36,24 @@ class Session:
     `epoch` grows with every registration: whatever an older connection of the same DID still does, it
     cannot touch what belongs to a newer epoch. `move` is set while the session comes over from another
     worker; `old_path_closed` once what is still on its way through that worker would come too late.
+    `proven_at` is the timestamp of its REGISTER in ms.
     """
 
     __slots__ = (
         "_ledger",
         "away_until",
-        "capabilities",
+        "card",
         "connected_at",
         "connection",
         "did",
         "epoch",
+        "hidden",
         "id",
         "last_activity",
         "move",
+        "offers",
         "old_path_closed",
+        "proven_at",
         "resume_token",
         "shelf",
     )
@@ -49,8 +63,9 @@ class Session:
         did: str,
         connection: Connection,
         epoch: int,
-        capabilities: bytes,
+        shown: Shown,
         resume_token: str,
+        proven_at: int,
         ledger: Ledger,
     ) -> None:
         self.did = did
@@ -58,14 +73,26 @@ class Session:
         self.id = str(uuid4())
         self.connection: Connection | None = connection
         self.epoch = epoch
-        self.capabilities = capabilities
+        self.show(shown)
         self.resume_token = resume_token
+        self.proven_at = proven_at
         self.connected_at = time.time()
         self.last_activity = self.connected_at
         self.away_until = 0.0
         self.move: Move | None = None
         self.old_path_closed = False
         self.shelf: Shelf | None = None
+
+    @property
+    def status(self) -> str:
+        """What others are told of it: "online" or "away"."""
+        return "away" if self.connection is None else "online"
+
+    def show(self, shown: Shown) -> None:
+        """Let others see this of it, once it is listed."""
+        self.card = shown.card
+        self.offers = shown.offers
+        self.hidden = shown.hidden
 
     def hold(self, data: bytes) -> bool:
         """Keep a message for the return of an agent that is away; tell whether it fits."""
@@ -87,13 +114,13 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """What the gateway knows of one agent. Times are seconds since the epoch; `capabilities` is JSON."""
+    """What the gateway knows of one agent. Times are seconds since the epoch; `card` is JSON or empty."""
 
     did: str
     session: str
     connected_at: float
     last_activity: float
-    capabilities: bytes
+    card: bytes
     away: bool
 
 
@@ -104,6 +131,7 @@ class Registered:
     Attributes:
         session: The new session; its route is bound.
         resumed: Whether it continues the one before.
+        is_known: Whether the agent was at this node before, here or away.
         replaced: A connection of the same DID at this worker that is still open and must be closed with 4504.
         held: What waited here, to be sent on if resumed, else to go back to its senders.
         elsewhere: Worker and epoch of the session before, if another worker has it.
@@ -111,6 +139,7 @@ class Registered:
 
     session: Session
     resumed: bool
+    is_known: bool
     replaced: Connection | None
     held: deque[bytes]
     elsewhere: tuple[int, int] | None
@@ -124,13 +153,26 @@ class Registry:
         ledger: Where it is written down what waits.
         worker: The number of the worker.
         away: Seconds for which a dropped session stays routable.
+        on_away: Called with a session that dropped.
+        on_gone: Called with a session that has ended here and is nowhere else.
     """
 
-    def __init__(self, table: RoutingTable, ledger: Ledger, worker: int, away: float) -> None:
+    def __init__(
+        self,
+        table: RoutingTable,
+        ledger: Ledger,
+        worker: int,
+        away: float,
+        on_away: Callable[[Session], None] = lambda _: None,
+        on_gone: Callable[[Session], None] = lambda _: None,
+    ) -> None:
         self._table = table
         self._ledger = ledger
         self._worker = worker
         self._away = away
+        self._on_away = on_away
+        self._on_gone = on_gone
+        self.directory = Directory()
         self._sessions: dict[str, Session] = {}
         # All are kept for the same time, so the order of dropping is the order of expiry.
         self._dropped: OrderedDict[str, Session] = OrderedDict()
@@ -154,6 +196,10 @@ class Registry:
         """Return the session of a DID, here or away."""
         return self._sessions.get(did)
 
+    def all(self) -> list[Session]:
+        """Return the sessions of this worker, here or away."""
+        return list(self._sessions.values())
+
     def find(self, did: str, epoch: int) -> Session | None:
         """Return the session of an epoch, if it has not been given away."""
         session = self._taken.get(epoch) or self._sessions.get(did)
@@ -172,33 +218,43 @@ class Registry:
             session=session.id,
             connected_at=session.connected_at,
             last_activity=last_activity,
-            capabilities=session.capabilities,
+            card=session.card,
             away=session.connection is None,
         )
 
     def register(
-        self, did: str, connection: Connection, capabilities: bytes, resume_token: str, resume: str | None
+        self,
+        did: str,
+        connection: Connection,
+        shown: Shown,
+        resume_token: str,
+        resume: str | None,
+        proven_at: int = 0,
     ) -> Registered:
         """Make `connection` the one of `did`: the newest proven session wins.
 
         Args:
             did: The proven DID.
             connection: Where it is now.
-            capabilities: JSON, as it was registered.
+            shown: What others may see of the agent.
             resume_token: The token that the new session may be resumed with.
             resume: The token that the agent presented.
+            proven_at: The timestamp of its REGISTER in ms.
         """
         epoch, owner = self._table.bind(did.encode(), self._worker, connection.index)
-        session = Session(did, connection, epoch, capabilities, resume_token, self._ledger)
+        session = Session(did, connection, epoch, shown, resume_token, proven_at, self._ledger)
         before = self._sessions.get(did)
+        if before is not None:
+            self._unlist(before)
         self._sessions[did] = session
+        self._list(session)
         if before is not None and owner is not None and owner[2] != before.epoch:
             # It was at another worker meanwhile, which will come for what was here.
             self._take_away(before)
             before = None
         if before is None:
             elsewhere = (owner[0], owner[2]) if owner is not None and owner[0] != self._worker else None
-            return Registered(session, False, None, deque(), elsewhere)
+            return Registered(session, False, owner is not None, None, deque(), elsewhere)
         held: deque[bytes] = deque()
         replaced = before.connection
         if replaced is not None:
@@ -210,7 +266,21 @@ class Registry:
         if resumed:
             session.id = before.id
             session.connected_at = before.connected_at
-        return Registered(session, resumed, replaced, held, None)
+        return Registered(session, resumed, True, replaced, held, None)
+
+    def show(self, session: Session, shown: Shown) -> None:
+        """Let others see something else of an agent."""
+        self._unlist(session)
+        session.show(shown)
+        self._list(session)
+
+    def _list(self, session: Session) -> None:
+        if not session.hidden:
+            session.offers = self.directory.put(session.did, session.offers)
+
+    def _unlist(self, session: Session) -> None:
+        if not session.hidden:
+            self.directory.remove(session.did, session.offers)
 
     def _take_away(self, session: Session) -> None:
         self._dropped.pop(session.did, None)
@@ -226,6 +296,7 @@ class Registry:
                 return None
             del self._sessions[did]
             self._dropped.pop(did, None)
+            self._unlist(session)
         return session
 
     def drop(self, session: Session) -> bool:
@@ -241,12 +312,14 @@ class Registry:
             # Another worker has it now, and will come for what waits.
             session.connection = None
             del self._sessions[session.did]
+            self._unlist(session)
             self._take_away(session)
             return True
         session.last_activity = time.time() - session.connection.silent_seconds
         session.connection = None
         session.away_until = time.monotonic() + self._away
         self._dropped[session.did] = session
+        self._on_away(session)
         return True
 
     def remove(self, session: Session) -> bool:
@@ -258,8 +331,10 @@ class Registry:
             return False
         del self._sessions[session.did]
         self._dropped.pop(session.did, None)
+        self._unlist(session)
         session.connection = None
         self._change(self._table.remove, session)
+        self._on_gone(session)
         return True
 
     def _change(self, change: Callable[[bytes, int], bool], session: Session) -> bool:

@@ -6,6 +6,7 @@ an ERROR must stay cheap when somebody provokes many; a test checks them against
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 from uuid import uuid4
@@ -55,6 +56,35 @@ def error(
 def pong(sender: str, to: str, correlation_id: str, sequence: int | None) -> bytes:
     """Return the PONG to a PING."""
     return _envelope("PONG", sender, to, correlation_id, {} if sequence is None else {"sequence": sequence})
+
+
+def presence(
+    sender: str,
+    to: str,
+    correlation_id: str,
+    agents: Sequence[bytes],
+    *,
+    cursor: str | None = None,
+    event: str | None = None,
+    partial: bool = False,
+) -> bytes:
+    """Return a PRESENCE; each of `agents` is JSON, see `agent`."""
+    payload: dict[str, Any] = {"agents": [orjson.Fragment(agent) for agent in agents]}
+    if cursor is not None:
+        payload["cursor"] = cursor
+    if event is not None:
+        payload["event"] = event
+    if partial:
+        payload["partial"] = True
+    return _envelope("PRESENCE", sender, to, correlation_id, payload)
+
+
+def agent(did: str, status: str, card: bytes) -> bytes:
+    """Return what a PRESENCE says of one agent; `card` is JSON or empty."""
+    entry: dict[str, Any] = {"did": did, "status": status}
+    if card:
+        entry["card"] = orjson.Fragment(card)
+    return orjson.dumps(entry)
 
 
 def close_reason(code: int, retry_after_ms: int | None = None) -> bytes:

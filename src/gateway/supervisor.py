@@ -81,7 +81,8 @@ class Supervisor:
         self._address = address
         self._on_ready: Callable[[], None] | None = on_ready
         # An agent that is away has a route and no connection.
-        self._node = Node.create(settings.workers, 2 * settings.max_connections)
+        agents = 2 * settings.max_connections
+        self._node = Node.create(settings.workers, agents, agents if settings.redis else 0)
         self._workers = [_Worker(number) for number in range(settings.workers)]
         self._log = structlog.get_logger("gateway.supervisor")
         self._selector = selectors.DefaultSelector()

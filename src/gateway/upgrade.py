@@ -27,6 +27,7 @@ from gateway._connection import Connection
 from gateway.log import PicowsLog
 
 HEALTH_PATH = "/health"
+READY_PATH = "/ready"
 _KEY = re.compile(r"[A-Za-z0-9+/]{22}==")
 # picows grows it up to 16 KiB.
 REQUEST_BUFFER_BYTES = 2048
@@ -139,11 +140,15 @@ def response(status: HTTPStatus, text: str, **headers: str) -> WSUpgradeResponse
     return refusal
 
 
-def health(state: dict[str, object]) -> WSUpgradeResponse:
-    """Build the answer to `GET /health`."""
-    answer: WSUpgradeResponse = WSUpgradeResponse.create_ok_response(
-        orjson.dumps(state) + b"\n", {"Content-Type": "application/json", "Cache-Control": "no-store"}
-    )
+def health(state: dict[str, object], is_well: bool = True) -> WSUpgradeResponse:
+    """Build the answer to `GET /health` or `GET /ready`."""
+    body = orjson.dumps(state) + b"\n"
+    headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+    answer: WSUpgradeResponse
+    if is_well:
+        answer = WSUpgradeResponse.create_ok_response(body, headers)
+    else:
+        answer = WSUpgradeResponse.create_error_response(HTTPStatus.SERVICE_UNAVAILABLE, body, headers)
     return answer
 
 

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from http import HTTPStatus
 
 import structlog
@@ -19,9 +20,13 @@ from aiconexus import __version__
 from aiconexus.protocol import (
     DIDError,
     DIDKey,
+    DiscoverPayload,
     InvalidSignatureError,
+    Message,
     MessageError,
     PingPayload,
+    RegisterPayload,
+    UnregisterPayload,
     UnsupportedVersionError,
     decode,
     decode_did,
@@ -31,13 +36,20 @@ from aiconexus.protocol.limits import MESSAGE_MAX_BYTES, WRITE_QUEUE_MAX_BYTES
 from gateway import descriptors, replies, upgrade
 from gateway._connection import Connection, Router
 from gateway._frames import Scan, scan
-from gateway._mesh import ROUTED_KIND
+from gateway._mesh import NODE_WORKERS, ROUTED_KIND
 from gateway._routing import TableBusyError, TableFullError
+from gateway.cluster import Cluster, offers_of
 from gateway.config import Settings
-from gateway.handshake import Handshake, Registrar, Registration
-from gateway.moves import MESSAGE_KINDS, Moves, is_lasting
+from gateway.directory import Query
+from gateway.discovery import Discovery, Page
+from gateway.handshake import Handshake, Registrar, Registration, read_shown
+from gateway.kinds import ANSWER, ASK, CHANGED, MESSAGE_KINDS, WATCHING
+from gateway.locations import Locations, Waiting
+from gateway.moves import Moves, is_lasting
 from gateway.node import Node, Tally
-from gateway.registry import Registry, Session
+from gateway.registry import Registered, Registry, Session
+from gateway.shared_registry import Claim
+from gateway.watches import WATCHES_MAX, Change, Watch, Watches
 
 # A message over the limit is still read up to this size, so that its ERROR can name it.
 FRAME_MAX_BYTES = 4 * MESSAGE_MAX_BYTES
@@ -55,6 +67,7 @@ DRAIN_STEP_MIN = 20
 SWEEP_TICKS = 100
 BACKLOG = 4096
 
+_FOR_US = frozenset({"PING", "PONG", "UNREGISTER", "DISCOVER", "REGISTER"})
 _ROUTED = frozenset({"OFFER", "ANSWER", "ICE_CANDIDATE", "ERROR"})
 _DATA_PLANE = frozenset({"INTENT", "EXEC_REQUEST", "EXEC_RESPONSE"})
 # Of a refusal on a registered session: all others leave it alive.
@@ -105,12 +118,42 @@ class Gateway:
             idle_timeout=settings.idle_timeout,
             close_timeout=CLOSE_TIMEOUT_SECONDS,
         )
-        self.registry = Registry(node.table, node.ledger, worker, settings.away)
+        self.registry = Registry(node.table, node.ledger, worker, settings.away, self._on_away, self._on_gone)
+        self.cluster = self._make_cluster(settings, node, worker)
+        self.locations = None
+        if self.cluster is not None:
+            self.locations = Locations(
+                self.cluster,
+                node.table,
+                deliver=self._deliver_found,
+                refuse=lambda _, waiting, cause: self._return(waiting.data, cause),
+            )
+        self.discovery = Discovery(
+            worker,
+            self.registry.directory,
+            self.registry,
+            self.cluster,
+            others=self._siblings,
+            tell=self._tell,
+            reply=self._send_page,
+            settle=self.router.settle,
+        )
+        self.watches = Watches(
+            worker,
+            read_offers=offers_of,
+            others=self._siblings,
+            tell=self._tell,
+            notify=self._notify,
+            on_wanted=self.cluster.watch if self.cluster is not None else lambda _: None,
+        )
         self.moves = Moves(
             worker,
             self.router,
             self.registry,
+            node.table,
             node.ledger,
+            cluster=self.cluster,
+            tell=self._tell,
             admit=self._admit,
             give=self._give,
             give_back=self._return,
@@ -128,6 +171,26 @@ class Gateway:
         # Messages on their way back to their senders. Returning one can close a slow sender, whose own
         # queue then goes back: a list, not a recursion as deep as there are slow agents.
         self._returning: deque[tuple[bytes, str]] = deque()
+
+    def _make_cluster(self, settings: Settings, node: Node, worker: int) -> Cluster | None:
+        if settings.redis is None:
+            return None
+        return Cluster(
+            settings.redis,
+            prefix=settings.redis_prefix,
+            instance=node.instance,
+            did=self.did,
+            name=settings.node_name,
+            workers=node.workers,
+            worker=worker,
+            router=self.router,
+            table=node.table,
+            sessions=self.registry,
+            on_taken=self._on_taken,
+            on_replaced=self._on_replaced,
+            on_change=lambda change: self.watches.take(change, is_ordered=True),
+            on_doubt=self._doubt,
+        )
 
     # --- HTTP ----------------------------------------------------------------------------------
 
@@ -147,8 +210,10 @@ class Gateway:
             return WSUpgradeResponseWithListener(fault, None)
 
     def _on_request(self, request: WSUpgradeRequest, address: str) -> WSUpgradeResponseWithListener:
-        if upgrade.path_of(request) == upgrade.HEALTH_PATH:
-            return WSUpgradeResponseWithListener(upgrade.health(self.health()), None)
+        path = upgrade.path_of(request)
+        if path in (upgrade.HEALTH_PATH, upgrade.READY_PATH):
+            is_well = path == upgrade.HEALTH_PATH or self._is_ready()
+            return WSUpgradeResponseWithListener(upgrade.health(self.health(), is_well), None)
         place = self.node.addresses.place(address)
         refusal = upgrade.refuse(request)
         if refusal is None and (reason := self._is_full(place)):
@@ -202,11 +267,33 @@ class Gateway:
             return f"there are {limit} connections from this address already"
         return ""
 
+    def _is_ready(self) -> bool:
+        """Whether new agents should come here."""
+        is_alone = self.settings.redis_required and self.cluster is not None and not self.cluster.is_connected
+        return not self._is_draining and not is_alone
+
+    def _status(self) -> str:
+        if self._is_draining:
+            return "draining"
+        return "alone" if self.cluster is not None and not self.cluster.is_connected else "ok"
+
+    def _cluster_health(self) -> dict[str, object]:
+        assert self.cluster is not None
+        return {
+            "node": self.cluster.number,
+            "redis": "connected" if self.cluster.is_connected else "lost",
+            "others": {
+                str(member.number): member.name
+                for member in sorted(self.cluster.members, key=lambda member: member.number)
+            },
+            "cached_routes": self.node.table.cached,
+        }
+
     def health(self) -> dict[str, object]:
         """Return the state of the node, for `GET /health`."""
         total = self.node.counters.total
         return {
-            "status": "draining" if self._is_draining else "ok",
+            "status": self._status(),
             "version": __version__,
             "did": self.did,
             "uptime_seconds": round(time.monotonic() - self._started_at, 1),
@@ -218,6 +305,7 @@ class Gateway:
             "routes": len(self.node.table),
             "waiting": total("waiting"),
             "unconfirmed_bytes": total("unconfirmed_bytes"),
+            **({} if self.cluster is None else {"cluster": self._cluster_health()}),
             "counters": self.node.totals(),
         }
 
@@ -246,57 +334,144 @@ class Gateway:
             self._deliver_elsewhere(connection, data, found)
         elif kind in _DATA_PLANE:
             self._refuse(connection, "data_plane_only", found=found, field="type")
-        elif kind == "DISCOVER":
-            self._refuse(connection, "not_offered", found=found, field="type")
-        elif kind not in ("PING", "PONG", "UNREGISTER") or found.to != self.did:
+        elif kind not in _FOR_US or found.to != self.did:
             self._refuse(connection, "unexpected_type", found=found, field="type")
         else:
             try:
                 message = decode(data)
+                self._answer(connection, session, message, found)
             except MessageError as error:
                 self._refuse(connection, error.cause.name, str(error), found=found, field=error.field)
-                return
-            if isinstance(message.payload, PingPayload):
-                answer = replies.pong(self.did, session.did, message.id, message.payload.sequence)
-                self._send(connection, answer)
-            elif kind == "UNREGISTER":
-                self._close(connection, 1000)
+
+    def _answer(self, connection: Connection, session: Session, message: Message, found: Scan) -> None:
+        """Do what an agent asks of the gateway itself."""
+        payload = message.payload
+        if isinstance(payload, PingPayload):
+            answer = replies.pong(self.did, session.did, message.id, payload.sequence)
+            self._send(connection, answer)
+        elif isinstance(payload, DiscoverPayload):
+            self._discover(connection, session, message, payload, found)
+        elif isinstance(payload, RegisterPayload):
+            shown = read_shown(message)
+            self._send(connection, self._registrar.note(message))
+            self.registry.show(session, shown)
+            if self.cluster is not None:
+                self.cluster.register(session, lambda _: None)
+            self._publish(session, "update")
+        elif isinstance(payload, UnregisterPayload):
+            self._close(connection, 1000)
+
+    def _discover(
+        self,
+        connection: Connection,
+        session: Session,
+        message: Message,
+        payload: DiscoverPayload,
+        found: Scan,
+    ) -> None:
+        if payload.watch is False:
+            if message.correlation_id is not None:
+                self.watches.remove(session, message.correlation_id)
+            self._send_page(session, message.id, Page(), False)
+            return
+        # What happens after the question was asked is told by the watch.
+        if payload.watch and not self.watches.add(session, message.id, Query.of(payload)):
+            text = f"an agent watches {WATCHES_MAX} times at most"
+            self._refuse(connection, "overloaded", text, found=found, field="payload.watch")
+        elif not self.discovery.ask(session, message.id, payload):
+            self.watches.remove(session, message.id)
+            text = "too many searches at the same time: wait for the answers"
+            self._refuse(connection, "overloaded", text, found=found, field="type", retry_after_ms=1_000)
+
+    def _send_page(self, session: Session, message_id: str, page: Page, is_partial: bool) -> None:
+        if session.connection is None:
+            return
+        cursor = page.agents[-1][0] if page.more and page.agents else None
+        agents = [data for _, data in page.agents]
+        answer = replies.presence(
+            self.did, session.did, message_id, agents, cursor=cursor, partial=is_partial
+        )
+        self._send(session.connection, answer)
+
+    def _notify(self, watch: Watch, event: str, agents: list[bytes]) -> None:
+        if watch.session.connection is not None:
+            answer = replies.presence(self.did, watch.session.did, watch.id, agents, event=event)
+            self._send(watch.session.connection, answer)
+
+    def _doubt(self) -> None:
+        """Tell whoever watches that something may have been missed."""
+        self.watches.doubt()
+
+    def _publish(self, session: Session, event: str) -> None:
+        """Tell whoever watches what has happened to an agent; with Redis, its scripts do."""
+        if self.cluster is None or not self.cluster.is_connected:
+            status = "offline" if event == "leave" else session.status
+            change = Change(event, session.did, status, session.epoch, session.card, session.hidden)
+            self.watches.publish(change)
 
     def _deliver_elsewhere(self, connection: Connection, data: bytes, found: Scan) -> None:
-        """Deal with a message whose target has no connection here that takes it."""
+        """Deal with a message that the router did not deliver: its target is away, elsewhere or nowhere."""
         assert found.to is not None
-        target = self.registry.get(found.to)
+        if found.to not in self.registry:
+            try:
+                decode_did(found.to)
+            except DIDError as error:
+                self._refuse(connection, "bad_did", str(error), found=found, field="to")
+                return
+        cause = self._deliver(found.to, data, connection)
+        if cause is not None:
+            self._refuse(connection, cause, found=found, field="to")
+
+    def _deliver(self, did: str, data: bytes, sender: Connection | None) -> str | None:
+        """Send a message on its way; return the cause if that cannot be."""
+        if self.locations is not None and did in self.locations:
+            return self.locations.search(did, data, sender)
+        target = self.registry.get(did)
         if target is not None and target.move is not None:
             self.moves.hold(target, self.worker, data)
-            return
-        if target is not None and target.connection is None:
-            if not target.hold(data):
-                self._refuse(connection, "away_full", found=found, field="to")
-            return
-        try:
-            decode_did(found.to)
-        except DIDError as error:
-            self._refuse(connection, "bad_did", str(error), found=found, field="to")
-            return
+            return None
+        if target is not None:
+            return self._hand_to(target, data)
         # The session may have gone to another worker just now.
-        is_forwarded = self.router.forward(found.to.encode(), data)
+        is_forwarded = self.router.forward(did.encode(), data)
+        if is_forwarded:
+            return None
         if is_forwarded is None:
-            self._refuse(connection, "not_online", found=found, field="to")
-        elif not is_forwarded:
-            route = self.node.table.get(found.to.encode())
-            reachable = route is None or route[0] in self.router.linked_workers()
-            self._refuse(connection, "overloaded" if reachable else "unreachable", found=found, field="to")
+            return "not_online" if self.locations is None else self.locations.search(did, data, sender)
+        route = self.node.table.get(did.encode())
+        if route is None or route[0] in self.router.linked_workers():
+            return "overloaded"
+        if route[0] < NODE_WORKERS or self.cluster is None or not self.cluster.reach(route[0]):
+            return "unreachable"
+        return None if self.router.forward(did.encode(), data) else "unreachable"
+
+    def _deliver_found(self, did: str, waiting: Waiting) -> None:
+        """Send a message on its way whose target was looked up."""
+        cause = self._deliver(did, waiting.data, None)
+        if cause is not None:
+            self._return(waiting.data, cause)
+
+    def _hand_to(self, session: Session, data: bytes) -> str | None:
+        """Deliver a message to a session of this worker; return the cause if that cannot be."""
+        if session.connection is None:
+            return None if session.hold(data) else "away_full"
+        if not self._send(session.connection, data):
+            return "slow_consumer"
+        self.node.counters.add(self.worker, "messages_routed")
+        self.node.counters.add(self.worker, "bytes_routed", len(data))
+        return None
 
     def _give(self, session: Session, data: bytes) -> None:
         """Deliver a message to a session of this worker, or give it back to its sender."""
-        if session.connection is None:
-            if not session.hold(data):
-                self._return(data, "away_full")
-        elif not self._send(session.connection, data):
-            self._return(data, "slow_consumer")
-        else:
-            self.node.counters.add(self.worker, "messages_routed")
-            self.node.counters.add(self.worker, "bytes_routed", len(data))
+        cause = self._hand_to(session, data)
+        if cause is not None:
+            self._return(data, cause)
+
+    def _tell(self, worker: int, kind: int, origin: int, epoch: int, data: bytes) -> bool:
+        """Send a record to another worker; False if it cannot be reached or is behind."""
+        if worker >= NODE_WORKERS and (self.cluster is None or not self.cluster.reach(worker)):
+            return False
+        return self.router.tell(worker, kind, origin, epoch, data)
 
     # --- other workers -------------------------------------------------------------------------
 
@@ -321,22 +496,37 @@ class Gateway:
         """
         self.router.add_link(worker, fd)
         self._generations[worker] = generation
+        self.watches.on_link(worker)
 
     def on_record(self, worker: int, kind: int, origin: int, epoch: int, data: bytes) -> None:
         """Take what another worker says to this one."""
-        self.moves.on_record(worker, kind, origin, epoch, data)
-        self._count_sessions()
+        if kind == ASK:
+            self.discovery.on_ask(worker, epoch, data)
+        elif kind == ANSWER:
+            self.discovery.on_answer(worker, epoch, data)
+        elif kind == WATCHING:
+            self.watches.on_watching(worker, data)
+        elif kind == CHANGED:
+            self.watches.on_changed(data)
+        else:
+            self.moves.on_record(worker, kind, origin, epoch, data)
+            self._count_sessions()
 
     def on_link_lost(self, worker: int, records: list[tuple[int, int, int, bytes]]) -> None:
         """Another worker has gone: tell the senders of what it had not confirmed."""
-        self._log.warning("worker lost", lost=worker, unconfirmed=len(records))
+        if worker < NODE_WORKERS:
+            self._log.warning("worker lost", lost=worker, unconfirmed=len(records))
         told = set()
         for kind, _, _, data in records:
             if kind == ROUTED_KIND or kind in MESSAGE_KINDS:
                 told.add(scan(data).id)
                 self._return(data, "unconfirmed")
         self.moves.on_link_lost(worker)
+        self.discovery.on_link_lost(worker)
         self.router.flush()
+        if worker >= NODE_WORKERS:
+            return
+        self.watches.on_link_lost(worker)
         # What it had confirmed, and kept for agents that were away or slow.
         for sender, target, message_id in self.node.ledger.read(worker, self._generations.pop(worker, 0)):
             if sender in self.registry and message_id not in told:
@@ -364,9 +554,10 @@ class Gateway:
             done = self.registry.register(
                 registration.did,
                 connection,
-                registration.capabilities,
+                registration.shown,
                 self._registrar.new_resume_token(),
                 registration.resume_token,
+                round(registration.message.timestamp.timestamp() * 1000),
             )
         except (TableFullError, TableBusyError) as error:
             self._refuse(connection, "gateway_full", str(error), found=found)
@@ -377,16 +568,95 @@ class Gateway:
         connection.register(session, registration.did.encode(), session.epoch)
         if done.replaced is not None:
             self._replace(done.replaced)
-        if done.elsewhere is not None:
-            self.moves.begin(session, registration, *done.elsewhere)
-            return
-        self._admit(session, registration, done.resumed)
-        self.router.flush()  # what waited for the agent may fill the queue alone
-        for message in done.held:
+        self.moves.prepare(session, registration)
+        if self.cluster is None:
+            self._begin_session(session, registration, done, None)
+        else:
+            self.cluster.register(session, partial(self._begin_session, session, registration, done))
+
+    def _begin_session(
+        self, session: Session, registration: Registration, done: Registered, claim: Claim | None
+    ) -> None:
+        """Go on with a registration once the shared registry has answered, if there is one.
+
+        Args:
+            session: The new session.
+            registration: To be answered.
+            done: What this node had of the agent.
+            claim: What the others had; None if that is not known.
+        """
+        if self.registry.get(session.did) is not session:
+            self._return_all(done.held, "away_expired")
+            return  # it was replaced meanwhile, and its REGISTER answered
+        if claim is not None and claim.outcome == "late" and self.cluster is not None:
+            # Redis took long. Whoever is still here has not gone elsewhere.
+            if session.connection is not None:
+                self.cluster.register(session, partial(self._begin_session, session, registration, done))
+                return
+            claim = None
+        self._publish(session, "update" if done.is_known else "join")
+        remote: list[int] = []
+        elsewhere = done.elsewhere
+        if claim is not None and self.cluster is not None:
+            remote = self.cluster.workers_of(claim.asked)
+            if elsewhere is not None and elsewhere[0] >= NODE_WORKERS:
+                elsewhere = None  # what was cached; the registry knows better
+            before = claim.before
+            if before is None:
+                pass
+            elif before.worker >= NODE_WORKERS or (elsewhere is None and before.worker != self.worker):
+                elsewhere = (before.worker, before.epoch)
+            elif elsewhere is None:
+                for worker in remote:
+                    self.moves.correct(worker, session.did, before.epoch, session)
+        if elsewhere is None:
             if not done.resumed:
-                self._return(message, "away_expired")
-            elif is_lasting(message):
-                self._give(session, message)
+                self._return_all(done.held, "away_expired")
+            self.moves.end(
+                session,
+                resumed=done.resumed,
+                held=[message for message in done.held if done.resumed and is_lasting(message)],
+            )
+        else:
+            self._return_all(done.held, "away_expired")
+            self.moves.begin(session, registration, *elsewhere, remote)
+
+    def _on_taken(self, session: Session) -> None:
+        """Close a session whose agent registered at another node later, as this node only now hears."""
+        self._log.warning("session taken", did=session.did)
+        self.moves.give_up(session)
+        connection = session.connection
+        undelivered = connection.take_undelivered() if connection is not None else []
+        self.registry.remove(session)
+        self._return_all([*undelivered, *session.release()], "away_expired")
+        if connection is not None:
+            self._replace(connection)
+
+    def _on_replaced(self, session: Session, claim: Claim) -> None:
+        """Tell where an older session of the same agent was, at another node, that it has ended."""
+        assert claim.before is not None
+        self.moves.dismiss(session, claim.before.worker, claim.before.epoch)
+
+    def _siblings(self) -> list[int]:
+        """Return the other workers of this node."""
+        return [worker for worker in self.router.linked_workers() if worker < NODE_WORKERS]
+
+    def _on_away(self, session: Session) -> None:
+        self._publish(session, "away")
+        if self.cluster is not None:
+            self.cluster.set_away(session)
+
+    def _on_gone(self, session: Session) -> None:
+        self._publish(session, "leave")
+        if self.cluster is not None:
+            self.cluster.unregister(session, partial(self._tell_gone, session.did, session.epoch))
+
+    def _tell_gone(self, did: str, epoch: int, asked: tuple[int, ...]) -> None:
+        """Let the nodes that asked where an agent was forget it."""
+        assert self.cluster is not None
+        for number in asked:
+            for worker in self.cluster.workers_of([number])[:1]:
+                self.moves.correct(worker, did, epoch, None)
 
     def _admit(self, session: Session, registration: Registration, resumed: bool) -> None:
         """Answer a REGISTER: the agent can be reached."""
@@ -401,6 +671,8 @@ class Gateway:
 
     def _replace(self, connection: Connection) -> None:
         """Close the connection of an agent that has registered anew."""
+        if connection.session is not None:
+            self.watches.remove(connection.session)
         connection.forget_session()
         self._close(connection, 4504)
 
@@ -409,6 +681,7 @@ class Gateway:
         session = connection.session
         if session is None:
             return
+        self.watches.remove(session)
         undelivered = connection.take_undelivered()
         connection.forget_session()
         if keep and self.settings.away > 0 and not self._is_draining:
@@ -459,11 +732,7 @@ class Gateway:
         self._log.info("undelivered", cause=name, id=message_id, did=did, to=to)
         answer = replies.error(self.did, did, name, field="to", correlation_id=message_id)
         sender = self.registry.get(did)
-        if sender is None:
-            self.router.forward(did.encode(), answer)
-        elif sender.move is not None:
-            self.moves.hold(sender, self.worker, answer)  # behind the answer to its REGISTER
-        elif sender.connection is None or not self._send(sender.connection, answer):
+        if self._deliver(did, answer, None) == "slow_consumer" and sender is not None:
             sender.hold(answer)
 
     # --- refusals ------------------------------------------------------------------------------
@@ -600,7 +869,9 @@ class Gateway:
         """
         loop = asyncio.get_running_loop()
         loop.add_reader(self.router.fileno(), self.router.run_pass)
-        ticking = loop.create_task(self._tick(loop))
+        tasks = [loop.create_task(self._tick(loop))]
+        if self.cluster is not None:
+            tasks.append(loop.create_task(self.cluster.run()))
         server = await loop.create_server(
             # The time is for the whole request: a client that sends byte by byte gets no more.
             lambda: upgrade.RequestProtocol(
@@ -614,8 +885,12 @@ class Gateway:
             on_ready()
             await self._stop.wait()
             await self._drain(server)
+            if self.cluster is not None:
+                await self.cluster.close()
         finally:
-            ticking.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             for connection in self.router.open_connections():
                 connection.abort()
             self.router.run_pass()
@@ -642,6 +917,8 @@ class Gateway:
                 for session in self.registry.expire():
                     self._return_all(session.release(), "away_expired")
                 self.moves.expire()
+                self.discovery.expire()
+                self.watches.catch_up()
                 # After a stall, what other workers have to say of their sessions is not read yet.
                 if self.node.workers > 1 and now - last_run < STALL_SECONDS:
                     self._look_for_taken_sessions()

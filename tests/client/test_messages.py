@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 from scripted_gateway import ScriptedGateway, Visit
 
-from aiconexus.client import ClientState, GatewayClient, short_did, socket
+from aiconexus.client import ClientState, Found, GatewayClient, short_did, socket
 from aiconexus.protocol import (
     AnswerPayload,
     DIDKey,
@@ -24,8 +24,10 @@ from aiconexus.protocol import (
     OfferPayload,
     PingPayload,
     PresencePayload,
+    RegisterPayload,
     sign_message,
 )
+from aiconexus.protocol.cards import sign_card
 from aiconexus.protocol.errors import (
     GatewayUnreachableError,
     NotConnectedError,
@@ -231,15 +233,32 @@ async def test_answer_of_the_gateway_is_signed_unless_it_is_an_error(
     gateway: ScriptedGateway, client: GatewayClient, registered: Register
 ) -> None:
     visit = await registered()
-    asking = asyncio.create_task(
-        client.request(Message.create(client.did, gateway.key.did, DiscoverPayload()))
-    )
+    payload = RegisterPayload(public_key=client.did.removeprefix("did:key:"))
+    asking = asyncio.create_task(client.request(Message.create(client.did, gateway.key.did, payload)))
     question = await gateway.message()
-    page = PresencePayload(agents=[{"did": client.did}])
-    await visit.send_unsigned(page, question.id)
-    await visit.send(question.reply(page))
-    assert (await asking).payload == page
+    await visit.send_unsigned(payload, question.id)
+    await visit.send(question.reply(payload))
+    assert (await asking).payload == payload
     assert client.stats.rejected == 1
+
+
+async def test_answer_of_the_directory_is_not_signed_but_what_agents_say_in_it(
+    gateway: ScriptedGateway, client: GatewayClient, registered: Register, other: DIDKey
+) -> None:
+    visit = await registered()
+    card = sign_card([{"name": "add"}], other)
+    forged = {**card, "issued_at": 1}
+    asking = asyncio.create_task(_collect(client.discover()))
+    question = await gateway.message()
+    agents = [{"did": other.did, "card": forged}, {"did": other.did, "card": card}, {"did": client.did}]
+    await visit.send_unsigned(PresencePayload(agents=agents), question.id)
+    found = await asking
+    assert [each.did for each in found] == [other.did, client.did]
+    assert [capability.name for capability in found[0].capabilities] == ["add"]
+
+
+async def _collect(found: AsyncIterator[Found]) -> list[Found]:
+    return [each async for each in found]
 
 
 async def test_cancelled_request_is_forgotten(

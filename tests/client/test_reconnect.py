@@ -54,7 +54,7 @@ async def test_cut_connection_is_made_again_and_resumed(
     second = await gateway.visit()
     await client.wait_for(ClientState.REGISTERED, timeout=5)
     assert second.register_ext["resume"] == "token-1"
-    assert second.register_ext["capabilities"] == first.register_ext["capabilities"]
+    assert second.register_ext["card"] == first.register_ext["card"]
     assert client.session is not None
     assert client.session.id == "session-2"
     assert client.session.resumed is True

@@ -34,6 +34,7 @@ from aiconexus.protocol import (
     encode,
     sign_message,
 )
+from aiconexus.protocol.cards import verify_card
 from aiconexus.protocol.errors import (
     GatewayClosedError,
     GatewayIdentityError,
@@ -66,12 +67,28 @@ async def test_register_signs_nonce_audience_and_capabilities(
     assert visit.agent == client.did
     assert visit.register_ext["nonce"] == visit.challenge().ext["nonce"]
     assert visit.register_ext["aud"] == gateway.url
-    assert visit.register_ext["capabilities"] == [
+    card = visit.register_ext["card"]
+    assert card["capabilities"] == [
         {"name": "echo"},
         {"name": "add", "tags": ["math"]},
         {"name": "sub", "version": "2.0"},
     ]
+    assert [capability.name for capability in verify_card(card, client.did).capabilities] == [
+        "echo",
+        "add",
+        "sub",
+    ]
+    assert "hidden" not in visit.register_ext
     assert "resume" not in visit.register_ext
+
+
+async def test_an_agent_with_nothing_to_offer_has_no_card_and_may_be_hidden(
+    gateway: ScriptedGateway, client: GatewayClient
+) -> None:
+    await client.register(hidden=True)
+    visit = await gateway.visit()
+    assert "card" not in visit.register_ext
+    assert visit.register_ext["hidden"] is True
 
 
 async def test_audience_and_texts_leave_secrets_of_the_url_out(gateway: ScriptedGateway, key: DIDKey) -> None:
@@ -99,7 +116,7 @@ def test_url_that_is_none_is_refused_when_it_is_given(url: str, key: DIDKey) -> 
 async def test_capabilities_are_checked_before_anything_is_sent(
     gateway: ScriptedGateway, client: GatewayClient
 ) -> None:
-    with pytest.raises(MalformedMessageError, match=r"ext.capabilities.1.name"):
+    with pytest.raises(MalformedMessageError, match=r"ext.card.capabilities.1.name"):
         await client.register(["good", {"name": ""}])
     with pytest.raises(MalformedMessageError, match="33 capabilities"):
         await client.register(f"c{number}" for number in range(33))

@@ -18,7 +18,9 @@ from aiconexus.protocol import (
     sign_message,
     verify_envelope,
 )
+from aiconexus.protocol.cards import sign_card
 from gateway.handshake import Handshake, Registrar
+from gateway.registry import Shown
 
 GATEWAY = DIDKey.from_seed(b"g" * 32)
 AGENT = DIDKey.from_seed(b"a" * 32)
@@ -68,11 +70,13 @@ def test_the_first_message_is_signed_and_fits_the_models():
 
 
 def test_a_proof_is_accepted_and_answered(handshake):
-    capabilities = [{"name": "a", "tags": ["x"], "later": 1}]
-    data = register(handshake, capabilities=capabilities, resume="token")
+    card = sign_card([{"name": "a", "tags": ["x"], "later": 1}], AGENT)
+    data = register(handshake, card=card, hidden=True, resume="token")
     registration = registrar().check(handshake, data)
     assert registration.did == AGENT.did
-    assert json.loads(registration.capabilities) == capabilities
+    assert json.loads(registration.shown.card) == card
+    assert [(offer.name, offer.tags) for offer in registration.shown.offers] == [("a", ("x",))]
+    assert registration.shown.hidden
     assert registration.resume_token == "token"
     answer = registrar().accept(registration, session="s", resume_token="t", resumed=True)
     verify_envelope(json.loads(answer))
@@ -87,9 +91,9 @@ def test_a_proof_is_accepted_and_answered(handshake):
     }
 
 
-def test_capabilities_and_resume_may_be_left_out(handshake):
+def test_card_and_resume_may_be_left_out(handshake):
     registration = registrar().check(handshake, register(handshake))
-    assert (registration.capabilities, registration.resume_token) == (b"[]", None)
+    assert (registration.shown, registration.resume_token) == (Shown(), None)
 
 
 def test_every_refusal_names_its_cause_its_field_and_the_message(handshake):
@@ -115,7 +119,7 @@ def test_the_cheap_checks_come_before_the_signature(handshake, monkeypatch):
     refused(register(handshake, nonce="x"), handshake)
     refused(register(handshake, aud="ws://evil.example/ws"), handshake)
     refused(register(handshake, to=OTHER.did), handshake)
-    refused(register(handshake, capabilities=0), handshake)
+    refused(register(handshake, card=0), handshake)
 
 
 def test_a_handshake_is_of_one_connection():
@@ -274,16 +278,39 @@ def test_with_public_urls_the_audience_is_one_of_them_whatever_the_host(audience
     ids=lambda value: str(value)[:40],
 )
 def test_capabilities_that_do_not_fit_are_refused(handshake, capabilities):
-    error = refused(register(handshake, capabilities=capabilities), handshake)
+    error = refused(register(handshake, card=sign_card(capabilities, AGENT)), handshake)
     assert error.cause.name == "invalid_ext"
-    assert error.field.startswith("ext.capabilities")
+    assert error.field.startswith("ext.card.capabilities")
     assert len(str(error)) < 300
+
+
+@pytest.mark.parametrize(
+    ("card", "field"),
+    [
+        (0, "ext.card"),
+        ([], "ext.card"),
+        ({}, "ext.card.type"),
+        ({**sign_card([], AGENT), "type": "OFFER"}, "ext.card.type"),
+        ({**sign_card([], AGENT), "more": 1}, "ext.card.more"),
+        ({**sign_card([], AGENT), "issued_at": -1}, "ext.card.issued_at"),
+        (sign_card([], DIDKey.from_seed(bytes([9] * 32))), "ext.card.did"),
+    ],
+    ids=str,
+)
+def test_what_is_no_card_of_this_agent_is_refused(handshake, card, field):
+    error = refused(register(handshake, card=card), handshake)
+    assert (error.cause.name, error.field) == ("invalid_ext", field)
+
+
+def test_hidden_is_a_boolean(handshake):
+    error = refused(register(handshake, hidden=1), handshake)
+    assert (error.cause.name, error.field) == ("invalid_ext", "ext.hidden")
 
 
 def test_32_capabilities_fit(handshake):
     capabilities = [{"name": str(number), "input": {"type": "object"}} for number in range(32)]
-    registration = registrar().check(handshake, register(handshake, capabilities=capabilities))
-    assert len(json.loads(registration.capabilities)) == 32
+    registration = registrar().check(handshake, register(handshake, card=sign_card(capabilities, AGENT)))
+    assert len(registration.shown.offers) == 32
 
 
 def test_nonces_and_tokens_are_of_32_random_bytes():

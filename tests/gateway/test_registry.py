@@ -10,7 +10,7 @@ from aiconexus.protocol import DIDKey
 from aiconexus.protocol.limits import AWAY_MAX_BYTES, AWAY_MAX_MESSAGES
 from gateway._ledger import Ledger
 from gateway._routing import AWAY_INDEX, RoutingTable
-from gateway.registry import Registry
+from gateway.registry import Registry, Shown
 
 LEDGER = Ledger(1)
 LEDGER.begin(0, 0)
@@ -41,17 +41,17 @@ def registry(table) -> Registry:
 
 
 def register(registry, did=A, connection=None, token="token", resume=None):
-    return registry.register(did, connection or FakeConnection(1), b"[]", token, resume)
+    return registry.register(did, connection or FakeConnection(1), Shown(), token, resume)
 
 
 def test_a_registered_agent_has_a_route_and_a_presence(registry, table):
     before = time.time()
-    session = registry.register(A, FakeConnection(7), b'[{"name":"x"}]', "token", None).session
+    session = registry.register(A, FakeConnection(7), Shown(b"{}"), "token", None).session
     assert table.get(A.encode()) == (0, 7, session.epoch)
     assert (A in registry, B in registry, len(registry)) == (True, False, 1)
     presence = registry.presence(A)
     assert (presence.did, presence.session, presence.away) == (A, session.id, False)
-    assert presence.capabilities == b'[{"name":"x"}]'
+    assert presence.card == b"{}"
     assert before <= presence.connected_at <= time.time()
     assert presence.last_activity == pytest.approx(time.time() - 5, abs=1)
     assert registry.presence(B) is None

@@ -125,12 +125,11 @@ def test_a_hundred_thousand_routes():
 
 def test_a_full_table_refuses_new_agents_and_keeps_the_others():
     table = RoutingTable(SMALLEST_CAPACITY // 2)
-    for number in range(SMALLEST_CAPACITY // 2):
-        table.bind(did(number), 0, number)
+    epochs = [table.bind(did(number), 0, number)[0] for number in range(SMALLEST_CAPACITY // 2)]
     with pytest.raises(TableFullError):
         table.bind(did(9_999), 0, 1)
     assert table.get(did(9_999)) is None
-    assert table.bind(did(5), 1, 7)[1] == (0, 5, 6), "who is in may still move"
+    assert table.bind(did(5), 1, 7)[1] == (0, 5, epochs[5]), "who is in may still move"
     assert_sound(table, SMALLEST_CAPACITY // 2)
 
 
@@ -219,7 +218,7 @@ def test_a_reader_never_sees_half_of_a_change():
         os.write(started, b"x")
         number = 0
         while True:
-            number = (number + 1) % 60_000
+            number = (number + 1) % 64
             table.bind(key, number, number)
 
     writer = forked(write)
@@ -236,3 +235,45 @@ def test_a_reader_never_sees_half_of_a_change():
         os.close(ready)
         os.close(started)
     assert len(seen) > 1
+
+
+# --- routes to other nodes ---------------------------------------------------------------------
+
+
+def test_routes_to_other_nodes_have_room_of_their_own():
+    table = RoutingTable(100, 10)
+    for number in range(100):
+        table.bind(did(number), 0, number)
+    for number in range(100, 130):
+        table.cache(did(number), 64 + number, 0, number)
+    assert (len(table), table.cached) == (100, 10)
+    assert table.get(did(129)) == (64 + 129, 0, 129), "the newest is there"
+    assert all(table.get(did(number)) is not None for number in range(100))
+    with pytest.raises(TableFullError):
+        table.bind(did(200), 0, 0)
+    assert_sound(table, 110)
+    table.forget_others()
+    assert (len(table), table.cached) == (100, 0)
+    assert_sound(table, 100)
+
+
+def test_who_is_here_is_not_overwritten_by_what_is_cached():
+    table = RoutingTable(100, 10)
+    epoch, _ = table.bind(did(1), 3, 7)
+    table.cache(did(1), 64, 0, 1)
+    assert table.get(did(1)) == (3, 7, epoch)
+
+
+def test_an_agent_that_comes_takes_the_place_of_what_was_cached_of_it():
+    table = RoutingTable(1, 10)
+    table.cache(did(1), 64, 5, 99)
+    epoch, replaced = table.bind(did(1), 0, 7)
+    assert replaced == (64, 5, 99)
+    assert (len(table), table.cached) == (1, 0)
+    table.redirect(did(1), epoch, 128, 8, 100)
+    assert table.get(did(1)) == (128, 8, 100)
+    assert (len(table), table.cached) == (0, 1)
+    table.redirect(did(1), epoch, 64, 9, 101)
+    assert table.get(did(1)) == (128, 8, 100), "that epoch does not own it any more"
+    assert table.remove(did(1), 100)
+    assert table.purge(128) == table.cached == 0

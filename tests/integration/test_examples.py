@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from redis_server import find_server
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -50,6 +51,40 @@ def test_demo_shows_every_step_and_stops_everything() -> None:
         assert found, f"{step}\n{demo.stdout}"
         at = found.end()
     assert re.search(rf"notary +is connected with did:key:z6Mk.* {path}", demo.stdout)
+
+
+def test_cluster_goes_on_when_a_node_is_killed() -> None:
+    try:
+        find_server()
+    except LookupError as error:
+        pytest.skip(str(error))
+    environment = {**os.environ, "PYTHONWARNINGS": "error", "COLUMNS": "110"}
+    run = subprocess.run(
+        [sys.executable, str(EXAMPLES / "cluster" / "run.py")],
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        timeout=90,
+    )
+    assert run.returncode == 0, run.stdout
+    steps = [
+        r"node-1 +listens at ws://127\.0\.0\.1:\d+/ws",
+        r"node-2 +listens at ws://127\.0\.0\.1:\d+/ws",
+        r"client +gets the result, signed by the notary",
+        r"cluster +the notary is at node-1, the client was at the other node",
+        r"node-1 +was killed",
+        r"cluster +the notary has come back by itself, to node-2",
+        r"client +gets the result, signed by the notary",
+        r"node-2 +has stopped",
+        r"cluster +all have stopped",
+    ]
+    at = 0
+    for step in steps:
+        found = re.compile(r" \d+\.\d{3} s  " + step).search(run.stdout, at)
+        assert found, f"{step}\n{run.stdout}"
+        at = found.end()
 
 
 def test_demo_that_fails_says_why(tmp_path: Path) -> None:

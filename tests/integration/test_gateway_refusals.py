@@ -28,6 +28,7 @@ from aiconexus.protocol import (
     UnregisterPayload,
     sign_message,
 )
+from aiconexus.protocol.cards import sign_card
 from aiconexus.protocol.errors import CAUSES
 
 OTHER = DIDKey.from_seed(b"o" * 32)
@@ -208,12 +209,24 @@ IN_SESSION = {
     "an EXEC_REQUEST": payload("data_plane_only", ExecRequestPayload(args={})),
     "an EXEC_RESPONSE": payload("data_plane_only", ExecResponsePayload(status=ExecStatus.SUCCESS)),
     "an INTENT to the gateway": payload("data_plane_only", IntentPayload(query="x"), to_gateway=True),
-    "DISCOVER": payload("not_offered", DiscoverPayload(), to_gateway=True),
+    "a DISCOVER to an agent": payload("unexpected_type", DiscoverPayload()),
+    "a DISCOVER with a limit of 0": Bad(
+        "invalid_payload",
+        lambda a: a.message(a.gateway_did, DiscoverPayload()).replace(
+            b'"payload":{', b'"payload":{"limit":0'
+        ),
+        field="payload.limit",
+    ),
     "PRESENCE": payload("unexpected_type", PresencePayload(), to_gateway=True),
     "a PING to an agent": payload("unexpected_type", PingPayload()),
     "a PONG to an agent": payload("unexpected_type", PongPayload()),
     "an UNREGISTER to an agent": payload("unexpected_type", UnregisterPayload()),
-    "a second REGISTER": Bad("unexpected_type", lambda a: a.signed(a.registration()), field="type"),
+    "a REGISTER to an agent": payload("unexpected_type", RegisterPayload(public_key="z")),
+    "a REGISTER on a session with another's card": Bad(
+        "invalid_ext",
+        lambda a: a.signed(a.registration(ext={"card": sign_card([], OTHER)})),
+        field="ext.card.did",
+    ),
     "a PING with an unknown payload field": Bad(
         "invalid_payload",
         lambda a: a.message(a.gateway_did, PingPayload()).replace(b'"payload":{', b'"payload":{"x":1'),
@@ -349,7 +362,9 @@ def _unsigned(agent: Agent) -> bytes:
     return json.dumps(envelope).encode()
 
 
-CAPABILITY = {"name": "a"}
+def _with_card(*capabilities: Any) -> Callable[[Agent], bytes]:
+    return lambda a: a.signed(a.registration(ext={"card": sign_card(list(capabilities), a.key)}))
+
 
 AT_REGISTRATION = {
     # --- 4500: not a REGISTER at all
@@ -363,25 +378,19 @@ AT_REGISTRATION = {
     "no version": ("missing_field", 4500, _edited(b'"version":"1.0",', b"")),
     "an unknown payload field": ("invalid_payload", 4500, _edited(b'"payload":{', b'"payload":{"a":1,')),
     "too deep": ("too_deep", 4500, _edited(b'"ext":{', b'"ext":{"x":' + nested(31).encode() + b",")),
-    "capabilities is an object": ("invalid_ext", 4500, _registration(ext={"capabilities": {}})),
-    "a capability is a string": ("invalid_ext", 4500, _registration(ext={"capabilities": ["a"]})),
-    "a capability without a name": ("invalid_ext", 4500, _registration(ext={"capabilities": [{}]})),
-    "a capability with an empty name": (
+    "the card is a list": ("invalid_ext", 4500, _registration(ext={"card": []})),
+    "a capability is a string": ("invalid_ext", 4500, _with_card("a")),
+    "a capability without a name": ("invalid_ext", 4500, _with_card({})),
+    "a capability with an empty name": ("invalid_ext", 4500, _with_card({"name": ""})),
+    "a capability twice": ("invalid_ext", 4500, _with_card({"name": "a"}, {"name": "a"})),
+    "33 capabilities": ("invalid_ext", 4500, _with_card(*({"name": str(i)} for i in range(33)))),
+    "capabilities over 8 KiB": ("invalid_ext", 4500, _with_card({"name": "a", "x": "x" * 8192})),
+    "the card of another": (
         "invalid_ext",
         4500,
-        _registration(ext={"capabilities": [{"name": ""}]}),
+        lambda a: a.signed(a.registration(ext={"card": sign_card([], OTHER)})),
     ),
-    "a capability twice": ("invalid_ext", 4500, _registration(ext={"capabilities": [CAPABILITY] * 2})),
-    "33 capabilities": (
-        "invalid_ext",
-        4500,
-        _registration(ext={"capabilities": [{"name": str(i)} for i in range(33)]}),
-    ),
-    "capabilities over 8 KiB": (
-        "invalid_ext",
-        4500,
-        _registration(ext={"capabilities": [{"name": "a", "x": "x" * 8192}]}),
-    ),
+    "hidden is a number": ("invalid_ext", 4500, _registration(ext={"hidden": 1})),
     "resume is a number": ("invalid_ext", 4500, _registration(ext={"resume": 1})),
     # --- 4502: the proof fails
     "no signature": ("missing_signature", 4502, _unsigned),

@@ -33,6 +33,7 @@ from aiconexus.protocol import (
     RegisterPayload,
     verify_envelope,
 )
+from aiconexus.protocol.cards import sign_card
 
 
 @pytest.fixture
@@ -600,17 +601,13 @@ def test_a_public_url_is_the_only_audience(start_gateway):
         assert agent.receive()["payload"]["details"]["name"] == "wrong_audience"
 
 
-def test_registration_with_capabilities_and_unknown_ext_keys(port):
+def test_registration_with_a_card_and_unknown_ext_keys(port):
     with Agent(port, register=False) as agent:
         capabilities = [
             {"name": "a", "description": "é", "tags": ["x"], "input": {"type": "object"}, "new": [1.5]}
         ]
-        agent.send(
-            agent.signed(agent.registration(ext={"capabilities": capabilities, "future": {"x": None}}))
-        )
-        assert agent.receive()["type"] == "REGISTER"
-    with Agent(port, register=False) as agent:
-        agent.send(agent.signed(agent.registration(ext={"capabilities": ...})))
+        card = sign_card(capabilities, agent.key)
+        agent.send(agent.signed(agent.registration(ext={"card": card, "future": {"x": None}})))
         assert agent.receive()["type"] == "REGISTER"
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from async_agent import AsyncAgent
+from flock import Flock
 from wire import Agent, assert_exchange, wait_until
 
 from aiconexus.protocol import DIDKey
@@ -183,102 +182,6 @@ async def test_order_is_kept_while_the_target_moves_from_worker_to_worker(gatewa
 # --- a worker goes -----------------------------------------------------------------------------
 
 
-class Flock:
-    """Many agents that come back when their connection breaks; every message is accounted for."""
-
-    def __init__(self, port: int, count: int, seed: int) -> None:
-        self.rng = random.Random(seed)
-        self.agents = [AsyncAgent(port, DIDKey.from_seed(self.rng.randbytes(32))) for _ in range(count)]
-        self.by_did = {agent.did: agent for agent in self.agents}
-        self.slots = asyncio.Semaphore(64)
-        self.tasks: list[asyncio.Task[None]] = []
-        self.number = 0
-        self.is_leaving = False
-
-    async def start(self) -> None:
-        await asyncio.gather(*(self._connect(agent) for agent in self.agents))
-        self.tasks = [asyncio.create_task(self._keep(agent)) for agent in self.agents]
-
-    async def _connect(self, agent: AsyncAgent) -> None:
-        while True:
-            async with self.slots:
-                try:
-                    await agent.connect(resume=True)
-                    return
-                except (OSError, asyncio.IncompleteReadError, AssertionError, ValueError):
-                    if agent.writer is not None:
-                        agent.writer.close()
-                        agent.writer = None
-            await asyncio.sleep(self.rng.uniform(0.05, 0.2))
-
-    async def _keep(self, agent: AsyncAgent) -> None:
-        while True:
-            assert agent.reading is not None
-            await asyncio.wait([agent.reading])
-            if self.is_leaving:
-                return
-            if agent.writer is not None:
-                agent.writer.close()
-            agent.writer = agent.reading = None
-            await self._connect(agent)
-
-    @property
-    def present(self) -> list[AsyncAgent]:
-        return [agent for agent in self.agents if agent.reading is not None and not agent.reading.done()]
-
-    def send(self) -> tuple[str, AsyncAgent, int] | None:
-        """Send a message from one random agent to another; return its id, its sender and the connection."""
-        sender, target = self.rng.choice(self.agents), self.rng.choice(self.agents)
-        if sender.writer is None or sender.reading is None or sender.reading.done():
-            return None
-        self.number += 1
-        return sender.send(target.did, self.number), sender, sender.generation
-
-    async def settle(self, sent: list[tuple[str, AsyncAgent, int]], seconds: float) -> dict[str, int]:
-        """Wait until every message is delivered, or answered, or its sender's connection broke."""
-        deadline = time.monotonic() + seconds
-        while True:
-            delivered = Counter(name for agent in self.agents for _, name in agent.got)
-            lost = []
-            outcome: Counter[str] = Counter()
-            for name, sender, generation in sent:
-                if name in delivered:
-                    outcome["delivered"] += 1
-                elif name in sender.errors:
-                    outcome["answered"] += 1
-                elif sender.generation != generation or sender.reading is None or sender.reading.done():
-                    outcome["sender broke"] += 1
-                else:
-                    lost.append(name)
-            if not lost and len(self.present) == len(self.agents):
-                break
-            assert time.monotonic() < deadline, (
-                f"{len(lost)} of {len(sent)} lost, {len(self.present)} agents back, {outcome}"
-            )
-            await asyncio.sleep(0.05)
-        assert set(delivered.values()) <= {1}, "delivered twice"
-        assert all(set(agent.errors.values()) <= {1} for agent in self.agents), "answered twice"
-        for agent in self.agents:
-            last: dict[str, str] = {}
-            for sender_did, name in agent.got:
-                assert last.get(sender_did, "") < name, "the order changed"
-                last[sender_did] = name
-            agent.got.clear()
-            agent.errors.clear()
-        return outcome
-
-    async def leave(self) -> None:
-        self.is_leaving = True
-        for agent in self.agents:
-            if agent.writer is not None:
-                agent.writer.close()
-        await asyncio.wait(self.tasks)
-        for agent in self.agents:
-            if agent.writer is not None:
-                with suppress(OSError):
-                    await agent.writer.wait_closed()
-
-
 def is_accepted(port: int) -> bool:
     """Whether connections are no longer given to a worker that has died, which resets them."""
     try:
@@ -351,7 +254,7 @@ async def test_workers_killed_under_load_lose_no_message_in_silence(tmp_path, st
     """SIGKILL, twenty times, with 2,000 agents: every agent is back within ten seconds."""
     gateway = start_gateway("--workers", str(WORKERS), "--message-rate", "0")
     count = int(os.environ.get("AICONEXUS_FLOCK", "2000"))
-    flock = Flock(gateway.port, count, seed=3)
+    flock = Flock([gateway.port], count, seed=3)
     await flock.start()
     total: Counter[str] = Counter()
     for _ in range(20):
@@ -382,7 +285,7 @@ async def test_workers_killed_under_load_lose_no_message_in_silence(tmp_path, st
 async def test_a_drain_and_a_restart_under_load_lose_no_message_in_silence(start_gateway):
     """The next gateway has the port while the old one still sends its agents away."""
     old = start_gateway("--workers", "2", "--message-rate", "0", "--drain-seconds", "3")
-    flock = Flock(old.port, 500, seed=4)
+    flock = Flock([old.port], 500, seed=4)
     await flock.start()
     sent = []
 
@@ -412,7 +315,7 @@ async def test_a_drain_and_a_restart_under_load_lose_no_message_in_silence(start
 
 async def test_a_stopped_worker_costs_its_own_agents_only(gateway):
     """SIGSTOP: the others go on; what is for the stopped one is bounded, and then comes back as an ERROR."""
-    flock = Flock(gateway.port, 40, seed=5)
+    flock = Flock([gateway.port], 40, seed=5)
     await flock.start()
     by_worker: dict[int, list[AsyncAgent]] = {}
     for agent in flock.agents:

@@ -280,7 +280,7 @@ class Agent(RawClient):
         self, *, payload: RegisterPayload | None = None, to: str = "", ext: dict[str, Any] | None = None
     ) -> Message:
         """Return the unsigned REGISTER; `ext` replaces its keys, `...` removes them."""
-        full = {"nonce": self.nonce, "aud": self.url, "capabilities": [], **(ext or {})}
+        full = {"nonce": self.nonce, "aud": self.url, **(ext or {})}
         return Message.create(
             self.did,
             to or self.gateway_did,

@@ -66,6 +66,38 @@ CAPABILITY = {
     "output": {"type": "array", "items": {"type": "string"}},
 }
 
+
+def card(name: str, **changed: Any) -> dict[str, Any]:
+    """Return the signed card of one of KEYS."""
+    signed = {
+        "type": "CARD",
+        "did": DIDS[name],
+        "issued_at": 1768212000000,
+        "capabilities": [CAPABILITY],
+        **changed,
+    }
+    return {**signed, "signature": b64encode(KEYS[name].sign(rfc8785.dumps(signed)).signature).decode()}
+
+
+CARDS = {"A": card("A"), "B": card("B")}
+
+# Each is for agent B. reason: "" if it is good, else what is wrong with it.
+CARD_CASES = (
+    ("", CARDS["B"]),
+    ("", card("B", capabilities=[])),
+    ("", card("B", capabilities=[{"name": "ü", "later": {"x": 1.5}}])),
+    ("signature", {**CARDS["B"], "issued_at": 1768212000001}),
+    ("signature", {**CARDS["B"], "signature": CARDS["A"]["signature"]}),
+    ("signature", {**CARDS["B"], "signature": "x"}),
+    ("did", CARDS["A"]),
+    ("type", card("B", type="OFFER")),
+    ("unknown field", card("B", more=1)),
+    ("issued_at", card("B", issued_at="2026-01-12T10:00:00Z")),
+    ("a name twice", card("B", capabilities=[{"name": "a"}, {"name": "a"}])),
+    ("too many", card("B", capabilities=[{"name": str(number)} for number in range(33)])),
+    ("too large", card("B", capabilities=[{"name": "a", "metadata": {"x": "y" * 8200}}])),
+)
+
 # name, second, from, to, type, payload, and: answers (a name), ext, signed
 EXAMPLES: tuple[dict[str, Any], ...] = (
     {
@@ -76,7 +108,7 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
         "payload": {"public_key": DIDS["gateway"][8:]},
         "ext": {
             "nonce": NONCE,
-            "features": ["resume"],
+            "features": ["resume", "discover"],
             "limits": {
                 "message_max_bytes": 65536,
                 "capabilities_max": 32,
@@ -96,7 +128,7 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
         "to": "gateway",
         "type": "REGISTER",
         "payload": {"public_key": DIDS["A"][8:]},
-        "ext": {"nonce": NONCE, "aud": "wss://gateway.example/ws", "capabilities": [CAPABILITY]},
+        "ext": {"nonce": NONCE, "aud": "wss://gateway.example/ws", "card": CARDS["A"]},
     },
     {
         "name": "register-answer",
@@ -282,7 +314,24 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
         "to": "A",
         "type": "PRESENCE",
         "answers": "discover",
-        "payload": {"agents": [{"did": DIDS["B"], "capabilities": [CAPABILITY]}]},
+        "signed": False,
+        "payload": {"agents": [{"did": DIDS["B"], "status": "online", "card": CARDS["B"]}]},
+    },
+    {
+        "name": "watch",
+        "from": "A",
+        "to": "gateway",
+        "type": "DISCOVER",
+        "payload": {"tag": "legal", "watch": True},
+    },
+    {
+        "name": "presence-event",
+        "from": "gateway",
+        "to": "A",
+        "type": "PRESENCE",
+        "answers": "watch",
+        "signed": False,
+        "payload": {"agents": [{"did": DIDS["B"], "status": "offline"}], "event": "leave"},
     },
     {
         "name": "unregister",
@@ -458,6 +507,7 @@ def build_files() -> dict[str, Any]:
             for name, envelope in MESSAGES.items()
         ],
         "refusals.json": REFUSALS,
+        "cards.json": [{"did": DIDS["B"], "card": value, "reason": reason} for reason, value in CARD_CASES],
         "causes.json": [
             {"num": row.num, "name": row.name, "code": row.code.value, "temporary": row.temporary}
             for row in CAUSES.values()

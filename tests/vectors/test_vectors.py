@@ -24,6 +24,7 @@ from aiconexus.protocol import (
     DIDKey,
     ErrorPayload,
     ExecResponsePayload,
+    InvalidSignatureError,
     MalformedMessageError,
     Message,
     MessageError,
@@ -37,6 +38,7 @@ from aiconexus.protocol import (
     verify_envelope,
     verify_message,
 )
+from aiconexus.protocol.cards import verify_card
 from aiconexus.protocol.models import PAYLOADS, ErrorDetails
 from aiconexus.protocol.serialization import loads
 
@@ -64,6 +66,15 @@ MESSAGES = read("messages.json")
 BLOCKS = [json.loads(text) for text in re.findall(r"(?ms)^```json\n(.*?)^```$", DOCUMENT)]
 
 
+UNSIGNED = (
+    MessageType.PING,
+    MessageType.PONG,
+    MessageType.UNREGISTER,
+    MessageType.DISCOVER,
+    MessageType.PRESENCE,
+)
+
+
 def must_be_signed(message: Message, gateway: str) -> bool:
     kind = message.type
     if kind is MessageType.EXEC_RESPONSE:
@@ -71,8 +82,7 @@ def must_be_signed(message: Message, gateway: str) -> bool:
         return message.payload.status.is_final
     if kind is MessageType.ERROR:
         return message.from_ != gateway
-    unsigned = (MessageType.PING, MessageType.PONG, MessageType.UNREGISTER, MessageType.DISCOVER)
-    return kind not in unsigned
+    return kind not in UNSIGNED
 
 
 def verify(envelope: dict) -> None:
@@ -190,6 +200,16 @@ def test_message_vector_passes_the_gateway(vector):
     assert (found.id, found.from_, found.to, found.type) == tuple(
         envelope[name] for name in ("id", "from", "to", "type")
     )
+
+
+@pytest.mark.parametrize("vector", read("cards.json"), ids=lambda vector: vector["reason"] or "good")
+def test_card_vector(vector):
+    if not vector["reason"]:
+        assert verify_card(vector["card"], vector["did"]).did == vector["did"]
+        return
+    error = InvalidSignatureError if vector["reason"] == "signature" else MalformedMessageError
+    with pytest.raises(error):
+        verify_card(vector["card"], vector["did"])
 
 
 def test_refusal_vectors_differ_from_a_good_message_in_one_thing():

@@ -7,7 +7,6 @@ import logging
 import ssl as tls
 from typing import Any, Final
 
-from pydantic import JsonValue
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
@@ -15,7 +14,7 @@ from websockets.typing import Subprotocol
 from aiconexus.client import handshake
 from aiconexus.client.backoff import RETRY_AFTER_MAX_SECONDS, retry_after, retry_after_http
 from aiconexus.client.deadline import within
-from aiconexus.client.handshake import Resume, Session
+from aiconexus.client.handshake import Resume, Session, Shown
 from aiconexus.protocol import CloseCode, DIDKey, MessageError, ReplayGuard, encode
 from aiconexus.protocol.errors import (
     GatewayClosedError,
@@ -96,7 +95,7 @@ class Connection:
         key: DIDKey,
         *,
         gateway_did: str | None,
-        capabilities: list[JsonValue],
+        shown: Shown,
         resume: Resume | None,
         guard: ReplayGuard,
         timeout: float,
@@ -107,7 +106,7 @@ class Connection:
             ConnectionEnded: It did not succeed; nothing is left open. Neither is after a cancellation.
         """
         try:
-            await within(self._register(key, gateway_did, capabilities, resume, guard), timeout)
+            await within(self._register(key, gateway_did, shown, resume, guard), timeout)
         except BaseException as error:
             self.abort()
             if isinstance(error, asyncio.TimeoutError):
@@ -119,7 +118,7 @@ class Connection:
         self,
         key: DIDKey,
         gateway_did: str | None,
-        capabilities: list[JsonValue],
+        shown: Shown,
         resume: Resume | None,
         guard: ReplayGuard,
     ) -> None:
@@ -127,7 +126,7 @@ class Connection:
         try:
             self._stage = "waiting for its REGISTER"
             challenge = handshake.read_challenge(await self.receive(), gateway_did)
-            register = handshake.answer_challenge(key, challenge, self.url, capabilities, resume)
+            register = handshake.answer_challenge(key, challenge, self.url, shown, resume)
             self._stage = "waiting for its answer to REGISTER"
             await self.send(encode(register))
             answer = await self.receive()

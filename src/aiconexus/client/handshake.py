@@ -28,6 +28,7 @@ from aiconexus.protocol import (
     sign_message,
     verify_message,
 )
+from aiconexus.protocol.cards import sign_card
 from aiconexus.protocol.errors import (
     GatewayIdentityError,
     RegistrationError,
@@ -95,13 +96,40 @@ def audience(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What others may see of an agent: its card, if it has one; hidden: only if they know its DID."""
+
+    card: dict[str, JsonValue] | None = None
+    hidden: bool = False
+
+    def ext(self) -> dict[str, JsonValue]:
+        """Return what of it stands in `ext` of REGISTER."""
+        ext: dict[str, JsonValue] = {}
+        if self.card is not None:
+            ext["card"] = self.card
+        if self.hidden:
+            ext["hidden"] = True
+        return ext
+
+
+def show(capabilities: Iterable[CapabilityLike], key: DIDKey, *, hidden: bool = False) -> Shown:
+    """Return what others may see of an agent with these capabilities; with none, it has no card.
+
+    Raises:
+        MalformedMessageError: They do not fit on a card.
+    """
+    described = describe(capabilities)
+    return Shown(sign_card(described, key) if described else None, hidden)
+
+
 def describe(capabilities: Iterable[CapabilityLike]) -> list[JsonValue]:
-    """Return `ext.capabilities` of REGISTER; a string is a capability that has a name only.
+    """Return what stands of them on a card; a string is a capability that has a name only.
 
     Raises:
         MalformedMessageError: One of them does not fit the model, or they are too many or too large.
     """
-    field = "ext.capabilities"
+    field = "ext.card.capabilities"
     described: list[JsonValue] = []
     for index, item in enumerate(capabilities):
         try:
@@ -172,9 +200,9 @@ def read_challenge(data: bytes | str, expected_did: str | None = None, now: floa
 
 
 def answer_challenge(
-    key: DIDKey, challenge: Challenge, aud: str, capabilities: list[JsonValue], resume: Resume | None
+    key: DIDKey, challenge: Challenge, aud: str, shown: Shown, resume: Resume | None
 ) -> Message:
-    """Return our signed REGISTER; see `audience`, `describe`. `resume` is of the last session.
+    """Return our signed REGISTER; see `audience`, `show`. `resume` is of the last session.
 
     Nonce and audience are signed together: a fake gateway that passes the proof on to the real one is
     refused there, for the agent dialled another URL. A gateway with another DID than the last one gets no
@@ -183,8 +211,8 @@ def answer_challenge(
     Raises:
         RegistrationError: This gateway takes fewer capabilities.
     """
-    _check_announced(capabilities, challenge.limits)
-    ext: dict[str, JsonValue] = {"nonce": challenge.nonce, "aud": aud, "capabilities": capabilities}
+    check_limits(shown, challenge.limits)
+    ext: dict[str, JsonValue] = {"nonce": challenge.nonce, "aud": aud, **shown.ext()}
     if resume is not None and resume.gateway_did == challenge.gateway_did:
         ext["resume"] = resume.token
     payload = RegisterPayload(public_key=key.public_key_base58)
@@ -230,8 +258,14 @@ def read_answer(
     return granted, None
 
 
-def _check_announced(capabilities: list[JsonValue], limits: dict[str, Any]) -> None:
-    """Refuse what the gateway has announced that it will refuse."""
+def check_limits(shown: Shown, limits: dict[str, Any]) -> None:
+    """Refuse what the gateway has announced that it will refuse.
+
+    Raises:
+        RegistrationError: This gateway takes fewer capabilities.
+    """
+    capabilities = shown.card["capabilities"] if shown.card is not None else []
+    assert isinstance(capabilities, list)
     for name, found, unit in (
         ("capabilities_max", len(capabilities), "capabilities"),
         ("capabilities_max_bytes", len(canonicalize(capabilities)), "bytes of capabilities"),

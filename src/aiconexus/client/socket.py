@@ -23,25 +23,26 @@ import inspect
 import logging
 import ssl as tls
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
 from typing import Final, TypeVar
 
-from pydantic import JsonValue
 from typing_extensions import Self
 
-from aiconexus.client import handshake
+from aiconexus.client import directory, handshake
 from aiconexus.client.backoff import Backoff
 from aiconexus.client.connection import CLOSE_TIMEOUT_SECONDS, Connection, ConnectionEnded, closed_for_good
 from aiconexus.client.deadline import within
-from aiconexus.client.handshake import CapabilityLike, Resume, Session
+from aiconexus.client.directory import Found, PresenceEvent
+from aiconexus.client.handshake import CapabilityLike, Resume, Session, Shown
 from aiconexus.client.verification import Verifier
 from aiconexus.protocol import (
     AIConexusError,
     DIDKey,
+    DiscoverPayload,
     ErrorCode,
     ErrorPayload,
     MalformedMessageError,
@@ -50,6 +51,8 @@ from aiconexus.protocol import (
     MessageType,
     PingPayload,
     PongPayload,
+    PresencePayload,
+    RegisterPayload,
     RemoteError,
     ReplayGuard,
     UnregisterPayload,
@@ -185,7 +188,7 @@ class GatewayClient:
         self._state = ClientState.DISCONNECTED
         self._session: Session | None = None
         self._resume: Resume | None = None
-        self._capabilities: list[JsonValue] = []
+        self._shown = Shown()
         # Set exactly while the state is REGISTERED.
         self._connection: Connection | None = None
         self._runner: asyncio.Task[None] | None = None
@@ -241,7 +244,11 @@ class GatewayClient:
     # --- register and leave --------------------------------------------------------------------
 
     async def register(
-        self, capabilities: Iterable[CapabilityLike] = (), *, timeout: float = REGISTER_TIMEOUT_SECONDS
+        self,
+        capabilities: Iterable[CapabilityLike] = (),
+        *,
+        hidden: bool = False,
+        timeout: float = REGISTER_TIMEOUT_SECONDS,
     ) -> Session:
         """Connect and prove this agent's DID to the gateway.
 
@@ -250,6 +257,7 @@ class GatewayClient:
 
         Args:
             capabilities: What others can discover; a string is a capability with a name only.
+            hidden: Whether only those can find this agent who know its DID.
             timeout: Seconds for all of it, from the DNS lookup to the answer.
 
         Raises:
@@ -265,7 +273,7 @@ class GatewayClient:
             raise self._closed_error()
         if self._runner is not None or self._is_leaving:
             raise RuntimeError(f"the client is {self._state.value}: register once, or unregister first")
-        self._capabilities = handshake.describe(capabilities)
+        self._shown = handshake.show(capabilities, self._key, hidden=hidden)
         started: asyncio.Future[Session] = asyncio.get_running_loop().create_future()
         self._runner = runner = asyncio.create_task(self._run(started, timeout), name=f"{self!r} connection")
         try:
@@ -274,6 +282,76 @@ class GatewayClient:
             await _end(runner)
             self._detach()
             raise
+
+    async def update(
+        self,
+        capabilities: Iterable[CapabilityLike] = (),
+        *,
+        hidden: bool = False,
+        timeout: float = REQUEST_TIMEOUT_SECONDS,
+    ) -> None:
+        """Show others something else of this registered agent; arguments and errors as for `register`."""
+        shown = handshake.show(capabilities, self._key, hidden=hidden)
+        deadline = self._deadline(timeout)
+        await self._connected(deadline)
+        assert self._session is not None
+        handshake.check_limits(shown, self._session.limits)
+        self._shown = shown
+        payload = RegisterPayload(public_key=self._key.public_key_base58)
+        message = Message.create(self.did, self._session.gateway_did, payload, ext=shown.ext())
+        await self.request(message, timeout=self._left(deadline))
+
+    def discover(
+        self,
+        *,
+        capability: str | None = None,
+        tag: str | None = None,
+        text: str | None = None,
+        dids: Sequence[str] | None = None,
+        limit: int | None = None,
+        timeout: float = REQUEST_TIMEOUT_SECONDS,
+    ) -> AsyncGenerator[Found, None]:
+        """Find agents: `async for found in client.discover(tag="legal")`.
+
+        They come in the order of their DIDs. `capability`, `tag` and `text` must hold for one and the same
+        capability. Each card was signed by its agent; an agent whose card was not is left out.
+
+        Args:
+            capability: Name of a capability.
+            tag: Of a capability.
+            text: Part of the name or the description of a capability, in any case.
+            dids: Only these; also those that are hidden.
+            limit: How many at most; None for all.
+            timeout: Seconds for each page of the answer.
+
+        Raises:
+            RemoteError: The gateway refuses, or has no directory.
+            GatewayUnreachableError: It did not answer in time.
+            NotConnectedError: This client is not registered, or lost its connection.
+        """
+        query = DiscoverPayload(
+            capability=capability, tag=tag, text=text, dids=None if dids is None else list(dids)
+        )
+        return directory.discover(self, query, limit, timeout)
+
+    def watch(
+        self,
+        *,
+        capability: str | None = None,
+        tag: str | None = None,
+        text: str | None = None,
+        dids: Sequence[str] | None = None,
+        timeout: float = REQUEST_TIMEOUT_SECONDS,
+    ) -> AsyncGenerator[PresenceEvent, None]:
+        """Be told who comes and goes: `async for event in client.watch(tag="legal")`.
+
+        The first events are "join" for those that are there. After a drop it watches again, and tells what
+        has changed meanwhile. Arguments and errors as for `discover`. It ends when it is closed (`aclose`).
+        """
+        query = DiscoverPayload(
+            capability=capability, tag=tag, text=text, dids=None if dids is None else list(dids)
+        )
+        return directory.watch(self, query, timeout)
 
     async def unregister(self, reason: str | None = None) -> None:
         """End the session: the gateway forgets this agent, nothing waits for it.
@@ -532,7 +610,7 @@ class GatewayClient:
             await connection.open(
                 self._key,
                 gateway_did=self._gateway_did,
-                capabilities=self._capabilities,
+                shown=self._shown,
                 resume=self._resume,
                 guard=self._verifier.guard,
                 timeout=timeout,
@@ -809,6 +887,8 @@ class GatewayClient:
 
 def _answers(message: Message, request: Message, gateway: str) -> bool:
     """Tell whether `message`, which names `request`, comes from whom it must come."""
+    if isinstance(message.payload, PresencePayload) and message.payload.event is not None:
+        return False  # of a watch: it names the DISCOVER, too, but does not answer it
     return message.from_ == request.to or (message.from_ == gateway and message.type is MessageType.ERROR)
 
 

@@ -18,7 +18,7 @@ from aiconexus.protocol.errors import ReplayedMessageError
 from aiconexus.protocol.serialization import loads
 
 # What the gateway sends unsigned: it could drop or invent these anyway.
-_UNSIGNED = frozenset({MessageType.ERROR, MessageType.PING, MessageType.PONG})
+_UNSIGNED = frozenset({MessageType.ERROR, MessageType.PING, MessageType.PONG, MessageType.PRESENCE})
 # What one agent may say to another by way of the gateway. The rest is the gateway's, or the DataChannel's.
 _FROM_AGENTS = frozenset(
     {MessageType.OFFER, MessageType.ANSWER, MessageType.ICE_CANDIDATE, MessageType.ERROR}

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import ssl as tls
-from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Any, Final
@@ -18,6 +18,7 @@ from typing_extensions import Self
 
 from aiconexus.client.backoff import Backoff
 from aiconexus.client.deadline import within
+from aiconexus.client.directory import Found, PresenceEvent
 from aiconexus.client.socket import ClientState, GatewayClient, short_did
 from aiconexus.core.capabilities import CapabilityMethod, capabilities_of
 from aiconexus.core.channel import Channel
@@ -79,6 +80,7 @@ class Agent:
         ssl: For a `wss` gateway; the system's certificates if None.
         backoff: When to come back to a gateway that was lost.
         peers_max: How many may be connected when another agent asks to connect; the next is told busy.
+        hidden: Whether only those can find it who know its DID.
 
     Raises:
         TypeError, ValueError: A capability cannot be announced, or an argument is wrong.
@@ -97,6 +99,7 @@ class Agent:
         ssl: tls.SSLContext | None = None,
         backoff: Backoff | None = None,
         peers_max: int = PEERS_MAX,
+        hidden: bool = False,
     ) -> None:
         if isinstance(host_addresses, str):
             raise TypeError("host_addresses is a list of addresses, not one string")
@@ -112,6 +115,7 @@ class Agent:
         self._capabilities: dict[str, CapabilityMethod] = capabilities_of(self)
         self._client = GatewayClient(gateway, self._key, gateway_did=gateway_did, ssl=ssl, backoff=backoff)
         self._peers_max = peers_max
+        self._hidden = hidden
         self._signaling: Signaling[Peer] = Signaling(
             self.did,
             self._client.url,
@@ -195,7 +199,8 @@ class Agent:
         Raises:
             GatewayError: The gateway cannot be reached, does not prove its DID, or refuses.
         """
-        await self._client.register([method.announced for method in self._capabilities.values()])
+        announced = [method.announced for method in self._capabilities.values()]
+        await self._client.register(announced, hidden=self._hidden)
 
     async def close(self, reason: str = "the agent stops") -> None:
         """Say goodbye to the gateway and to all peers, and end everything that it started.
@@ -251,6 +256,31 @@ class Agent:
                 _log.info("%r stopped", self)
 
         asyncio.run(main())
+
+    # --- others ---------------------------------------------------------------------------------
+
+    def discover(
+        self,
+        *,
+        capability: str | None = None,
+        tag: str | None = None,
+        text: str | None = None,
+        dids: Sequence[str] | None = None,
+        limit: int | None = None,
+    ) -> AsyncGenerator[Found, None]:
+        """Find agents: `async for found in me.discover(tag="legal")`; see `GatewayClient.discover`."""
+        return self._client.discover(capability=capability, tag=tag, text=text, dids=dids, limit=limit)
+
+    def watch(
+        self,
+        *,
+        capability: str | None = None,
+        tag: str | None = None,
+        text: str | None = None,
+        dids: Sequence[str] | None = None,
+    ) -> AsyncGenerator[PresenceEvent, None]:
+        """Be told who comes and goes: `async for event in me.watch()`; see `GatewayClient.watch`."""
+        return self._client.watch(capability=capability, tag=tag, text=text, dids=dids)
 
     # --- peers ----------------------------------------------------------------------------------
 

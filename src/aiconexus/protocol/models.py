@@ -255,24 +255,36 @@ class PongPayload(Payload):
 
 
 class DiscoverPayload(Payload):
-    """Asks the gateway for agents. The answer is PRESENCE, in pages of `limit`."""
+    """Asks the gateway for agents. The answer is PRESENCE, in pages of `limit`.
+
+    `capability`, `tag` and `text` (part of its name or description, in any case) must hold for one capability
+    of an agent. With `watch` true, what changes later is told, too; with false, the watch ends whose DISCOVER
+    is named by `correlation_id`.
+    """
 
     type = MessageType.DISCOVER
     capability: str | None = None
     tag: str | None = None
-    dids: list[str] | None = None
+    text: str | None = Field(default=None, min_length=1, max_length=256)
+    dids: list[str] | None = Field(default=None, max_length=200)
     watch: bool | None = None
     limit: int = Field(default=50, ge=1, le=200)
     cursor: str | None = None
 
 
 class PresencePayload(Payload):
-    """A page of agents, or one event of a watch."""
+    """A page of agents, or one event of a watch.
+
+    Each of `agents` has `did`, `status` ("online" or "away") and, if it has shown one, `card`. A page that is
+    not the last has a `cursor`. `partial`: not everybody who knows could be asked. The event "missed" has no
+    agents: others may have been lost, so ask again.
+    """
 
     type = MessageType.PRESENCE
     agents: list[dict[str, JsonValue]] = Field(default_factory=list)
-    event: Literal["join", "leave", "away", "update"] | None = None
+    event: Literal["join", "leave", "away", "update", "missed"] | None = None
     cursor: str | None = None
+    partial: bool | None = None
 
 
 PAYLOADS: dict[MessageType, type[Payload]] = {
@@ -296,7 +308,7 @@ PAYLOADS: dict[MessageType, type[Payload]] = {
 
 
 class Capability(BaseModel):
-    """One thing an agent can do, as it registers it: `ext.capabilities` of REGISTER.
+    """One thing an agent can do, as it stands on its card (`aiconexus.protocol.cards`).
 
     `input` and `output` are JSON Schemas (2020-12) of the arguments object and of the result.
     """

@@ -1,0 +1,245 @@
+"""Finding agents by what they can do, and hearing who comes and goes.
+
+The gateway tells what it knows; what an agent says of itself is signed by that agent, and checked here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from pydantic import JsonValue
+
+from aiconexus.protocol import (
+    AIConexusError,
+    Capability,
+    DiscoverPayload,
+    ErrorCode,
+    Message,
+    MessageType,
+    PresencePayload,
+)
+from aiconexus.protocol.cards import Card, verify_card
+from aiconexus.protocol.errors import NotConnectedError, RemoteError
+
+if TYPE_CHECKING:
+    from aiconexus.client.socket import ClientState, GatewayClient
+
+PAGE_SIZE: Final = 100  # agents of one page; with small cards two thirds of a message
+RETRY_SECONDS: Final = 1.0  # after which a watch that the gateway has no time for is tried again
+
+_log: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Found:
+    """An agent that the gateway knows.
+
+    Attributes:
+        did: Its DID.
+        status: "online"; "away": its connection broke, and it may come back; "offline".
+        card: What it says of itself, signed; None if it says nothing.
+    """
+
+    did: str
+    status: Literal["online", "away", "offline"]
+    card: Card | None
+
+    @property
+    def capabilities(self) -> list[Capability]:
+        """What it can do."""
+        return [] if self.card is None else self.card.capabilities
+
+
+@dataclass(frozen=True)
+class PresenceEvent:
+    """What has happened to an agent.
+
+    Attributes:
+        event: "join": it is there; "leave": it is not there any more; "away": its connection broke; "update":
+            it is back, or its card is another.
+        agent: The agent, as it is now.
+    """
+
+    event: Literal["join", "leave", "away", "update"]
+    agent: Found
+
+
+def _read(entry: dict[str, JsonValue]) -> Found | None:
+    """Return an agent of a PRESENCE; None, and a line in the log, if the gateway tells lies about it."""
+    did, status, value = entry.get("did"), entry.get("status", "online"), entry.get("card")
+    try:
+        if not isinstance(did, str):
+            raise ValueError("an agent has no DID")
+        card = None if value is None else verify_card(value, did)
+    except (AIConexusError, ValueError) as error:
+        _log.warning("an agent of the gateway's directory is left out: %s", error)
+        return None
+    return Found(did, "away" if status == "away" else "offline" if status == "offline" else "online", card)
+
+
+async def _ask(
+    client: GatewayClient, query: DiscoverPayload, timeout: float, id_: str = ""
+) -> PresencePayload:
+    session = client.session
+    if session is None:
+        raise NotConnectedError(f"{client!r} is not registered")
+    message = Message.create(client.did, session.gateway_did, query)
+    if id_:
+        message = message.model_copy(update={"id": id_})
+    answer = await client.request(message, timeout=timeout)
+    if not isinstance(answer.payload, PresencePayload):
+        text = f"the gateway answered DISCOVER with {answer.type.value}"
+        raise RemoteError(ErrorCode.MALFORMED_MESSAGE, text)
+    return answer.payload
+
+
+async def _pages(
+    client: GatewayClient, query: DiscoverPayload, timeout: float, id_: str = ""
+) -> AsyncGenerator[PresencePayload, None]:
+    page = await _ask(client, query, timeout, id_)
+    yield page
+    while page.cursor is not None:
+        page = await _ask(client, query.model_copy(update={"cursor": page.cursor, "watch": None}), timeout)
+        yield page
+
+
+async def discover(
+    client: GatewayClient, query: DiscoverPayload, limit: int | None, timeout: float
+) -> AsyncGenerator[Found, None]:
+    """Yield the agents that fit, page by page; see `GatewayClient.discover`."""
+    size = PAGE_SIZE if limit is None else max(1, min(limit, PAGE_SIZE))
+    count = 0
+    pages = _pages(client, query.model_copy(update={"limit": size}), timeout)
+    async for page in pages:
+        for entry in page.agents:
+            if limit is not None and count >= limit:
+                return
+            found = _read(entry)
+            if found is not None:
+                count += 1
+                yield found
+
+
+async def watch(
+    client: GatewayClient, query: DiscoverPayload, timeout: float
+) -> AsyncGenerator[PresenceEvent, None]:
+    """Yield what happens to the agents that fit; see `GatewayClient.watch`."""
+    watching = _Watch(client, query.model_copy(update={"limit": PAGE_SIZE}), timeout)
+    try:
+        async for event in watching.events():
+            yield event
+    finally:
+        await watching.close()
+
+
+class _Watch:
+    """One watch, over as many connections as it takes."""
+
+    def __init__(self, client: GatewayClient, query: DiscoverPayload, timeout: float) -> None:
+        self._client = client
+        self._query = query
+        self._timeout = timeout
+        self._id = ""  # of the DISCOVER that began it on the present connection
+        self._known: dict[str, Found] = {}
+        self._told: set[str] = set()  # of agents: something was told since the pages were asked for
+        # Payloads of events; None: the connection is another one.
+        self._queue: asyncio.Queue[PresencePayload | None] = asyncio.Queue()
+        self._off = (client.on(MessageType.PRESENCE, self._receive), client.on_state(self._state_changed))
+
+    def _receive(self, message: Message) -> None:
+        payload = message.payload
+        if message.correlation_id == self._id and isinstance(payload, PresencePayload):
+            self._told.update(str(entry.get("did")) for entry in payload.agents)
+            self._queue.put_nowait(payload)
+
+    def _state_changed(self, state: ClientState) -> None:
+        if state.value in ("registered", "closed"):
+            self._queue.put_nowait(None)
+
+    async def events(self) -> AsyncIterator[PresenceEvent]:
+        """Yield what happens."""
+        async for event in self._begin():
+            yield event
+        while True:
+            payload = await self._queue.get()
+            if payload is None:
+                if self._client.state.value == "closed":
+                    return
+                if self._client.state.value == "registered":
+                    async for event in self._begin():
+                        yield event
+            elif payload.event == "missed":
+                async for event in self._compare(self._query, ""):
+                    yield event
+            else:
+                for entry in payload.agents:
+                    found = _read(entry)
+                    change = None if found is None else self._apply(found)
+                    if change is not None:
+                        yield change
+
+    async def _begin(self) -> AsyncIterator[PresenceEvent]:
+        """Watch on the present connection."""
+        id_ = Message.create(self._client.did, self._client.did, self._query).id
+        self._id = id_
+        async for event in self._compare(self._query.model_copy(update={"watch": True}), id_):
+            yield event
+
+    async def _compare(self, query: DiscoverPayload, id_: str) -> AsyncIterator[PresenceEvent]:
+        """Ask who is there, and yield what is new. Of whom is told meanwhile, the queue knows better."""
+        self._told.clear()
+        present: set[str] = set()
+        is_whole = True
+        try:
+            async for page in _pages(self._client, query, self._timeout, id_):
+                is_whole = is_whole and not page.partial
+                for entry in page.agents:
+                    present.add(str(entry.get("did")))
+                    found = _read(entry)
+                    if found is None or found.did in self._told:
+                        continue
+                    if (event := self._apply(found)) is not None:
+                        yield event
+        except NotConnectedError:
+            return  # it begins again with the next connection
+        except RemoteError as error:
+            if not error.temporary:
+                raise
+            await asyncio.sleep(RETRY_SECONDS)
+            self._queue.put_nowait(PresencePayload(event="missed") if not id_ else None)
+            return
+        if is_whole:
+            for did in [did for did in self._known if did not in present and did not in self._told]:
+                if (event := self._apply(Found(did, "offline", self._known[did].card))) is not None:
+                    yield event
+
+    def _apply(self, found: Found) -> PresenceEvent | None:
+        """Take note of how an agent is now; return what that means, if anything."""
+        before = self._known.get(found.did)
+        if found.status == "offline":
+            if self._known.pop(found.did, None) is None:
+                return None
+            return PresenceEvent("leave", found)
+        self._known[found.did] = found
+        if before == found:
+            return None
+        if found.status == "away":
+            return PresenceEvent("away", found)
+        return PresenceEvent("join" if before is None else "update", found)
+
+    async def close(self) -> None:
+        """End it; the gateway is told if that is possible."""
+        for off in self._off:
+            off()
+        session = self._client.session
+        if session is not None and self._client.state.value == "registered":
+            end = Message.create(
+                self._client.did, session.gateway_did, DiscoverPayload(watch=False), correlation_id=self._id
+            )
+            with suppress(AIConexusError):
+                await self._client.request(end, timeout=self._timeout)

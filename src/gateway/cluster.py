@@ -1,0 +1,582 @@
+"""This node among others: what one worker does so that agents of several nodes reach each other.
+
+Each worker has a line to Redis of its own. It registers its agents there (gateway.shared_registry), looks up
+those of other nodes (gateway.locations) and exchanges with the workers of other nodes the same stream of
+batches as with those of its own (ext/gateway/_mesh), in pieces that are published on one channel per worker.
+
+Without Redis the node goes on alone: agents here reach each other, and who wants one of another node gets an
+ERROR. When Redis is back, each worker announces its agents again, whatever happened meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import structlog
+from redis.asyncio.client import PubSub
+from redis.exceptions import RedisError
+
+from gateway import replies
+from gateway._connection import Router
+from gateway._mesh import NODE_WORKERS, source_of
+from gateway._routing import RoutingTable, TableBusyError
+from gateway.directory import Offer, Query
+from gateway.discovery import Page
+from gateway.redis_line import LineLostError, RedisLine, make_client
+from gateway.shared_registry import (
+    HEARTBEAT_SECONDS,
+    LEASE_SECONDS,
+    REGISTER_SECONDS,
+    Claim,
+    Entry,
+    Heartbeat,
+    Member,
+    Place,
+    SharedRegistry,
+    read_presence,
+)
+from gateway.watches import Change
+
+if TYPE_CHECKING:
+    from gateway.registry import Registry, Session
+
+# Between two attempts to reach Redis: random, or all workers of all nodes would come at once.
+RETRY_MIN_SECONDS = 0.1
+RETRY_MAX_SECONDS = 2.0
+# In one round trip, of agents that are announced again.
+ANNOUNCE_COUNT = 200
+# Heartbeats without a confirmation after which what another node's worker was sent goes back.
+PATIENCE = 2
+# That a worker which ends waits for Redis.
+CLOSE_SECONDS = 2.0
+# Heartbeats in which the registry has other agents of this worker than this worker.
+DOUBTS_MAX = 2
+
+
+def terms_of(session: Session) -> tuple[str, ...]:
+    """Return the indexes in which an agent is listed, see lua/register.lua."""
+    if session.hidden:
+        return ()
+    names = {f"cap:{offer.name}" for offer in session.offers}
+    tags = {f"tag:{tag}" for offer in session.offers for tag in offer.tags}
+    return ("all", *sorted(names | tags))
+
+
+def offers_of(card: bytes) -> tuple[Offer, ...]:
+    """Return what a card offers that a node has checked."""
+    if not card:
+        return ()
+    return tuple(
+        Offer.read(capability["name"], capability.get("tags", ()), capability.get("description", ""))
+        for capability in orjson.loads(card)["capabilities"]
+    )
+
+
+def fits(query: Query, did: str, card: bytes) -> bool:
+    """Whether an agent of the registry is what is asked for."""
+    return query.matches(did, offers_of(card) if query.names_capabilities else ())
+
+
+class Cluster:
+    """The part of one worker in a network of nodes.
+
+    Args:
+        url: Of Redis.
+        prefix: What the keys of this network begin with.
+        instance: Of this node: random, new at every start.
+        did: Of this node.
+        name: Of this node, for people.
+        workers: How many it has.
+        worker: Which one this is.
+        router: Where the links to other nodes are kept.
+        table: The routes of the node, where those of others are cached.
+        sessions: Those of this worker.
+        on_taken: Called with a session that another node has, and proven later.
+        on_replaced: Called with a session that was found to replace one elsewhere, where that was, and the
+            nodes that may look for it there.
+        on_change: Called with what happens to agents of all nodes, while somebody here watches.
+        on_doubt: Called when something of that may have been missed.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        prefix: str,
+        instance: str,
+        did: str,
+        name: str,
+        workers: int,
+        worker: int,
+        router: Router,
+        table: RoutingTable,
+        sessions: Registry,
+        on_taken: Callable[[Session], None],
+        on_replaced: Callable[[Session, Claim], None],
+        on_change: Callable[[Change], None],
+        on_doubt: Callable[[], None],
+    ) -> None:
+        self._url = url
+        self._prefix = prefix
+        self._instance = instance
+        self._did = did
+        self._name = name
+        self._workers = workers
+        self._worker = worker
+        self._router = router
+        self._table = table
+        self._sessions = sessions
+        self._on_taken = on_taken
+        self._on_replaced = on_replaced
+        self._on_change = on_change
+        self._on_doubt = on_doubt
+        self._log = structlog.get_logger("gateway.cluster").bind(worker=worker)
+        self._line: RedisLine | None = None
+        self._registry: SharedRegistry | None = None
+        self._has_connected = False
+        self._is_watching = False
+        self._watching_changed = asyncio.Event()
+        self._searches: set[asyncio.Future[None]] = set()
+        self._members: dict[int, Member] = {}
+        # By worker of another node: what it had confirmed at the last heartbeat, and for how many of them.
+        self._links: dict[int, tuple[int, int]] = {}
+        self._deaf: set[int] = set()  # workers of other nodes that did not listen since the last heartbeat
+        self._clock_offset = 0.0  # time of Redis minus the monotonic one, in ms
+        self._settled: asyncio.Event | None = None
+        self._pending = 0  # registrations and their ends that Redis has not answered
+
+    # --- what it is ----------------------------------------------------------------------------
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether Redis answers, and the node has joined."""
+        return self._registry is not None
+
+    @property
+    def number(self) -> int:
+        """The number of this node; 0 if it has not joined."""
+        return self._registry.number if self._registry is not None else 0
+
+    @property
+    def members(self) -> Iterable[Member]:
+        """The other nodes that are alive."""
+        return self._members.values()
+
+    def name_of(self, worker: int) -> int:
+        """Return the number by which other nodes know a worker."""
+        return self.number * NODE_WORKERS + worker if worker < NODE_WORKERS else worker
+
+    def number_of(self, name: int) -> int:
+        """Return the number by which this node knows a worker."""
+        return name % NODE_WORKERS if name // NODE_WORKERS == self.number else name
+
+    def workers_of(self, nodes: Iterable[int]) -> list[int]:
+        """Return the workers of some of the other nodes, as far as they are alive."""
+        return [
+            worker
+            for number in nodes
+            if (member := self._members.get(number)) is not None
+            for worker in member.worker_numbers()
+        ]
+
+    # --- agents --------------------------------------------------------------------------------
+
+    def register(self, session: Session, done: Callable[[Claim | None], None]) -> None:
+        """Register a session that has proven itself just now; `done` gets None if Redis is lost."""
+        if self._registry is None:
+            done(None)
+            return
+        deadline = time.monotonic() * 1000 + self._clock_offset + REGISTER_SECONDS * 1000
+        self._claim(session, round(deadline), done)
+
+    def _claim(self, session: Session, deadline: int | None, done: Callable[[Claim | None], None]) -> None:
+        assert self._registry is not None
+
+        def decide(answer: Any) -> None:
+            self._count_down()
+            if isinstance(answer, Claim):
+                done(self._known(answer))
+                return
+            if not isinstance(answer, LineLostError):
+                self._log.error("registration refused", did=session.did, reason=str(answer))
+            done(None)
+
+        self._pending += 1
+        self._registry.register(
+            Entry(
+                did=session.did,
+                connection=session.connection.index if session.connection is not None else 0,
+                epoch=session.epoch,
+                proven_at=session.proven_at,
+                is_away=session.connection is None,
+                card=session.card,
+                hidden=session.hidden,
+                terms=terms_of(session),
+            ),
+            deadline,
+            decide,
+        )
+
+    def _count_down(self) -> None:
+        self._pending -= 1
+        if self._pending == 0 and self._settled is not None:
+            self._settled.set()
+
+    def _known(self, claim: Claim) -> Claim:
+        """Return a claim with the numbers of this node's own workers."""
+        if claim.before is None:
+            return claim
+        before = Place(self.number_of(claim.before.worker), claim.before.connection, claim.before.epoch)
+        asked = tuple(number for number in claim.asked if number != self.number)
+        return Claim(claim.outcome, before, asked)
+
+    def unregister(self, session: Session, done: Callable[[tuple[int, ...]], None]) -> None:
+        """Forget a session; `done` gets the other nodes that may look for it here."""
+        if self._registry is None:
+            return
+
+        def decide(answer: Any) -> None:
+            self._count_down()
+            if isinstance(answer, tuple):
+                done(tuple(number for number in answer if number != self.number))
+
+        self._pending += 1
+        self._registry.unregister(session.did, session.epoch, decide)
+
+    def set_away(self, session: Session) -> None:
+        """Say that an agent is away."""
+        if self._registry is not None:
+            self._registry.set_away(session.did, session.epoch)
+
+    def locate(self, did: str, done: Callable[[Place | Exception | None], None]) -> None:
+        """Find out where an agent is; `done` gets its place, None, or the exception that came instead."""
+        if self._registry is None:
+            done(LineLostError("Redis is lost"))
+            return
+
+        def decide(answer: Place | Exception | None) -> None:
+            if isinstance(answer, Place):
+                answer = Place(self.number_of(answer.worker), answer.connection, answer.epoch)
+            done(answer)
+
+        self._registry.locate(did, decide)
+
+    # --- the directory -------------------------------------------------------------------------
+
+    def discover(self, query: Query, cursor: str, limit: int, done: Callable[[Page | None], None]) -> None:
+        """Find agents of all nodes; `done` gets None if Redis is lost."""
+        assert self._registry is not None
+        task = asyncio.ensure_future(self._discover(self._registry, query, cursor, limit, done))
+        self._searches.add(task)
+        task.add_done_callback(self._searches.discard)
+
+    async def _discover(
+        self,
+        registry: SharedRegistry,
+        query: Query,
+        cursor: str,
+        limit: int,
+        done: Callable[[Page | None], None],
+    ) -> None:
+        try:
+            done(await self._find(registry, query, cursor, limit))
+        except (LineLostError, RedisError) as error:
+            if not isinstance(error, LineLostError):
+                self._log.error("search refused", reason=str(error))
+            done(None)
+
+    async def _find(self, registry: SharedRegistry, query: Query, cursor: str, limit: int) -> Page:
+        if query.dids is not None:
+            described = sorted(await registry.describe([did for did in query.dids if did > cursor]))
+            fitting = [agent for agent in described if fits(query, agent[0], agent[2])]
+            return Page.of(((did, replies.agent(did, status, card)) for did, status, card in fitting), limit)
+        if query.capability is not None:
+            term = f"cap:{query.capability}"
+        elif query.tag is not None:
+            term = f"tag:{query.tag}"
+        else:
+            term = "all"
+        text = query.text or ""
+        # What JSON escapes stands on the card in another form.
+        if not text.isascii() or not text.isprintable() or set(text) & {'"', "\\"}:
+            text = ""
+        found: list[tuple[str, bytes]] = []
+        while len(found) <= limit:
+            cursor, agents = await registry.discover(term, cursor, limit + 1, text)
+            found.extend(
+                (did, replies.agent(did, status, card))
+                for did, status, card in agents
+                if fits(query, did, card)
+            )
+            if not cursor:
+                break
+        return Page.of(found, limit)
+
+    def watch(self, wanted: bool) -> None:
+        """Hear what happens to agents, or no longer."""
+        self._is_watching = wanted
+        self._watching_changed.set()
+
+    async def _listen(self, pubsub: PubSub, channel: str) -> None:
+        """Subscribe to the presence channel whenever somebody watches."""
+        is_subscribed = False
+        while True:
+            if self._is_watching != is_subscribed:
+                is_subscribed = self._is_watching
+                await (pubsub.subscribe if is_subscribed else pubsub.unsubscribe)(channel)
+            self._watching_changed.clear()
+            await self._watching_changed.wait()
+
+    # --- messages ------------------------------------------------------------------------------
+
+    def reach(self, worker: int) -> bool:
+        """Have a link to a worker of another node; False if there can be none now."""
+        if worker in self._links:
+            return True
+        if self._registry is None or worker in self._deaf:
+            return False
+        self._router.add_remote_link(worker, self.number, self._publish)
+        self._links[worker] = (0, 0)
+        return True
+
+    def _publish(self, worker: int, piece: bytes) -> None:
+        if self._line is not None and self._registry is not None:
+            channel = self._registry.channel(worker)
+            self._line.send("PUBLISH", channel, piece, done=partial(self._published, worker))
+
+    def _published(self, worker: int, answer: Any) -> None:
+        # An exception is the end of the line, and with it of all links.
+        if answer == 0:
+            self._deaf.add(worker)
+            self._unlink(worker, "nobody listens")
+
+    def _unlink(self, worker: int, reason: str) -> None:
+        if self._links.pop(worker, None) is not None:
+            self._log.info("link lost", node=worker // NODE_WORKERS, to=worker % NODE_WORKERS, reason=reason)
+            self._router.lose_remote_link(worker)
+
+    async def _read(self, pubsub: PubSub, channel: bytes) -> None:
+        while True:
+            message = await pubsub.get_message(timeout=HEARTBEAT_SECONDS)
+            if message is None:
+                continue
+            if message["type"] != "message":
+                if message["channel"] == channel:
+                    self._on_doubt()  # until now nothing was heard
+                    self._router.settle()
+                continue
+            piece = message["data"]
+            if message["channel"] == channel:
+                event, did, status, hidden, card = read_presence(piece)
+                self._on_change(Change(event, did, status, 0, card, hidden))
+                self._router.settle()
+                continue
+            source = source_of(piece)
+            if source is None or source // NODE_WORKERS in (0, self.number):
+                self._log.error("not a piece of a stream", channel=message["channel"], size=len(piece))
+            elif self.reach(source) and not self._router.take(source, piece):
+                self._log.info("stream begins anew", node=source // NODE_WORKERS, to=source % NODE_WORKERS)
+                self._router.begin_anew(source)
+                self._router.settle()
+
+    # --- life ----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Stay connected with Redis until cancelled."""
+        is_told = False
+        while True:
+            reason = ""
+            try:
+                await self._connection()
+            except (LineLostError, RedisError, OSError, asyncio.TimeoutError) as error:
+                reason = str(error) or type(error).__name__
+            except Exception:
+                self._log.exception("fault")
+            finally:
+                was_connected = self._registry is not None
+                self._go_on_alone()
+            if was_connected or not is_told:
+                self._log.error("Redis lost", reason=reason)
+                is_told = True
+            await asyncio.sleep(random.uniform(RETRY_MIN_SECONDS, RETRY_MAX_SECONDS))  # noqa: S311
+
+    def _go_on_alone(self) -> None:
+        self._line = self._registry = None
+        for worker in list(self._links):
+            self._unlink(worker, "Redis lost")
+        # Who is where, and under which number, is asked anew then.
+        self._members = {}
+        with suppress(TableBusyError):
+            self._table.forget_others()
+        self._on_doubt()
+        self._router.settle()
+
+    async def _connection(self) -> None:
+        """Serve one connection with Redis, until it breaks."""
+        client = make_client(self._url)
+        line = RedisLine(client, self._router.settle)
+        tasks = [asyncio.create_task(line.serve())]
+        pubsub = client.pubsub()
+        try:
+            registry = SharedRegistry(
+                line,
+                prefix=self._prefix,
+                instance=self._instance,
+                did=self._did,
+                name=self._name,
+                workers=self._workers,
+                worker=self._worker,
+            )
+            beat = await registry.heartbeat()
+            registry.number = beat.number
+            await pubsub.subscribe(registry.channel(beat.number * NODE_WORKERS + self._worker))
+            if await pubsub.get_message(timeout=LEASE_SECONDS) is None:
+                raise LineLostError("Redis does not answer a SUBSCRIBE")
+            if not self._has_connected:
+                # Of a process that had the number of this worker and has died.
+                await registry.purge(self._instance, self._worker)
+                self._has_connected = True
+            self._line, self._registry = line, registry
+            self._log.info("joined", node=beat.number, term=beat.term)
+            channel = registry.presence_channel
+            tasks.append(asyncio.create_task(self._read(pubsub, channel.encode())))
+            tasks.append(asyncio.create_task(self._listen(pubsub, channel)))
+            tasks.append(asyncio.create_task(self._stay(registry, beat)))
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            ended.pop().result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await pubsub.aclose()  # type: ignore[no-untyped-call]
+            await client.aclose()
+
+    async def _stay(self, registry: SharedRegistry, beat: Heartbeat) -> None:
+        """Renew the lease, look who else is there, and put right what Redis has wrong."""
+        joined_at = time.monotonic()
+        term, doubts = 0, 0
+        while True:
+            now = time.monotonic()
+            self._clock_offset = beat.time - now * 1000
+            self._meet(beat.members)
+            # Just back, this node cannot tell those that are dead from those that are not back yet.
+            if now - joined_at > LEASE_SECONDS:
+                await self._bury(registry, beat.members)
+            is_right = self._pending > 0 or beat.owned == len(self._sessions)
+            doubts = 0 if is_right else doubts + 1
+            if beat.term != term or doubts > DOUBTS_MAX:
+                term, doubts = beat.term, 0
+                await self._announce(registry)
+            self._look_after_links()
+            await asyncio.sleep(HEARTBEAT_SECONDS * random.uniform(0.9, 1.1))  # noqa: S311
+            beat = await registry.heartbeat()
+            if beat.number != registry.number:
+                raise LineLostError("the node has another number now")
+
+    def _meet(self, members: Iterable[Member]) -> None:
+        """Take note of the nodes that are there, and forget what is known of those that are not."""
+        alive = {
+            member.number: member
+            for member in members
+            if member.is_alive and member.instance != self._instance
+        }
+        for number, member in self._members.items():
+            if number not in alive or alive[number].instance != member.instance:
+                self._log.warning("node gone", node=number, name=member.name)
+                numbers = member.worker_numbers()
+                for worker in numbers:
+                    self._unlink(worker, "the node is gone")
+                with suppress(TableBusyError):
+                    self._table.purge(numbers.start, len(numbers))
+        for number, member in alive.items():
+            if number not in self._members:
+                self._log.info("node met", node=number, name=member.name, workers=member.workers)
+                if member.did != self._did:
+                    self._log.warning(
+                        "node with another identity",
+                        node=number,
+                        name=member.name,
+                        did=member.did,
+                        hint="agents that come from there cannot resume here: give all nodes one --identity",
+                    )
+        self._members = alive
+        self._router.settle()
+
+    async def _bury(self, registry: SharedRegistry, members: Iterable[Member]) -> None:
+        """Remove what dead nodes owned. Every worker does, and they share the work."""
+        for member in members:
+            if not member.is_alive:
+                for worker in range(member.workers):
+                    await registry.purge(member.instance, worker)
+                await registry.bury(member.number, member.instance)
+
+    async def _announce(self, registry: SharedRegistry) -> None:
+        """Register every session of this worker, and nothing else."""
+        owned = await registry.owned()
+        sessions = self._sessions.all()
+        for start in range(0, len(sessions), ANNOUNCE_COUNT):
+            await self._announce_some(
+                [
+                    session
+                    for session in sessions[start : start + ANNOUNCE_COUNT]
+                    if self._sessions.get(session.did) is session
+                ]
+            )
+        gone = [did for did in owned if did not in self._sessions]
+        for start in range(0, len(gone), ANNOUNCE_COUNT):
+            # One that has come back meanwhile was registered behind what is asked here.
+            await registry.disown(
+                [did for did in gone[start : start + ANNOUNCE_COUNT] if did not in self._sessions]
+            )
+        if sessions or gone:
+            self._log.info("announced", agents=len(sessions), forgotten=len(gone))
+
+    async def _announce_some(self, sessions: list[Session]) -> None:
+        futures = []
+
+        def decide(session: Session, future: asyncio.Future[None], claim: Claim | None) -> None:
+            if not future.done():
+                future.set_result(None)
+            if claim is None:
+                return
+            if claim.outcome == "kept":
+                self._on_taken(session)
+            elif claim.before is not None and claim.before.epoch != session.epoch:
+                self._on_replaced(session, claim)
+
+        for session in sessions:
+            future = asyncio.get_running_loop().create_future()
+            futures.append(future)
+            self._claim(session, None, partial(decide, session, future))
+        await asyncio.gather(*futures)
+
+    def _look_after_links(self) -> None:
+        """Give back what a worker of another node does not confirm."""
+        self._deaf.clear()
+        for worker, (confirmed, times) in list(self._links.items()):
+            base, waiting = self._router.progress(worker)
+            if not waiting or base != confirmed:
+                self._links[worker] = (base, 0)
+            elif times + 1 < PATIENCE:
+                self._links[worker] = (base, times + 1)
+            else:
+                self._log.warning(
+                    "not confirmed", node=worker // NODE_WORKERS, to=worker % NODE_WORKERS, bytes=waiting
+                )
+                self._router.begin_anew(worker)
+                self._links[worker] = (0, 0)
+        self._router.settle()
+
+    async def close(self) -> None:
+        """Wait until Redis knows which agents have gone."""
+        if self._pending and self._registry is not None:
+            self._settled = asyncio.Event()
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._settled.wait(), CLOSE_SECONDS)

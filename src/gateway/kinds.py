@@ -1,0 +1,25 @@
+"""Kinds of records between workers (ext/gateway/_mesh.pxd) that are no agent's message on its way."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from gateway._mesh import FIRST_OTHER_KIND
+
+# Sessions that move, see gateway.moves.
+MOVE: Final = FIRST_OTHER_KIND
+FENCE: Final = FIRST_OTHER_KIND + 1
+MARK: Final = FIRST_OTHER_KIND + 2
+HANDED: Final = FIRST_OTHER_KIND + 3
+HELD: Final = FIRST_OTHER_KIND + 4
+FORWARDED: Final = FIRST_OTHER_KIND + 5
+# To another node: what it has cached of an agent is not so any more.
+ROUTE: Final = FIRST_OTHER_KIND + 6
+# Who can do what, see gateway.discovery; who comes and goes, see gateway.watches.
+ASK: Final = FIRST_OTHER_KIND + 7
+ANSWER: Final = FIRST_OTHER_KIND + 8
+WATCHING: Final = FIRST_OTHER_KIND + 9
+CHANGED: Final = FIRST_OTHER_KIND + 10
+
+# Of records that hold an agent's message.
+MESSAGE_KINDS: Final = frozenset({HELD, FORWARDED})

@@ -1,0 +1,326 @@
+"""What several nodes do when Redis, a node or the way between them fails: real faults, real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import select
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+from flock import Flock
+from redis_server import RedisServer
+from tcp_proxy import TcpProxy
+from wire import Agent, assert_exchange, wait_until
+
+LOST = ("Redis lost",)
+# "After recovery both nodes agree within 10 s", "no stale presence after 15 s".
+RECOVERY_SECONDS = 10.0
+STALE_SECONDS = 15.0
+
+
+@pytest.fixture
+def own_redis(tmp_path) -> Iterator[RedisServer]:
+    """A Redis that the test may kill."""
+    server = RedisServer(tmp_path)
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def make_proxy() -> Iterator[Callable[[int], TcpProxy]]:
+    proxies: list[TcpProxy] = []
+
+    def make(target: int) -> TcpProxy:
+        proxies.append(TcpProxy(target))
+        return proxies[-1]
+
+    yield make
+    for proxy in proxies:
+        proxy.stop()
+
+
+def redis_state(node) -> str:
+    return str(node.health()["cluster"]["redis"])
+
+
+def entries(redis: RedisServer) -> int:
+    """How many agents the registry has."""
+    listed = redis.command("EVAL \"return #redis.call('KEYS', '*:agent:*')\" 0")
+    return int(listed.strip(b":\r\n"))
+
+
+def assert_unreachable(sender: Agent, did: str, *causes: str) -> None:
+    data = sender.offer(did)
+    sender.send(data)
+    answer = sender.receive()
+    assert answer["correlation_id"] == json.loads(data)["id"]
+    details = answer["payload"]["details"]
+    assert details["name"] in causes
+    assert details["temporary"]
+
+
+def exchange_soon(one: Agent, other: Agent, seconds: float = RECOVERY_SECONDS) -> None:
+    """Wait until two agents reach each other; refusals on the way are temporary."""
+    deadline = time.monotonic() + seconds
+    for sender, receiver in ((one, other), (other, one)):
+        sent = [sender.offer(receiver.did)]
+        sender.send(sent[-1])
+        while True:
+            agent, got = first_of([sender, receiver])
+            if agent is receiver:
+                assert got in sent
+                if got == sent[-1]:
+                    break
+                continue  # it was given back as unconfirmed, and has arrived
+            error = json.loads(got)
+            assert error["payload"]["details"]["temporary"], error
+            assert time.monotonic() < deadline, error
+            if error["correlation_id"] == json.loads(sent[-1])["id"]:
+                time.sleep(0.05)
+                sent.append(sender.offer(receiver.did))
+                sender.send(sent[-1])
+
+
+def wait_until_confirmed(*nodes) -> None:
+    """What was delivered is known to have been, so that it does not come back when something fails."""
+    wait_until(lambda: all(node.health()["unconfirmed_bytes"] == 0 for node in nodes))
+
+
+def first_of(agents: list[Agent]) -> tuple[Agent, bytes]:
+    """Return who gets the next message, and the message."""
+    for agent in agents:
+        if agent.buffer:
+            return agent, agent.read_text()
+    ready, _, _ = select.select([agent.socket for agent in agents], [], [], 10)
+    assert ready, "nobody got anything"
+    agent = next(agent for agent in agents if agent.socket is ready[0])
+    return agent, agent.read_text()
+
+
+# --- Redis -------------------------------------------------------------------------------------
+
+
+def test_without_redis_a_node_goes_on_alone_and_joins_when_it_comes(own_redis, start_gateway):
+    own_redis.kill()
+    node = start_gateway("--redis", own_redis.url, "--workers", "2")
+    node.forgive(*LOST)
+    with Agent(node.port) as one, Agent(node.port) as other:
+        assert_exchange(one, other)
+        assert node.health()["status"] == "alone"
+        own_redis.start()
+        wait_until(lambda: redis_state(node) == "connected")
+        wait_until(lambda: entries(own_redis) == 2)
+
+
+def test_redis_that_is_required_and_not_there_is_one_clear_sentence(own_redis, run_gateway):
+    own_redis.kill()
+    done = run_gateway("--redis", own_redis.url.replace("://", "://:secret@"), "--redis-required")
+    assert done.returncode == 1
+    assert f"cannot reach Redis at redis://:***@127.0.0.1:{own_redis.port}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "secret" not in done.stderr
+
+
+@pytest.mark.parametrize("fault", ["killed", "stopped"])
+def test_redis_that_is_lost_stops_nobody_at_the_same_node(fault, own_redis, start_node):
+    first, second = start_node(url=own_redis.url), start_node(url=own_redis.url)
+    for node in (first, second):
+        node.forgive(*LOST)
+    with Agent(first.port) as one, Agent(first.port) as two, Agent(second.port) as far:
+        assert_exchange(one, far)
+        wait_until_confirmed(first, second)
+        if fault == "killed":
+            own_redis.kill()
+        else:
+            own_redis.signal(signal.SIGSTOP)
+        try:
+            assert_exchange(one, two)
+            wait_until(lambda: redis_state(first) == redis_state(second) == "lost")
+            for _ in range(10):
+                assert_exchange(one, two)
+                assert_unreachable(one, far.did, "unreachable")
+            with Agent(first.port) as fresh:
+                assert_exchange(fresh, one)
+                fresh.close()
+        finally:
+            if fault == "killed":
+                own_redis.start()
+            else:
+                own_redis.signal(signal.SIGCONT)
+        exchange_soon(one, far)
+        exchange_soon(two, far)
+        wait_until(lambda: entries(own_redis) == 3)
+
+
+def test_what_was_sent_when_redis_stopped_comes_back_unconfirmed(own_redis, start_node):
+    first, second = start_node(url=own_redis.url), start_node(url=own_redis.url)
+    for node in (first, second):
+        node.forgive(*LOST)
+    with Agent(first.port) as one, Agent(second.port) as far:
+        assert_exchange(one, far)
+        wait_until_confirmed(first, second)
+        own_redis.signal(signal.SIGSTOP)
+        try:
+            sent = [one.candidate(far.did, number) for number in range(100)]
+            one.send(*sent)
+            for data in sent:
+                one.receive_error("unconfirmed", json.loads(data)["id"])
+        finally:
+            own_redis.signal(signal.SIGCONT)
+
+
+def test_slow_redis_is_slow_and_nothing_else(own_redis, make_proxy, start_node):
+    proxy = make_proxy(own_redis.port)
+    first, second = start_node(url=proxy.url), start_node(url=proxy.url)
+    proxy.delay = 0.1  # each way
+    with Agent(first.port) as one, Agent(first.port) as two, Agent(second.port) as far:
+        for _ in range(3):
+            assert_exchange(one, far)
+        started = time.monotonic()
+        for _ in range(10):
+            assert_exchange(one, two)
+        assert time.monotonic() - started < 0.2, "messages of one node waited for Redis"
+        back = Agent(second.port, two.key, resume=two.resume_token)
+        with back:
+            assert back.resumed
+            assert_exchange(one, back)
+
+
+def test_a_replica_that_takes_over_is_brought_up_to_date(own_redis, tmp_path, make_proxy, start_node):
+    (tmp_path / "replica").mkdir()
+    replica = RedisServer(tmp_path / "replica", "--replicaof", "127.0.0.1", str(own_redis.port))
+    try:
+        proxy = make_proxy(own_redis.port)
+        first, second = start_node(url=proxy.url), start_node(url=proxy.url)
+        for node in (first, second):
+            node.forgive(*LOST)
+        with Agent(first.port) as one, Agent(second.port) as far:
+            assert_exchange(one, far)
+            # The replica stops following, and misses what comes next.
+            replica.command("REPLICAOF NO ONE")
+            with Agent(second.port) as late:
+                wait_until_confirmed(first, second)
+                own_redis.kill()
+                proxy.redirect(replica.port)
+                exchange_soon(one, late)
+                exchange_soon(one, far)
+                wait_until(lambda: entries(replica) == 3)
+    finally:
+        replica.kill()
+
+
+# --- nodes -------------------------------------------------------------------------------------
+
+
+def test_what_a_dead_node_owned_is_gone_within_fifteen_seconds(own_redis, start_node):
+    first, second = start_node(url=own_redis.url), start_node(url=own_redis.url)
+    with Agent(first.port) as one:
+        far = [Agent(second.port) for _ in range(20)]
+        for agent in far:
+            assert_exchange(one, agent)
+        wait_until_confirmed(first, second)
+        second.kill()
+        died_at = time.monotonic()
+        for agent in far:
+            agent.drop()
+            # At first nobody knows that it is dead; what is sent to it is answered all the same.
+            assert_unreachable(one, agent.did, "unconfirmed", "unreachable", "not_online")
+        wait_until(lambda: entries(own_redis) == 1, STALE_SECONDS - (time.monotonic() - died_at))
+        assert_unreachable(one, far[0].did, "not_online")
+        wait_until(lambda: first.health()["cluster"]["others"] == {})
+        # Its agents find their way to the other node, and to each other.
+        with Agent(first.port, far[0].key) as back:
+            assert_exchange(one, back)
+
+
+def test_a_node_that_was_cut_off_does_not_keep_who_went_to_another(own_redis, make_proxy, start_node):
+    proxy = make_proxy(own_redis.port)
+    first, second = start_node(url=own_redis.url), start_node(url=proxy.url)
+    second.forgive(*LOST)
+    with Agent(first.port) as one, Agent(second.port) as stays, Agent(second.port) as roams:
+        assert_exchange(one, stays)
+        assert_exchange(one, roams)
+        wait_until_confirmed(first, second)
+        proxy.cut()
+        wait_until(lambda: redis_state(second) == "lost")
+        assert_exchange(stays, roams)
+        moved = Agent(first.port, roams.key)
+        with moved:
+            assert_exchange(one, moved)
+            assert_unreachable(moved, stays.did, "unreachable", "not_online", "unconfirmed")
+            # The others take it for dead, and remove what it had.
+            wait_until(lambda: entries(own_redis) == 2, STALE_SECONDS)
+            assert_exchange(stays, roams)
+            proxy.mend()
+            mended_at = time.monotonic()
+            close = roams.read_close()
+            assert (close.close_code, close.close_reason["n"]) == (4504, "replaced")
+            exchange_soon(stays, moved, RECOVERY_SECONDS - (time.monotonic() - mended_at))
+            exchange_soon(stays, one)
+            wait_until(lambda: entries(own_redis) == 3)
+
+
+def test_a_worker_that_is_killed_is_forgotten_at_the_other_node(pair):
+    first, second = pair
+    second.forgive("worker died")
+    with Agent(first.port) as one:
+        far = [Agent(second.port) for _ in range(10)]
+        for agent in far:
+            assert_exchange(one, agent)
+        wait_until_confirmed(first, second)
+        victim = second.worker_pids[0]
+        os.kill(victim, signal.SIGKILL)
+        for agent in far:
+            if agent.register_answer["ext"]["worker"] == 0:
+                assert_unreachable(one, agent.did, "unconfirmed", "unreachable", "not_online")
+            else:
+                assert_exchange(one, agent)
+            agent.drop()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("fault", ["none", "redis killed", "redis stopped", "node killed"])
+async def test_nodes_under_load_lose_no_message_in_silence(fault, own_redis, start_node):
+    """2,000 agents at two nodes of two workers; every one may come back to the other node."""
+    nodes = [start_node(url=own_redis.url) for _ in range(2)]
+    for node in nodes:
+        node.forgive(*LOST, "worker died")
+    flock = Flock([node.port for node in nodes], 2_000, seed=7)
+    await flock.start()
+    total: Counter[str] = Counter()
+    for turn in range(6):
+        sent = []
+        for step in range(4_000):
+            if step == 2_000 and turn == 2:
+                if fault == "redis killed":
+                    await asyncio.to_thread(own_redis.kill)
+                elif fault == "redis stopped":
+                    own_redis.signal(signal.SIGSTOP)
+                elif fault == "node killed":
+                    await asyncio.to_thread(nodes[1].kill)
+                    flock.ports.remove(nodes[1].port)
+            if step % 100 == 50 and turn not in (2, 3):
+                flock.roam()
+            message = flock.send()
+            if message is not None:
+                sent.append(message)
+            if step % 100 == 99:
+                await asyncio.sleep(0.01)
+        total.update(await flock.settle(sent, 30))
+        if turn == 3 and fault == "redis killed":
+            await asyncio.to_thread(own_redis.start)
+        if turn == 3 and fault == "redis stopped":
+            own_redis.signal(signal.SIGCONT)
+    assert total["delivered"] > 10_000
+    alive = nodes[:1] if fault == "node killed" else nodes
+    deadline = time.monotonic() + STALE_SECONDS
+    while entries(own_redis) != 2_000 or sum(node.health()["sessions"] for node in alive) != 2_000:
+        assert time.monotonic() < deadline, (entries(own_redis), [node.health() for node in alive])
+        await asyncio.sleep(0.1)
+    await flock.leave()
