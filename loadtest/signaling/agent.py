@@ -32,6 +32,7 @@ from signaling.exchange import Exchange
 from signaling.ledger import DeliveryError, Sent
 
 if TYPE_CHECKING:
+    from aiconexus.client.handshake import Resume
     from signaling.swarm import Swarm
 
 GOODBYE_TIMEOUT = 5.0  # s, until the gateway has noticed that a connection ends
@@ -74,7 +75,7 @@ class Agent:
         self._connection: Connection | None = None
         self._reader: gevent.Greenlet | None = None
         self._gateway: str | None = None
-        self._token: str | None = None
+        self._resume: Resume | None = None
         self._is_stepping_aside = False
         self._expects_end = False
         self._sending = BoundedSemaphore()
@@ -127,7 +128,7 @@ class Agent:
         if connection is None:
             return
         connection.say_goodbye()
-        self._token = None
+        self._resume = None
         delay = self._wait_for_end(connection)
         gevent.sleep(random.random() * AWAY_MAX)  # noqa: S311
         self._return("returned", delay)
@@ -204,7 +205,7 @@ class Agent:
                     self._key,
                     source=self.swarm.next_source(),
                     gateway=self._gateway,
-                    resume=self._token,
+                    resume=self._resume,
                 )
                 break
             except TurnedAwayError as error:
@@ -218,7 +219,7 @@ class Agent:
             gevent.sleep(self._backoff.next(delay))
         self._connection = connection
         self.registered_at = time.monotonic()
-        self._gateway, self._token = connection.gateway, connection.resume_token
+        self._gateway, self._resume = connection.gateway, connection.resume
         elapsed = self.registered_at - began
         if how != "resumed" or connection.resumed:
             statistics.registered(how, elapsed)

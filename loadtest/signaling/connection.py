@@ -18,7 +18,14 @@ from websocket import (
 )
 
 from aiconexus.client.backoff import retry_after, retry_after_http
-from aiconexus.client.handshake import answer_challenge, audience, read_answer, read_challenge
+from aiconexus.client.handshake import (
+    Resume,
+    Shown,
+    answer_challenge,
+    audience,
+    read_answer,
+    read_challenge,
+)
 from aiconexus.protocol import DIDKey, ReplayGuard, encode
 from aiconexus.protocol.errors import close_code
 from aiconexus.protocol.limits import ENDPOINT_PATH, PING_INTERVAL_SECONDS, SUBPROTOCOL
@@ -116,7 +123,7 @@ class Connection:
     Attributes:
         gateway: The DID that the gateway has proven.
         resumed: Whether the session before goes on.
-        resume_token: For the next connection.
+        resume: What resumes it, for the next connection.
         received_close: Code and reason of the gateway's CLOSE frame, once it came.
     """
 
@@ -127,7 +134,7 @@ class Connection:
         *,
         source: str | None,
         gateway: str | None,
-        resume: str | None,
+        resume: Resume | None,
     ) -> None:
         """Dial and register.
 
@@ -136,7 +143,7 @@ class Connection:
             key: Who.
             source: Address to dial from.
             gateway: The DID that the gateway must prove; any if None.
-            resume: The token of the last session.
+            resume: What resumes the last session.
 
         Raises:
             TurnedAwayError: The gateway takes nobody now.
@@ -153,9 +160,9 @@ class Connection:
                 suppress_origin=True,
             )
             challenge = read_challenge(self.read(), expected_did=gateway)
-            request = answer_challenge(key, challenge, target.url, [], resume)
+            request = answer_challenge(key, challenge, target.url, Shown(), resume)
             self.write(encode(request))
-            session, token = read_answer(self.read(), request, challenge, ReplayGuard())
+            session, self.resume = read_answer(self.read(), request, challenge, ReplayGuard())
         except WebSocketBadStatusException as error:
             self.abandon()
             if error.status_code != 503:
@@ -175,7 +182,6 @@ class Connection:
             raise
         self.gateway = challenge.gateway_did
         self.resumed = session.resumed
-        self.resume_token = token
         self._websocket.settimeout(SILENCE_MAX)
 
     def write(self, message: bytes) -> None:
