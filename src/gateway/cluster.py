@@ -42,6 +42,7 @@ from gateway.shared_registry import (
     SharedRegistry,
     read_presence,
 )
+from gateway.tasks import end
 from gateway.watches import Change
 
 if TYPE_CHECKING:
@@ -308,8 +309,8 @@ class Cluster:
         if not text.isascii() or not text.isprintable() or set(text) & {'"', "\\"}:
             text = ""
         found: list[tuple[str, bytes]] = []
-        while len(found) <= limit:
-            cursor, agents = await registry.discover(term, cursor, limit + 1, text)
+        while len(found) < limit:
+            cursor, agents = await registry.discover(term, cursor, limit, text)
             found.extend(
                 (did, replies.agent(did, status, card))
                 for did, status, card in agents
@@ -317,7 +318,7 @@ class Cluster:
             )
             if not cursor:
                 break
-        return Page.of(found, limit)
+        return Page.of(found, limit, cursor)
 
     def watch(self, wanted: bool) -> None:
         """Hear what happens to agents, or no longer."""
@@ -374,8 +375,8 @@ class Cluster:
                 continue
             piece = message["data"]
             if message["channel"] == channel:
-                event, did, status, hidden, card = read_presence(piece)
-                self._on_change(Change(event, did, status, 0, card, hidden))
+                event, did, status, before, now = read_presence(piece)
+                self._on_change(Change(event, did, status, 0, before, now))
                 self._router.settle()
                 continue
             source = source_of(piece)
@@ -452,9 +453,7 @@ class Cluster:
             ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             ended.pop().result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(tasks)
             await pubsub.aclose()  # type: ignore[no-untyped-call]
             await client.aclose()
 

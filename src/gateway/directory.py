@@ -7,16 +7,27 @@ before, so agents that come and go meanwhile make no other appear twice, or not 
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
-from collections.abc import Generator, Iterable, Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
-from heapq import merge
-from itertools import groupby, islice
+from itertools import islice
+from typing import NamedTuple
 
 from aiconexus.protocol import Capability, DiscoverPayload
 
-# Offers that are looked at before others get their turn: about half a millisecond.
-SLICE = 2_000
+# What is looked at before others may get their turn: about 30 microseconds.
+STEP = 64
+# Agents that are looked at one by one first, if there are more than so many offers to look at: about half a
+# millisecond. If a fortieth of all fits, a page of 50 is full by then.
+PROBE = 2_000
+OFFERS_MIN = 256
+
+
+class View(NamedTuple):
+    """What may be seen of an agent; `card` is JSON or empty, and nothing is listed if hidden."""
+
+    card: bytes
+    hidden: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +95,10 @@ class Offer:
 def _add(dids: list[str], did: str) -> None:
     if not dids or dids[-1] < did:
         dids.append(did)
-    else:
-        insort(dids, did)
+        return
+    position = bisect_left(dids, did)
+    if dids[position] != did:
+        dids.insert(position, did)
 
 
 def _discard(dids: list[str], did: str) -> None:
@@ -100,12 +113,18 @@ def _behind(dids: list[str], cursor: str) -> Iterator[str]:
 
 
 class Directory:
-    """The agents of one worker that may be found."""
+    """The agents of one worker that may be found.
 
-    def __init__(self) -> None:
+    Args:
+        offers_of: Returns what `put` returned for an agent that is listed.
+    """
+
+    def __init__(self, offers_of: Callable[[str], Iterable[Offer]]) -> None:
+        self._offers_of = offers_of
         self._offers: dict[tuple[str, tuple[str, ...], str], Offer] = {}
-        self._by_name: dict[str, list[Offer]] = {}
-        self._by_tag: dict[str, list[Offer]] = {}
+        # Ordered sets: their values mean nothing.
+        self._by_name: dict[str, dict[Offer, None]] = {}
+        self._by_tag: dict[str, dict[Offer, None]] = {}
         self._listed: list[str] = []
 
     def __len__(self) -> int:
@@ -120,9 +139,9 @@ class Directory:
             shared = self._offers.get(key)
             if shared is None:
                 shared = self._offers[key] = offer
-                self._by_name.setdefault(offer.name, []).append(offer)
+                self._by_name.setdefault(offer.name, {})[offer] = None
                 for tag in offer.tags:
-                    self._by_tag.setdefault(tag, []).append(offer)
+                    self._by_tag.setdefault(tag, {})[offer] = None
             _add(shared.dids, did)
             kept.append(shared)
         return tuple(kept)
@@ -130,41 +149,80 @@ class Directory:
     def remove(self, did: str, offers: Iterable[Offer]) -> None:
         """List an agent no more."""
         _discard(self._listed, did)
+        self._withdraw(did, offers)
+
+    def replace(self, did: str, before: tuple[Offer, ...], offers: tuple[Offer, ...]) -> tuple[Offer, ...]:
+        """List an agent with other offers, or the same: a search that goes on meanwhile does not miss it."""
+        kept = self.put(did, offers)
+        self._withdraw(did, (offer for offer in before if offer not in kept))
+        return kept
+
+    def _withdraw(self, did: str, offers: Iterable[Offer]) -> None:
         for offer in offers:
             _discard(offer.dids, did)
             if offer.dids or self._offers.get((offer.name, offer.tags, offer.text)) is not offer:
                 continue
             del self._offers[offer.name, offer.tags, offer.text]
             for index, name in ((self._by_name, offer.name), *((self._by_tag, tag) for tag in offer.tags)):
-                index[name].remove(offer)
+                del index[name][offer]
                 if not index[name]:
                     del index[name]
 
     def search(self, query: Query, cursor: str, limit: int) -> Generator[None, None, list[str]]:
         """Find up to `limit` agents behind `cursor`, in the order of their DIDs.
 
-        A generator that yields whenever others should get their turn, and returns the DIDs.
+        A generator that yields whenever others may get their turn, and returns the DIDs.
         """
         if not query.names_capabilities:
             return list(islice(_behind(self._listed, cursor), limit))
-        fitting: list[Offer] = []
-        for number, offer in enumerate(self._candidates(query)):
-            if number % SLICE == SLICE - 1:
+        offers = self._candidates(query)
+        found: list[str] = []
+        if len(offers) > OFFERS_MIN:
+            found, cursor = yield from self._probe(query, cursor, limit)
+            if not cursor or len(found) == limit:
+                return found
+        return found + (yield from self._look_up(offers, query, cursor, limit - len(found)))
+
+    def _probe(self, query: Query, cursor: str, limit: int) -> Generator[None, None, tuple[list[str], str]]:
+        """Look at agents one by one: the shortest way if many fit.
+
+        Returns:
+            Who was found, and the DID behind which nobody was looked at; none if nobody is left.
+        """
+        found: list[str] = []
+        for _ in range(PROBE // STEP):
+            # Where to go on: the list may be another one after each turn.
+            dids = list(islice(_behind(self._listed, cursor), STEP))
+            for did in dids:
+                if any(query.fits(offer) for offer in self._offers_of(did)):
+                    found.append(did)
+                    if len(found) == limit:
+                        return found, did
+            if len(dids) < STEP:
+                return found, ""
+            cursor = dids[-1]
+            yield
+        return found, cursor
+
+    def _look_up(
+        self, offers: list[Offer], query: Query, cursor: str, limit: int
+    ) -> Generator[None, None, list[str]]:
+        """Look at what is offered, and who offers it: the shortest way if few fit."""
+        nearest: set[str] = set()
+        end = ""  # the last of the nearest, once there are enough
+        for number, offer in enumerate(offers, 1):
+            if number % STEP == 0:
                 yield
-            if query.fits(offer):
-                fitting.append(offer)
-        if len(fitting) <= SLICE:
-            dids = merge(*(_behind(offer.dids, cursor) for offer in fitting))
-            # One agent may have several.
-            return [did for did, _ in islice(groupby(dids), limit)]
-        # Many offers of few agents each: to sort them is less than to merge them.
-        every: set[str] = set()
-        for number, offer in enumerate(fitting):
-            if number % SLICE == SLICE - 1:
-                yield
-            every.update(_behind(offer.dids, cursor))
-        yield
-        return sorted(every)[:limit]
+            if not query.fits(offer):
+                continue
+            for did in islice(_behind(offer.dids, cursor), limit):
+                if end and did > end:
+                    break
+                nearest.add(did)
+            if len(nearest) >= 2 * limit:
+                nearest = set(sorted(nearest)[:limit])
+                end = max(nearest)
+        return sorted(nearest)[:limit]
 
     def _candidates(self, query: Query) -> list[Offer]:
         if query.capability is not None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -25,45 +26,50 @@ if TYPE_CHECKING:
 
 # A worker that is alive answers within a few loop passes.
 ANSWER_SECONDS = 2.0
+# That searches take of one loop pass: what a message waits for them at most.
+TURN_SECONDS = 0.000_5
 # Of one session, at the same time.
 QUESTIONS_MAX = 4
 # Of all sessions of one worker.
 QUESTIONS_MAX_TOGETHER = 256
+# That wait for their turn at one worker.
+SEARCHES_MAX = 1_024
 # Of the agents in one page: the envelope and the payload around them fit into the rest of a message.
 PAGE_MAX_BYTES = 60_000
 
 
 @dataclass(slots=True)
 class Page:
-    """Some agents in the order of their DIDs, each as JSON; `more` if there are others behind them."""
+    """Some agents in the order of their DIDs, each as JSON.
+
+    `cursor` is the DID behind which there may be others: that of the last, or one that has gone meanwhile;
+    empty if there are none.
+    """
 
     agents: list[tuple[str, bytes]] = field(default_factory=list)
-    more: bool = False
+    cursor: str = ""
 
     @classmethod
-    def of(cls, agents: Iterable[tuple[str, bytes]], limit: int) -> Page:
-        """Return the first of `agents`, as many as a page takes."""
-        page = cls()
+    def of(cls, agents: Iterable[tuple[str, bytes]], limit: int, cursor: str = "") -> Page:
+        """Return the first of `agents`, as many as a page takes; behind all of them is `cursor`."""
+        page = cls(cursor=cursor)
         size = 0
         for did, data in agents:
             size += len(data) + 1
             if len(page.agents) == limit or (size > PAGE_MAX_BYTES and page.agents):
-                page.more = True
+                page.cursor = page.agents[-1][0]
                 break
             page.agents.append((did, data))
         return page
 
     @classmethod
     def merged(cls, pages: Iterable[Page], limit: int) -> Page:
-        """Return the first page of several: what lies behind the end of one that has more is not known."""
+        """Return the first page of several: what lies behind the cursor of one of them is not known."""
         pages = list(pages)
-        ends = [page.agents[-1][0] for page in pages if page.more and page.agents]
-        end = min(ends) if ends else None
+        cursor = min((page.cursor for page in pages if page.cursor), default="")
         # An agent that has moved just now may stand in two.
-        every = {did: data for page in pages for did, data in page.agents if end is None or did <= end}
-        merged = cls.of(sorted(every.items()), limit)
-        merged.more = merged.more or bool(ends)
-        return merged
+        every = {did: data for page in pages for did, data in page.agents if not cursor or did <= cursor}
+        return cls.of(sorted(every.items()), limit, cursor)
 
 
 @dataclass(slots=True)
@@ -79,6 +85,15 @@ class Question:
     waits: set[int] = field(default_factory=set)
     pages: list[Page] = field(default_factory=list)
     is_partial: bool = False
+
+
+@dataclass(slots=True)
+class Search:
+    """What is looked for among the agents of this worker, in steps; `done` gets the page."""
+
+    steps: Generator[None, None, Page]
+    done: Callable[[Page], None]
+    deadline: float
 
 
 class Discovery:
@@ -118,6 +133,7 @@ class Discovery:
         self._questions: dict[int, Question] = {}
         self._number = 0
         self._count: dict[str, int] = {}  # of the questions, by session
+        self._searches: deque[Search] = deque()
 
     def ask(self, session: Session, message_id: str, payload: DiscoverPayload) -> bool:
         """Answer a DISCOVER in a while; False if there are too many."""
@@ -194,59 +210,83 @@ class Discovery:
 
     def on_link_lost(self, worker: int) -> None:
         """Another worker will not answer."""
-        for number, question in list(self._questions.items()):
-            if worker in question.waits:
-                question.is_partial = True
-                self._take(number, worker, Page())
+        for number in list(self._questions):
+            self._go_on_without(number, worker)
+
+    def _go_on_without(self, number: int, worker: int) -> None:
+        question = self._questions.get(number)
+        if question is not None and worker in question.waits:
+            question.is_partial = True
+            self._take(number, worker, Page())
 
     # --- at every worker -----------------------------------------------------------------------
 
     def on_ask(self, worker: int, number: int, data: bytes) -> None:
-        """Answer another worker."""
+        """Answer another worker; with nothing, if too many ask."""
+        if len(self._searches) >= SEARCHES_MAX:
+            self._tell(worker, ANSWER, self._worker, number, b"")
+            return
         query, cursor, limit = orjson.loads(data)
         if query["dids"] is not None:
             query["dids"] = tuple(query["dids"])
 
         def answer(page: Page) -> None:
             listed = [orjson.Fragment(data) for _, data in page.agents]
-            self._tell(worker, ANSWER, self._worker, number, orjson.dumps([listed, page.more]))
+            self._tell(worker, ANSWER, self._worker, number, orjson.dumps([listed, page.cursor]))
             self._settle()
 
         self._search(Query(**query), cursor, limit, answer)
 
     def on_answer(self, worker: int, number: int, data: bytes) -> None:
         """Take the answer of another worker."""
-        agents, more = orjson.loads(data)
-        self._take(number, worker, Page([(agent["did"], orjson.dumps(agent)) for agent in agents], more))
+        if not data:
+            self._go_on_without(number, worker)
+            return
+        agents, cursor = orjson.loads(data)
+        self._take(number, worker, Page([(agent["did"], orjson.dumps(agent)) for agent in agents], cursor))
 
     def _search(self, query: Query, cursor: str, limit: int, done: Callable[[Page], None]) -> None:
-        """Look among the agents of this worker."""
-        if query.dids is not None:
-            dids = [
-                did
-                for did in query.dids
-                if did > cursor
-                and (session := self._registry.get(did)) is not None
-                and query.matches(did, session.offers)
-            ]
-            done(self._page(dids, limit))
-            return
-        search = self._directory.search(query, cursor, limit + 1)
-        loop = asyncio.get_running_loop()
-
-        def go_on() -> None:
-            try:
-                next(search)
-            except StopIteration as found:
-                done(self._page(found.value, limit))
-            else:
-                loop.call_soon(go_on)
-
-        go_on()
-
-    def _page(self, dids: list[str], limit: int) -> Page:
-        sessions = [session for did in dids if (session := self._registry.get(did)) is not None]
-        return Page.of(
-            ((session.did, replies.agent(session.did, session.status, session.card)) for session in sessions),
-            limit,
+        """Look among the agents of this worker, when it is this search's turn."""
+        if not self._searches:
+            asyncio.get_running_loop().call_soon(self._go_on)
+        self._searches.append(
+            Search(self._find(query, cursor, limit), done, time.monotonic() + ANSWER_SECONDS)
         )
+
+    def _go_on(self) -> None:
+        """Let the searches go on, in turn, for a moment; messages that wait come first then."""
+        now = time.monotonic()
+        end = now + TURN_SECONDS
+        while self._searches and now < end:
+            search = self._searches.popleft()
+            if search.deadline < now:
+                continue  # whoever asked has gone on
+            try:
+                next(search.steps)
+            except StopIteration as found:
+                search.done(found.value)
+            else:
+                self._searches.append(search)
+            now = time.monotonic()
+        if self._searches:
+            asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _find(self, query: Query, cursor: str, limit: int) -> Generator[None, None, Page]:
+        if query.dids is None:
+            dids = yield from self._directory.search(query, cursor, limit + 1)
+        else:
+            dids = [did for did in query.dids if did > cursor and self._fits(query, did)]
+        agents = (self._registry.get(did) for did in dids[:limit] if self._fits(query, did))
+        return Page.of(
+            (
+                (agent.did, replies.agent(agent.did, agent.status, agent.card))
+                for agent in agents
+                if agent is not None
+            ),
+            limit,
+            dids[limit - 1] if len(dids) > limit else "",
+        )
+
+    def _fits(self, query: Query, did: str) -> bool:
+        session = self._registry.get(did)
+        return session is not None and query.matches(did, session.offers, hidden=session.hidden)

@@ -36,6 +36,7 @@ from gateway._frames import scan
 from gateway._ledger import Ledger
 from gateway._mesh import NODE_WORKERS
 from gateway._routing import AWAY_INDEX, RoutingTable, TableBusyError
+from gateway.directory import View
 from gateway.kinds import FENCE, FORWARDED, HANDED, HELD, MARK, MESSAGE_KINDS, MOVE, ROUTE
 from gateway.shelf import Shelf
 
@@ -100,6 +101,8 @@ class Moves:
         give: Delivers a message to a session, or gives it back to its sender.
         give_back: Tells the sender of a message that it was not delivered: (data, cause).
         replace: Closes a connection whose agent is elsewhere now.
+        tell_arrival: Tells who watches that an agent has come over from another worker of this node, or is
+            back: (DID, epoch, what could be seen of it, what can be).
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class Moves:
         give: Callable[[Session, bytes], None],
         give_back: Callable[[bytes, str], None],
         replace: Callable[[Connection], None],
+        tell_arrival: Callable[[str, int, View | None, View], None],
     ) -> None:
         self._worker = worker
         self._router = router
@@ -128,6 +132,7 @@ class Moves:
         self._give = give
         self._give_back = give_back
         self._replace = replace
+        self._tell_arrival = tell_arrival
         self._moves: dict[int, Move] = {}
         # By epoch, of sessions that were given away: worker and epoch where they went, until when messages
         # for them may still come here, and whether what comes on the old path is too late.
@@ -173,10 +178,16 @@ class Moves:
             "connection": connection,
             "resume": registration.resume_token,
         }
+        is_near = old < NODE_WORKERS  # else the shared registry tells who watches
+        if is_near:
+            # Only there it is known who could see the agent until now.
+            request["card"], request["hidden"] = session.card.decode(), session.hidden
         self._moves[session.epoch] = move
         self._set_moving(move, True)
         if not self._tell(old, MOVE, self._worker, session.epoch, orjson.dumps(request)):
             # Nobody is there any more. Its route names an epoch that nobody owns.
+            if is_near:
+                self._tell_arrival(session.did, session.epoch, None, session.view)
             self.end(session, resumed=False)
             return
         home = orjson.dumps(
@@ -296,6 +307,10 @@ class Moves:
             session.move.next = (new, epoch, data)
             return
         session = self._registry.give(request["did"], request["epoch"])
+        if "card" in request:
+            # With the old epoch: what the new worker tells already is newer.
+            now = View(request["card"].encode(), request["hidden"])
+            self._tell_arrival(request["did"], request["epoch"], session.view if session else None, now)
         if new >= NODE_WORKERS:
             self._redirect(request["did"], request["epoch"], new, request["connection"], epoch)
         is_closed = session is not None and session.old_path_closed

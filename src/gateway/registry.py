@@ -14,7 +14,7 @@ from aiconexus.protocol.limits import AWAY_MAX_BYTES, AWAY_MAX_MESSAGES
 from gateway._connection import Connection
 from gateway._ledger import Ledger
 from gateway._routing import RoutingTable, TableBusyError
-from gateway.directory import Directory, Offer
+from gateway.directory import Directory, Offer, View
 from gateway.shelf import Shelf
 
 if TYPE_CHECKING:
@@ -88,6 +88,11 @@ class Session:
         """What others are told of it: "online" or "away"."""
         return "away" if self.connection is None else "online"
 
+    @property
+    def view(self) -> View:
+        """What may be seen of it."""
+        return View(self.card, self.hidden)
+
     def show(self, shown: Shown) -> None:
         """Let others see this of it, once it is listed."""
         self.card = shown.card
@@ -131,7 +136,7 @@ class Registered:
     Attributes:
         session: The new session; its route is bound.
         resumed: Whether it continues the one before.
-        is_known: Whether the agent was at this node before, here or away.
+        before: What could be seen of it at this worker, here or away; None if it was not.
         replaced: A connection of the same DID at this worker that is still open and must be closed with 4504.
         held: What waited here, to be sent on if resumed, else to go back to its senders.
         elsewhere: Worker and epoch of the session before, if another worker has it.
@@ -139,7 +144,7 @@ class Registered:
 
     session: Session
     resumed: bool
-    is_known: bool
+    before: View | None
     replaced: Connection | None
     held: deque[bytes]
     elsewhere: tuple[int, int] | None
@@ -172,8 +177,8 @@ class Registry:
         self._away = away
         self._on_away = on_away
         self._on_gone = on_gone
-        self.directory = Directory()
         self._sessions: dict[str, Session] = {}
+        self.directory = Directory(lambda did: self._sessions[did].offers)
         # All are kept for the same time, so the order of dropping is the order of expiry.
         self._dropped: OrderedDict[str, Session] = OrderedDict()
         # By epoch: sessions whose route another worker has taken, but which it has not fetched yet.
@@ -244,17 +249,15 @@ class Registry:
         epoch, owner = self._table.bind(did.encode(), self._worker, connection.index)
         session = Session(did, connection, epoch, shown, resume_token, proven_at, self._ledger)
         before = self._sessions.get(did)
-        if before is not None:
-            self._unlist(before)
         self._sessions[did] = session
-        self._list(session)
+        self._list(session, before)
         if before is not None and owner is not None and owner[2] != before.epoch:
             # It was at another worker meanwhile, which will come for what was here.
             self._take_away(before)
             before = None
         if before is None:
             elsewhere = (owner[0], owner[2]) if owner is not None and owner[0] != self._worker else None
-            return Registered(session, False, owner is not None, None, deque(), elsewhere)
+            return Registered(session, False, None, None, deque(), elsewhere)
         held: deque[bytes] = deque()
         replaced = before.connection
         if replaced is not None:
@@ -266,16 +269,22 @@ class Registry:
         if resumed:
             session.id = before.id
             session.connected_at = before.connected_at
-        return Registered(session, resumed, True, replaced, held, None)
+        return Registered(session, resumed, before.view, replaced, held, None)
 
     def show(self, session: Session, shown: Shown) -> None:
         """Let others see something else of an agent."""
-        self._unlist(session)
+        before = Shown(session.card, session.offers, session.hidden)
         session.show(shown)
-        self._list(session)
+        self._list(session, before)
 
-    def _list(self, session: Session) -> None:
-        if not session.hidden:
+    def _list(self, session: Session, before: Session | Shown | None) -> None:
+        """List an agent, if it may be, instead of what was listed of it before."""
+        was_listed = before is not None and not before.hidden
+        if before is not None and was_listed and not session.hidden:
+            session.offers = self.directory.replace(session.did, before.offers, session.offers)
+        elif before is not None and was_listed:
+            self.directory.remove(session.did, before.offers)
+        elif not session.hidden:
             session.offers = self.directory.put(session.did, session.offers)
 
     def _unlist(self, session: Session) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 
 from gateway._mesh import NODE_WORKERS
+from gateway.directory import View
 from gateway.redis_line import Done, RedisLine
 
 # How often a node renews its lease, and how long that lasts. The others notice the end of it with their own
@@ -123,10 +124,20 @@ def _agents(found: list[bytes]) -> list[tuple[str, str, bytes]]:
     ]
 
 
-def read_presence(data: bytes) -> tuple[str, str, str, bool, bytes]:
-    """Return event, DID, status, whether it is hidden, and the card, of what the presence channel says."""
-    event, key, status, hidden, card = data.split(b"\n", 4)
-    return event.decode(), _DID_PREFIX + key.decode(), status.decode(), hidden == b"1", card
+def read_presence(data: bytes) -> tuple[str, str, str, View | None, View | None]:
+    """Return event, DID, status, and what could and can be seen, of what the presence channel says.
+
+    See lua/register.lua for its form.
+    """
+    event, key, status, was_hidden, hidden, size, cards = data.split(b"\n", 6)
+    card_before, card = (cards, cards) if size == b"=" else (cards[: int(size)], cards[int(size) :])
+    return (
+        event.decode(),
+        _DID_PREFIX + key.decode(),
+        status.decode(),
+        View(card_before, was_hidden == b"1") if was_hidden else None,
+        View(card, hidden == b"1") if hidden else None,
+    )
 
 
 class SharedRegistry:

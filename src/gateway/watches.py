@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from gateway import replies
-from gateway.directory import Offer, Query
+from gateway.directory import Offer, Query, View
 from gateway.kinds import CHANGED, WATCHING
 
 if TYPE_CHECKING:
@@ -34,26 +34,33 @@ RECENT_SECONDS = 10.0
 class Change:
     """What has happened to an agent.
 
-    `event` is "join", "leave", "away" or "update"; `card` is JSON or empty.
+    Attributes:
+        event: "join", "leave", "away" or "update".
+        did: The agent.
+        status: "online", "away" or "offline".
+        epoch: Of its session.
+        before: None if it was not there.
+        now: None if it is not there any more.
     """
 
     event: str
     did: str
     status: str
     epoch: int
-    card: bytes
-    hidden: bool
+    before: View | None
+    now: View | None
 
     def dumps(self) -> bytes:
         """Return it as a record."""
-        card = self.card.decode()
-        return orjson.dumps([self.event, self.did, self.status, self.epoch, card, self.hidden])
+        views = [view and (view.card.decode(), view.hidden) for view in (self.before, self.now)]
+        return orjson.dumps([self.event, self.did, self.status, self.epoch, *views])
 
     @classmethod
     def loads(cls, data: bytes) -> Change:
         """Read a record."""
-        event, did, status, epoch, card, hidden = orjson.loads(data)
-        return cls(event, did, status, epoch, card.encode(), hidden)
+        event, did, status, epoch, *views = orjson.loads(data)
+        before, now = (view and View(view[0].encode(), view[1]) for view in views)
+        return cls(event, did, status, epoch, before, now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +103,7 @@ class Watches:
         self._watches: dict[str, dict[str, Watch]] = {}  # by session and id
         self._interested: set[int] = set()  # other workers that have a watch
         self._behind: set[int] = set()  # those of them that could not be told something
+        self._untold: set[int] = set()  # other workers that could not be told whether there is a watch here
         self._recent: dict[str, tuple[float, int]] = {}  # of agents: when, and the epoch
 
     @property
@@ -131,7 +139,10 @@ class Watches:
 
     def _say_wanted(self, workers: Iterable[int]) -> None:
         for worker in workers:
-            self._tell(worker, WATCHING, self._worker, 0, b"1" if self._watches else b"0")
+            if self._tell(worker, WATCHING, self._worker, 0, b"1" if self._watches else b"0"):
+                self._untold.discard(worker)
+            else:
+                self._untold.add(worker)
 
     # --- other workers -------------------------------------------------------------------------
 
@@ -144,6 +155,7 @@ class Watches:
         """Another worker has gone, with its agents: what became of them is not told."""
         self._interested.discard(worker)
         self._behind.discard(worker)
+        self._untold.discard(worker)
         self.doubt()
 
     def on_watching(self, worker: int, data: bytes) -> None:
@@ -167,7 +179,11 @@ class Watches:
             self.doubt()
 
     def catch_up(self) -> None:
-        """Tell workers that were behind that they have missed something."""
+        """Tell other workers what they could not be told, or that they have missed something."""
+        if self._untold:
+            self._say_wanted(list(self._untold))
+            if self._watches and not self._untold:
+                self.doubt()
         for worker in list(self._behind):
             if self._tell(worker, CHANGED, self._worker, 0, b""):
                 self._behind.discard(worker)
@@ -186,20 +202,35 @@ class Watches:
 
     def take(self, change: Change, *, is_ordered: bool = False) -> None:
         """Tell the watchers here; `is_ordered`: nothing older can follow."""
-        if not is_ordered:
-            now = time.monotonic()
-            if change.epoch < self._recent.get(change.did, (0.0, 0))[1]:
-                return
-            self._recent.pop(change.did, None)  # the oldest come first
-            self._recent[change.did] = (now, change.epoch)
-            while next(iter(self._recent.values()))[0] < now - RECENT_SECONDS:
-                del self._recent[next(iter(self._recent))]
-        offers = tuple(self._read_offers(change.card)) if change.card else ()
-        agent: bytes | None = None
+        is_stale = not is_ordered and not self._is_news(change)
+        matches_now = self._matcher(change.did, change.now)
+        matched = matches_now if change.before == change.now else self._matcher(change.did, change.before)
+        gone = replies.agent(change.did, "offline", b"")
+        agent = replies.agent(change.did, change.status, change.now.card) if change.now else gone
         for own in list(self._watches.values()):
             for watch in list(own.values()):
-                if watch.query.matches(change.did, offers, hidden=change.hidden):
-                    if agent is None:
-                        card = b"" if change.event == "leave" else change.card
-                        agent = replies.agent(change.did, change.status, card)
-                    self._notify(watch, change.event, [agent])
+                was, is_ = matched(watch.query), matches_now(watch.query)
+                if is_ and not is_stale:
+                    # Who had not heard of it before sees it come.
+                    self._notify(watch, change.event if was else "join", [agent])
+                elif was and not is_:
+                    # What is newer is told to others only: this one does not fit any more.
+                    self._notify(watch, "leave", [gone])
+
+    def _is_news(self, change: Change) -> bool:
+        """Whether nothing newer was told of an agent."""
+        now = time.monotonic()
+        if change.epoch < self._recent.get(change.did, (0.0, 0))[1]:
+            return False
+        self._recent.pop(change.did, None)  # the oldest come first
+        self._recent[change.did] = (now, change.epoch)
+        while next(iter(self._recent.values()))[0] < now - RECENT_SECONDS:
+            del self._recent[next(iter(self._recent))]
+        return True
+
+    def _matcher(self, did: str, view: View | None) -> Callable[[Query], bool]:
+        """Return what tells whether an agent that can be seen so is what is asked for."""
+        if view is None:
+            return lambda _: False
+        offers = tuple(self._read_offers(view.card)) if view.card else ()
+        return lambda query: query.matches(did, offers, hidden=view.hidden)

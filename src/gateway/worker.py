@@ -40,7 +40,7 @@ from gateway._mesh import NODE_WORKERS, ROUTED_KIND
 from gateway._routing import TableBusyError, TableFullError
 from gateway.cluster import Cluster, offers_of
 from gateway.config import Settings
-from gateway.directory import Query
+from gateway.directory import Query, View
 from gateway.discovery import Discovery, Page
 from gateway.handshake import Handshake, Registrar, Registration, read_shown
 from gateway.kinds import ANSWER, ASK, CHANGED, MESSAGE_KINDS, WATCHING
@@ -48,7 +48,8 @@ from gateway.locations import Locations, Waiting
 from gateway.moves import Moves, is_lasting
 from gateway.node import Node, Tally
 from gateway.registry import Registered, Registry, Session
-from gateway.shared_registry import Claim
+from gateway.shared_registry import Claim, Place
+from gateway.tasks import end
 from gateway.watches import WATCHES_MAX, Change, Watch, Watches
 
 # A message over the limit is still read up to this size, so that its ERROR can name it.
@@ -158,6 +159,7 @@ class Gateway:
             give=self._give,
             give_back=self._return,
             replace=self._replace,
+            tell_arrival=self._publish_arrival,
         )
         self._started_at = time.monotonic()
         self._connections_max = descriptors.connections_per_worker()
@@ -354,10 +356,11 @@ class Gateway:
         elif isinstance(payload, RegisterPayload):
             shown = read_shown(message)
             self._send(connection, self._registrar.note(message))
+            before = session.view
             self.registry.show(session, shown)
             if self.cluster is not None:
                 self.cluster.register(session, lambda _: None)
-            self._publish(session, "update")
+            self._publish(Change("update", session.did, session.status, session.epoch, before, session.view))
         elif isinstance(payload, UnregisterPayload):
             self._close(connection, 1000)
 
@@ -386,10 +389,9 @@ class Gateway:
     def _send_page(self, session: Session, message_id: str, page: Page, is_partial: bool) -> None:
         if session.connection is None:
             return
-        cursor = page.agents[-1][0] if page.more and page.agents else None
         agents = [data for _, data in page.agents]
         answer = replies.presence(
-            self.did, session.did, message_id, agents, cursor=cursor, partial=is_partial
+            self.did, session.did, message_id, agents, cursor=page.cursor or None, partial=is_partial
         )
         self._send(session.connection, answer)
 
@@ -402,12 +404,14 @@ class Gateway:
         """Tell whoever watches that something may have been missed."""
         self.watches.doubt()
 
-    def _publish(self, session: Session, event: str) -> None:
+    def _publish(self, change: Change) -> None:
         """Tell whoever watches what has happened to an agent; with Redis, its scripts do."""
         if self.cluster is None or not self.cluster.is_connected:
-            status = "offline" if event == "leave" else session.status
-            change = Change(event, session.did, status, session.epoch, session.card, session.hidden)
             self.watches.publish(change)
+
+    def _publish_arrival(self, did: str, epoch: int, before: View | None, now: View) -> None:
+        """Tell whoever watches that an agent has registered."""
+        self._publish(Change("join" if before is None else "update", did, "online", epoch, before, now))
 
     def _deliver_elsewhere(self, connection: Connection, data: bytes, found: Scan) -> None:
         """Deal with a message that the router did not deliver: its target is away, elsewhere or nowhere."""
@@ -594,21 +598,13 @@ class Gateway:
                 self.cluster.register(session, partial(self._begin_session, session, registration, done))
                 return
             claim = None
-        self._publish(session, "update" if done.is_known else "join")
         remote: list[int] = []
         elsewhere = done.elsewhere
         if claim is not None and self.cluster is not None:
             remote = self.cluster.workers_of(claim.asked)
-            if elsewhere is not None and elsewhere[0] >= NODE_WORKERS:
-                elsewhere = None  # what was cached; the registry knows better
-            before = claim.before
-            if before is None:
-                pass
-            elif before.worker >= NODE_WORKERS or (elsewhere is None and before.worker != self.worker):
-                elsewhere = (before.worker, before.epoch)
-            elif elsewhere is None:
-                for worker in remote:
-                    self.moves.correct(worker, session.did, before.epoch, session)
+            elsewhere = self._last_place(session, elsewhere, claim.before, remote)
+        if elsewhere is None or elsewhere[0] >= NODE_WORKERS:
+            self._publish_arrival(session.did, session.epoch, done.before, session.view)
         if elsewhere is None:
             if not done.resumed:
                 self._return_all(done.held, "away_expired")
@@ -620,6 +616,28 @@ class Gateway:
         else:
             self._return_all(done.held, "away_expired")
             self.moves.begin(session, registration, *elsewhere, remote)
+
+    def _last_place(
+        self, session: Session, near: tuple[int, int] | None, known: Place | None, remote: list[int]
+    ) -> tuple[int, int] | None:
+        """Return worker and epoch of the session before, if it was not here.
+
+        Args:
+            session: The new one.
+            near: What the table of this node says.
+            known: What the shared registry says.
+            remote: Workers of other nodes that may have cached where it was.
+        """
+        if near is not None and near[0] >= NODE_WORKERS:
+            near = None  # what was cached; the registry knows better
+        if known is None:
+            return near
+        if known.worker >= NODE_WORKERS or (near is None and known.worker != self.worker):
+            return known.worker, known.epoch
+        if near is None:
+            for worker in remote:
+                self.moves.correct(worker, session.did, known.epoch, session)
+        return near
 
     def _on_taken(self, session: Session) -> None:
         """Close a session whose agent registered at another node later, as this node only now hears."""
@@ -642,12 +660,13 @@ class Gateway:
         return [worker for worker in self.router.linked_workers() if worker < NODE_WORKERS]
 
     def _on_away(self, session: Session) -> None:
-        self._publish(session, "away")
+        view = session.view
+        self._publish(Change("away", session.did, "away", session.epoch, view, view))
         if self.cluster is not None:
             self.cluster.set_away(session)
 
     def _on_gone(self, session: Session) -> None:
-        self._publish(session, "leave")
+        self._publish(Change("leave", session.did, "offline", session.epoch, session.view, None))
         if self.cluster is not None:
             self.cluster.unregister(session, partial(self._tell_gone, session.did, session.epoch))
 
@@ -888,9 +907,7 @@ class Gateway:
             if self.cluster is not None:
                 await self.cluster.close()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(tasks)
             for connection in self.router.open_connections():
                 connection.abort()
             self.router.run_pass()

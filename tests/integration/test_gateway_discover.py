@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -29,7 +30,10 @@ def ports(request: pytest.FixtureRequest, start_gateway: Callable[..., Any]) -> 
 
 
 def agent_with(port: int, *capabilities: dict[str, Any], **ext: Any) -> Agent:
-    agent = Agent(port, register=False)
+    return registered(Agent(port, register=False), *capabilities, **ext)
+
+
+def registered(agent: Agent, *capabilities: dict[str, Any], **ext: Any) -> Agent:
     card = sign_card(list(capabilities), agent.key)
     agent.send(agent.signed(agent.registration(ext={"card": card, **ext})))
     answer = agent.receive()
@@ -151,6 +155,41 @@ def test_a_watch_tells_who_comes_changes_drops_and_goes(ports):
         assert watcher.receive()["payload"]["agents"] == []
         with agent_with(ports[-1], ADD) as late:
             assert dids(found(watcher, tag="math")) == [late.did]  # and nothing came before
+
+
+def test_an_agent_that_is_not_what_a_watch_asks_for_any_more_leaves_it(ports):
+    with ExitStack() as stack:
+        watcher = stack.enter_context(Agent(ports[0]))
+        watch = discover(watcher, tag="math", watch=True)
+        for _ in range(len(ports)):
+            watcher.receive()
+        agent = stack.enter_context(agent_with(ports[0], ADD))
+        assert event_of(watcher, watch)[0] == "join"
+        show(agent, {"name": "else"})
+        event, entry = event_of(watcher, watch)
+        assert (event, entry) == ("leave", {"did": agent.did, "status": "offline"})
+        show(agent, SUB)
+        event, entry = event_of(watcher, watch)
+        assert (event, entry["card"]["capabilities"]) == ("join", [SUB])
+        show(agent, SUB, hidden=True)
+        assert event_of(watcher, watch)[0] == "leave"
+        show(agent, SUB)
+        assert event_of(watcher, watch)[0] == "join"
+        # It registers anew, at a worker of the kernel's choice, or another node.
+        for number, capability in enumerate([{"name": "else"}, ADD] * 6):
+            agent = stack.enter_context(Agent(ports[number % len(ports)], agent.key, register=False))
+            registered(agent, capability)
+            event, entry = event_of(watcher, watch)
+            assert (event, entry["did"]) == ("join" if capability is ADD else "leave", agent.did)
+        agent.close()
+        assert event_of(watcher, watch)[0] == "leave"
+
+
+def show(agent: Agent, *capabilities: dict[str, Any], **ext: Any) -> None:
+    payload = RegisterPayload(public_key=agent.key.public_key_base58)
+    ext = {"card": sign_card(list(capabilities), agent.key), **ext}
+    agent.send(agent.message(agent.gateway_did, payload, ext=ext))
+    assert agent.receive()["type"] == "REGISTER"
 
 
 def agent_with_key(agent: Agent, port: int) -> Agent:

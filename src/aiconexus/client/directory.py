@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import JsonValue
 
+from aiconexus.client.backoff import Backoff
 from aiconexus.protocol import (
     AIConexusError,
     Capability,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from aiconexus.client.socket import ClientState, GatewayClient
 
 PAGE_SIZE: Final = 100  # agents of one page; with small cards two thirds of a message
-RETRY_SECONDS: Final = 1.0  # after which a watch that the gateway has no time for is tried again
+RETRY_SECONDS: Final = 1.0  # at least, until a gateway that was busy, or could not ask all, is asked again
 
 _log: Final = logging.getLogger(__name__)
 
@@ -149,6 +150,8 @@ class _Watch:
         self._told: set[str] = set()  # of agents: something was told since the pages were asked for
         # Payloads of events; None: the connection is another one.
         self._queue: asyncio.Queue[PresencePayload | None] = asyncio.Queue()
+        self._backoff = Backoff()
+        self._retry: asyncio.TimerHandle | None = None
         self._off = (client.on(MessageType.PRESENCE, self._receive), client.on_state(self._state_changed))
 
     def _receive(self, message: Message) -> None:
@@ -210,13 +213,23 @@ class _Watch:
         except RemoteError as error:
             if not error.temporary:
                 raise
-            await asyncio.sleep(RETRY_SECONDS)
-            self._queue.put_nowait(PresencePayload(event="missed") if not id_ else None)
+            self._try_again(is_new=bool(id_))
             return
-        if is_whole:
-            for did in [did for did in self._known if did not in present and did not in self._told]:
-                if (event := self._apply(Found(did, "offline", self._known[did].card))) is not None:
-                    yield event
+        if not is_whole:
+            self._try_again(is_new=False)
+            return
+        self._backoff.attempts = 0
+        for did in [did for did in self._known if did not in present and did not in self._told]:
+            if (event := self._apply(Found(did, "offline", self._known[did].card))) is not None:
+                yield event
+
+    def _try_again(self, *, is_new: bool) -> None:
+        """Ask once more in a while; `is_new`: to watch, too."""
+        if self._retry is not None:
+            self._retry.cancel()
+        again = None if is_new else PresencePayload(event="missed")
+        loop = asyncio.get_running_loop()
+        self._retry = loop.call_later(self._backoff.next(RETRY_SECONDS), self._queue.put_nowait, again)
 
     def _apply(self, found: Found) -> PresenceEvent | None:
         """Take note of how an agent is now; return what that means, if anything."""
@@ -236,6 +249,8 @@ class _Watch:
         """End it; the gateway is told if that is possible."""
         for off in self._off:
             off()
+        if self._retry is not None:
+            self._retry.cancel()
         session = self._client.session
         if session is not None and self._client.state.value == "registered":
             end = Message.create(

@@ -12,7 +12,7 @@ for i = 4, #ARGV do
     if old[1] == ARGV[2] and old[2] == ARGV[3] then
         redis.call('DEL', agent)
         redis.call('PUBLISH', ARGV[1] .. 'presence',
-                   'leave\n' .. ARGV[i] .. '\noffline\n' .. old[4] .. '\n' .. old[5])
+                   'leave\n' .. ARGV[i] .. '\noffline\n' .. old[4] .. '\n\n' .. #old[5] .. '\n' .. old[5])
         for _, term in ipairs(cjson.decode(old[3])) do
             redis.call('ZREM', ARGV[1] .. term, ARGV[i])
         end

@@ -14,8 +14,9 @@
 -- ARGV[13] time of Redis in ms after which a new one is too late: the agent has gone elsewhere meanwhile
 -- ARGV[14] h
 --
--- Whoever watches hears of it: event, key of the DID, status, h and card, each but the last followed by a line
--- feed.
+-- Whoever watches hears of it: event, key of the DID, status, h as it was (nothing if the agent was not there),
+-- h as it is (nothing if it is not there any more) and the size of the card as it was, each followed by a line
+-- feed; then that card, and the card as it is. If both cards are the same, it comes once, and the size is "=".
 --
 -- Returns {"late"}, {"kept", n, w, c, e} or {"done", n, w, c, e, q} with what was there before; n is 0 if
 -- nothing was.
@@ -24,7 +25,7 @@ local now = redis.call('TIME')
 if ARGV[12] == 'new' and now[1] * 1000 + now[2] / 1000 > tonumber(ARGV[13]) then
     return {'late'}
 end
-local old = redis.call('HMGET', KEYS[1], 'n', 'w', 'c', 'e', 'p', 'x', 'q', 'i', 's', 'k')
+local old = redis.call('HMGET', KEYS[1], 'n', 'w', 'c', 'e', 'p', 'x', 'q', 'i', 's', 'k', 'h')
 local place = {old[1] or '0', old[2] or '0', old[3] or '0', old[4] or '0'}
 if ARGV[12] == 'again' and old[4] and old[4] ~= ARGV[7] and tonumber(old[5]) > tonumber(ARGV[8]) then
     return {'kept', place[1], place[2], place[3], place[4]}
@@ -45,9 +46,13 @@ if old[6] ~= ARGV[11] then
         redis.call('ZADD', ARGV[1] .. term, 0, ARGV[2])
     end
 end
-if old[4] ~= ARGV[7] or old[9] ~= ARGV[9] or old[10] ~= ARGV[10] then
+if old[4] ~= ARGV[7] or old[9] ~= ARGV[9] or old[10] ~= ARGV[10] or old[11] ~= ARGV[14] then
     local event = ARGV[9] == 'away' and 'away' or old[4] and 'update' or 'join'
-    redis.call('PUBLISH', ARGV[1] .. 'presence',
-               event .. '\n' .. ARGV[2] .. '\n' .. ARGV[9] .. '\n' .. ARGV[14] .. '\n' .. ARGV[10])
+    local cards = '=\n' .. ARGV[10]
+    if old[10] ~= ARGV[10] then
+        cards = #(old[10] or '') .. '\n' .. (old[10] or '') .. ARGV[10]
+    end
+    redis.call('PUBLISH', ARGV[1] .. 'presence', event .. '\n' .. ARGV[2] .. '\n' .. ARGV[9] .. '\n' ..
+               (old[11] or '') .. '\n' .. ARGV[14] .. '\n' .. cards)
 end
 return {'done', place[1], place[2], place[3], place[4], old[7] or ''}

@@ -18,5 +18,6 @@ redis.call('SREM', KEYS[2], ARGV[2])
 for _, term in ipairs(cjson.decode(old[2])) do
     redis.call('ZREM', ARGV[1] .. term, ARGV[2])
 end
-redis.call('PUBLISH', ARGV[1] .. 'presence', 'leave\n' .. ARGV[2] .. '\noffline\n' .. old[4] .. '\n' .. old[5])
+redis.call('PUBLISH', ARGV[1] .. 'presence',
+           'leave\n' .. ARGV[2] .. '\noffline\n' .. old[4] .. '\n\n' .. #old[5] .. '\n' .. old[5])
 return old[3] or ''
