@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,8 +27,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 class GatewayProcess:
     """One gateway with the log it writes; it can be stopped, killed and started again on its port."""
 
-    def __init__(self, options: tuple[str, ...], log: Path) -> None:
+    def __init__(
+        self, options: tuple[str, ...], log: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._options = options
+        self._environment = {**os.environ, **(environment or {})}
         self._log = log
         self._process: subprocess.Popen[str] | None = None
         self._stderr: IO[str] | None = None
@@ -65,6 +68,7 @@ class GatewayProcess:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             text=True,
+            env=self._environment,
         )
         assert self._process.stdout is not None
         for line in self._process.stdout:
@@ -141,9 +145,9 @@ def start_gateway(tmp_path: Path) -> Iterator[Callable[..., GatewayProcess]]:
     """Start gateways with options; each is stopped, and none may have logged a fault."""
     started: list[GatewayProcess] = []
 
-    def start(*options: str) -> GatewayProcess:
+    def start(*options: str, environment: Mapping[str, str] | None = None) -> GatewayProcess:
         log = tmp_path / f"gateway-{len(started)}.log"
-        started.append(GatewayProcess(("--log-format", "json", *options), log))
+        started.append(GatewayProcess(("--log-format", "json", *options), log, environment))
         return started[-1]
 
     yield start

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 from scripted_gateway import ScriptedGateway, Visit
 
-from aiconexus.client import ClientState, Found, GatewayClient, short_did, socket
+from aiconexus.client import ClientState, Found, GatewayClient, directory, short_did, socket
 from aiconexus.protocol import (
     AnswerPayload,
     DIDKey,
@@ -255,6 +255,34 @@ async def test_answer_of_the_directory_is_not_signed_but_what_agents_say_in_it(
     found = await asking
     assert [each.did for each in found] == [other.did, client.did]
     assert [capability.name for capability in found[0].capabilities] == ["add"]
+    assert client.stats.cards_rejected == 1
+
+
+async def test_watch_asks_again_when_not_everybody_could_be_asked(
+    gateway: ScriptedGateway,
+    client: GatewayClient,
+    registered: Register,
+    other: DIDKey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(directory, "RETRY_SECONDS", 0.0)
+    visit = await registered()
+    events = client.watch()
+    first = asyncio.ensure_future(anext(events))
+    question = await gateway.message()
+    await visit.send_unsigned(PresencePayload(agents=[{"did": client.did}], partial=True), question.id)
+    assert (await first).agent.did == client.did
+    second = asyncio.ensure_future(anext(events))
+    again = await gateway.message()
+    await visit.send_unsigned(PresencePayload(agents=[{"did": other.did}]), again.id)
+    assert [(event.event, event.agent.did) for event in (await second, await anext(events))] == [
+        ("join", other.did),
+        ("leave", client.did),  # that a page which was not whole did not name it said nothing
+    ]
+    ending = asyncio.ensure_future(events.aclose())
+    end = await gateway.message()
+    await visit.send_unsigned(PresencePayload(agents=[]), end.id)
+    await ending
 
 
 async def _collect(found: AsyncIterator[Found]) -> list[Found]:

@@ -40,10 +40,10 @@ def start_node(
     prefix = f"test-{uuid4()}"
     nodes: list[Any] = []
 
-    def start(*options: str, url: str = redis_server.url) -> Any:
+    def start(*options: str, url: str = redis_server.url, **keywords: Any) -> Any:
         network = ["--redis", url, "--redis-prefix", prefix, "--identity", str(tmp_path / "gateway.pem")]
         own = ["--node-name", f"node-{len(nodes)}", "--workers", str(NODE_WORKERS), "--message-rate", "0"]
-        node = start_gateway(*network, *own, *options)
+        node = start_gateway(*network, *own, *options, **keywords)
         nodes.append(node)
         for each in nodes:
             wait_until(lambda each=each: len(each.health()["cluster"]["others"]) == len(nodes) - 1)

@@ -10,6 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import datetime
 
 import pytest
 from flock import Flock
@@ -263,6 +264,38 @@ def test_a_node_that_was_cut_off_does_not_keep_who_went_to_another(own_redis, ma
             exchange_soon(stays, moved, RECOVERY_SECONDS - (time.monotonic() - mended_at))
             exchange_soon(stays, one)
             wait_until(lambda: entries(own_redis) == 3)
+
+
+def test_nodes_whose_clocks_are_five_minutes_apart_work_together(own_redis, start_node):
+    faketime = pytest.importorskip("libfaketime", reason="needs another clock: `pip install libfaketime`")
+    _, environment = faketime.get_reload_information()
+    first = start_node(url=own_redis.url)
+    second = start_node(url=own_redis.url, environment={**environment, "FAKETIME": "+300s"})
+    for node in (first, second):
+        node.forgive(*LOST)
+    with Agent(first.port) as one, Agent(second.port, clock=300) as ahead:
+        with Agent(second.port, register=False) as refused:
+            told = datetime.fromisoformat(refused.hello["timestamp"].replace("Z", "+00:00"))
+            assert 290 < told.timestamp() - time.time() < 310
+            refused.send(refused.signed(refused.registration()))
+            error = refused.receive()["payload"]
+            assert "clock" in error["message"]
+        assert_exchange(one, ahead)
+        with Agent(first.port) as late:  # what is not known is asked for, and known at once
+            assert_exchange(ahead, late)
+            late.close()
+        # Longer than a lease: neither takes the other for dead.
+        until = time.monotonic() + STALE_SECONDS
+        wait_until(lambda: time.monotonic() > until, STALE_SECONDS + 1)
+        assert_exchange(one, ahead)
+        assert entries(own_redis) == 2
+        wait_until_confirmed(first, second)
+        own_redis.kill()
+        wait_until(lambda: redis_state(first) == redis_state(second) == "lost")
+        own_redis.start()
+        exchange_soon(one, ahead)
+        wait_until(lambda: entries(own_redis) == 2, RECOVERY_SECONDS)
+    assert not {"node gone"} & {line["event"] for node in (first, second) for line in node.log_lines()}
 
 
 def test_a_worker_that_is_killed_is_forgotten_at_the_other_node(pair):

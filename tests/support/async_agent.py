@@ -10,12 +10,14 @@ from collections import Counter
 from wire import CLOSE, PING, PONG, TEXT, frame, upgrade_request
 
 from aiconexus.protocol import DIDKey, Message, PingPayload, RegisterPayload, sign_message
+from aiconexus.protocol.cards import sign_card
 
 
 class AsyncAgent:
-    """One agent; `generation` counts its connections."""
+    """One agent, which announces `capabilities`; `generation` counts its connections."""
 
-    def __init__(self, port: int, key: DIDKey) -> None:
+    def __init__(self, port: int, key: DIDKey, capabilities: list[dict[str, object]] | None = None) -> None:
+        self.card = None if capabilities is None else sign_card(capabilities, key)
         self.port = port
         self.key = key
         self.did = key.did
@@ -49,6 +51,8 @@ class AsyncAgent:
         ext = {"nonce": hello["ext"]["nonce"], "aud": f"ws://127.0.0.1:{self.port}/ws"}
         if resume and self.token is not None:
             ext["resume"] = self.token
+        if self.card is not None:
+            ext["card"] = self.card
         message = Message.create(
             self.did,
             hello["from"],

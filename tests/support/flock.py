@@ -20,10 +20,18 @@ class Flock:
     Each time they come to one of `ports` at random.
     """
 
-    def __init__(self, ports: Sequence[int], count: int, seed: int) -> None:
+    def __init__(
+        self,
+        ports: Sequence[int],
+        count: int,
+        seed: int,
+        capabilities: list[dict[str, object]] | None = None,
+    ) -> None:
         self.rng = random.Random(seed)
         self.ports = list(ports)
-        self.agents = [AsyncAgent(ports[0], DIDKey.from_seed(self.rng.randbytes(32))) for _ in range(count)]
+        self.agents = [
+            AsyncAgent(ports[0], DIDKey.from_seed(self.rng.randbytes(32)), capabilities) for _ in range(count)
+        ]
         self.by_did = {agent.did: agent for agent in self.agents}
         self.slots = asyncio.Semaphore(64)
         self.tasks: list[asyncio.Task[None]] = []

@@ -14,6 +14,7 @@ from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from aiconexus.protocol import (
@@ -222,7 +223,10 @@ class RawClient:
 
 
 class Agent(RawClient):
-    """An agent with a key. It is upgraded, and registered unless `register` is False."""
+    """An agent with a key. It is upgraded, and registered unless `register` is False.
+
+    Its clock is `clock` seconds ahead.
+    """
 
     def __init__(
         self,
@@ -232,8 +236,10 @@ class Agent(RawClient):
         register: bool = True,
         resume: str | None = None,
         receive_buffer: int = 0,
+        clock: float = 0.0,
     ) -> None:
         super().__init__(port, receive_buffer=receive_buffer)
+        self.clock = timedelta(seconds=clock)
         self.key = key or DIDKey.generate()
         self.did = self.key.did
         self.url = f"ws://127.0.0.1:{port}/ws"
@@ -255,9 +261,7 @@ class Agent(RawClient):
 
     def message(self, to: str, payload: Payload, **changed: Any) -> bytes:
         """Sign a message."""
-        wire = sign_message(Message.create(self.did, to, payload, **changed), self.key).wire
-        assert wire is not None
-        return wire
+        return self.signed(Message.create(self.did, to, payload, **changed))
 
     def offer(self, to: str, size: int = 0, sdp: str = "v=0\r\n") -> bytes:
         """Sign an OFFER; with `size` the message has that many bytes."""
@@ -289,6 +293,8 @@ class Agent(RawClient):
         )
 
     def signed(self, message: Message) -> bytes:
+        if self.clock:
+            message = message.model_copy(update={"timestamp": message.timestamp + self.clock})
         wire = sign_message(message, self.key).wire
         assert wire is not None
         return wire

@@ -70,15 +70,17 @@ class PresenceEvent:
     agent: Found
 
 
-def _read(entry: dict[str, JsonValue]) -> Found | None:
-    """Return an agent of a PRESENCE; None, and a line in the log, if the gateway tells lies about it."""
+def _read(client: GatewayClient, entry: dict[str, JsonValue]) -> Found | None:
+    """Return an agent of a PRESENCE; None, and it is counted, if the gateway tells lies about it."""
     did, status, value = entry.get("did"), entry.get("status", "online"), entry.get("card")
     try:
         if not isinstance(did, str):
             raise ValueError("an agent has no DID")
         card = None if value is None else verify_card(value, did)
     except (AIConexusError, ValueError) as error:
-        _log.warning("an agent of the gateway's directory is left out: %s", error)
+        client.stats.cards_rejected += 1
+        level = logging.WARNING if client.stats.cards_rejected == 1 else logging.DEBUG
+        _log.log(level, "an agent of the gateway's directory is left out: %s", error)
         return None
     return Found(did, "away" if status == "away" else "offline" if status == "offline" else "online", card)
 
@@ -120,7 +122,7 @@ async def discover(
         for entry in page.agents:
             if limit is not None and count >= limit:
                 return
-            found = _read(entry)
+            found = _read(client, entry)
             if found is not None:
                 count += 1
                 yield found
@@ -181,7 +183,7 @@ class _Watch:
                     yield event
             else:
                 for entry in payload.agents:
-                    found = _read(entry)
+                    found = _read(self._client, entry)
                     change = None if found is None else self._apply(found)
                     if change is not None:
                         yield change
@@ -203,7 +205,7 @@ class _Watch:
                 is_whole = is_whole and not page.partial
                 for entry in page.agents:
                     present.add(str(entry.get("did")))
-                    found = _read(entry)
+                    found = _read(self._client, entry)
                     if found is None or found.did in self._told:
                         continue
                     if (event := self._apply(found)) is not None:

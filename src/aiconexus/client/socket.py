@@ -114,6 +114,7 @@ class ClientStats:
     sent: int = 0  # messages written to a connection
     received: int = 0  # messages that verified
     rejected: int = 0  # messages that did not
+    cards_rejected: int = 0  # agents that the gateway named, but whose card did not verify
     refused: int = 0  # messages that verified, but found queue or handlers full
     reconnects: int = 0  # registrations after the first
 
