@@ -35,6 +35,7 @@ DIAL_TIMEOUT = 15.0  # s, for each read and write of the handshake; the gateway 
 SILENCE_MAX = 2 * PING_INTERVAL_SECONDS
 NO_STATUS, ABNORMAL = 1005, 1006  # RFC 6455 section 7.1.5: never on the wire
 DRAINING = 4001  # PROTOCOL_DESIGN.md, 11
+STOPPING = "the gateway is being stopped"  # the text of its HTTP 503 then
 
 # Linux: choose the port when connecting, not when binding. So a port serves many targets; without it the
 # ports of an address are used up for all of them together (ip(7)). `socket` knows it since Python 3.12.
@@ -169,7 +170,9 @@ class Connection:
                 raise
             text = (error.resp_body or b"").decode(errors="replace").strip()
             raise TurnedAwayError(
-                text, retry_after_http((error.resp_headers or {}).get("retry-after"))
+                text,
+                retry_after_http((error.resp_headers or {}).get("retry-after")),
+                is_drain=text == STOPPING,
             ) from None
         except WebSocketConnectionClosedException as error:
             self.abandon()
