@@ -57,6 +57,9 @@ bench: $(RELEASE)/.ready
 	npm install --silent --no-audit --no-fund --prefix build/bench/peer peer@latest
 	$(RELEASE)/bin/python -m pytest bench --benchmark-only
 	$(RELEASE)/bin/python -m bench.relay --all --rounds 5 --write
+	$(RELEASE)/bin/python -m bench.nodes --rounds 5 --write
+	$(RELEASE)/bin/python -m bench.registry --write
+	$(RELEASE)/bin/python -m bench.discover --write
 
 clean:
 	rm -rf build $(DEV) $(RELEASE) .nox src/*.egg-info src/gateway/*.so ext/gateway/*.c

@@ -79,10 +79,11 @@ class Clients:
         url: Where the agents dial.
         agents: How many, over all processes.
         processes: How many of those.
-        capability_bytes: Size of the capabilities that each agent registers.
+        capability_bytes: Size of the capability that each agent registers.
+        kinds: How many of those differ.
     """
 
-    def __init__(self, url: str, agents: int, processes: int, capability_bytes: int) -> None:
+    def __init__(self, url: str, agents: int, processes: int, capability_bytes: int, kinds: int = 1) -> None:
         build.library("hold")  # once, not in each process
         self._pipes: list[Connection] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []
@@ -96,7 +97,7 @@ class Clients:
                 count = agents * (number + 1) // processes - agents * number // processes
                 dialer = Dialer(url, _source(url, number))
                 ours, theirs = spawn.Pipe()
-                share = holders.Share(dialer, count, capability_bytes)
+                share = holders.Share(dialer, count, capability_bytes, kinds)
                 process = spawn.Process(target=holders.main, args=(share, theirs), daemon=True)
                 process.start()
                 theirs.close()

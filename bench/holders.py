@@ -8,6 +8,7 @@ answer with events.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import resource
 import secrets
@@ -32,6 +33,8 @@ REPORT_INTERVAL = 0.25  # s
 NOWHERE = 255  # in place of a worker's number: not registered
 FDS_PER_MESSAGE = 200  # Linux takes 253 (SCM_MAX_FD)
 
+SKILL, TAG = "summarize", "text"
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -42,6 +45,7 @@ class Share:
     dialer: Dialer
     agents: int
     capability_bytes: int
+    kinds: int  # of capabilities
 
 
 # --- commands ------------------------------------------------------------------------------------
@@ -113,10 +117,15 @@ Command = Connect | CallRoll | HandOver
 Event = Ready | Progress | Connected | Called | Handed
 
 
-def capabilities(size: int) -> list[Any]:
-    """Return one capability that takes about `size` bytes as JSON."""
-    named = {"name": "summarize"}
-    empty = len('[{"name":"summarize","description":""}]')
+def skill(kind: int) -> str:
+    """Return the name of a capability."""
+    return f"{SKILL}-{kind:06}"
+
+
+def capabilities(size: int, number: int, kinds: int) -> list[Any]:
+    """Return the one capability of an agent, one of `kinds`, that takes about `size` bytes as JSON."""
+    named: dict[str, Any] = {"name": skill(number % kinds), "tags": [TAG]}
+    empty = len(json.dumps([named | {"description": ""}], separators=(",", ":")))
     return [named | {"description": "x" * (size - empty)}] if size > empty else [named] if size else []
 
 
@@ -148,7 +157,6 @@ class _Holder:
         self._share = share
         self._swarm = swarm
         self._hold = hold
-        self._capabilities = capabilities(share.capability_bytes)
         self._seeds = [b""] * share.agents
         self._workers = bytearray([NOWHERE]) * share.agents
         self._registered = self._failed = 0
@@ -210,7 +218,8 @@ class _Holder:
             except OSError as error:
                 self._note_failure(error)
                 continue
-            steps = register(connection, key, self._share.dialer, self._capabilities)
+            offers = capabilities(self._share.capability_bytes, number, self._share.kinds)
+            steps = register(connection, key, self._share.dialer, offers)
             self._handshakes[connection.fileno()] = _Handshake(number, connection, steps)
             self._poller.register(connection.fileno(), next(steps))
             return

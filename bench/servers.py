@@ -97,7 +97,7 @@ class Server(ABC):
 
     def start(self, core: int | None) -> None:
         """Start the process, bound to `core`, and wait until it is ready."""
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"ws://127.0.0.1:{self.port}{self.path}"
         command = self.command(self.port)
         build.OUTPUT.mkdir(parents=True, exist_ok=True)
@@ -202,6 +202,8 @@ class Gateway(Server):
         answer = decode(connection.receive())
         if answer.type is not MessageType.REGISTER or answer.correlation_id != register.id:
             raise ServerError(f"{self.name} refused to register an agent: {encode(answer).decode()}")
+        # Of the agent that was connected last.
+        self.worker, self.did = answer.ext["worker"], answer.from_
         return connection
 
 
@@ -218,7 +220,8 @@ class RunningGateway(Gateway):
         pin(core, self.pid)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a TCP port of 127.0.0.1 that nobody has."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -291,13 +291,13 @@ def _relay(
         endpoints.append(Endpoint(first.connection, sends=asks, receives=answers))
         endpoints.append(Endpoint(second.connection, sends=answers, receives=asks))
     with Load(endpoints, count_faults=plan.rate > 0) as load:
-        warm_up = _drive(load, WARM_UP_SECONDS, plan.rate, clients, lambda passed: None)
+        warm_up = drive(load, WARM_UP_SECONDS, plan.rate, clients, lambda passed: None)
         cpu = cpu_time(pid) if pid is not None else 0
 
         def on_progress(passed: float) -> None:
             show(passed, f"{load.received:,} messages, {load.received / passed:,.0f}/s")
 
-        result = _drive(load, plan.relay, plan.rate, clients, on_progress)
+        result = drive(load, plan.relay, plan.rate, clients, on_progress)
         cpu = cpu_time(pid) - cpu if pid is not None else 0
         percentiles = {f"{percent:g}": round(load.percentile_ms(percent), 4) for percent in PERCENTS}
     per_second = result.messages / result.seconds if result.seconds else 0.0
@@ -324,10 +324,18 @@ def _relay(
     }, warm_up.ended + result.ended
 
 
-def _drive(
-    load: Load, seconds: float, rate: int, clients: Clients, on_progress: Callable[[float], None]
+def drive(
+    load: Load,
+    seconds: float,
+    rate: int,
+    clients: Clients,
+    on_progress: Callable[[float], None],
+    pause: float = 0.1,
 ) -> LoadResult:
-    """Run the load in a thread of its own, which is in C and leaves this one to the reports."""
+    """Run the load in a thread of its own, which is in C and leaves this one to the reports.
+
+    `on_progress` is called again and again, with a `pause` in s.
+    """
     results: list[LoadResult] = []
     errors: list[LoadError] = []
 
@@ -342,7 +350,7 @@ def _drive(
     thread.start()
     try:
         while thread.is_alive():
-            clients.hold(0.1, lambda totals: None)
+            clients.hold(pause, lambda totals: None)
             on_progress(time.monotonic() - begin)
     finally:
         thread.join()  # `load` must not be freed under it

@@ -248,7 +248,7 @@ def test_partners_are_at_one_worker_or_at_two(workers, pairs):
 
 @pytest.mark.parametrize("size", [0, 100, 1000])
 def test_capabilities_have_the_size_asked_for(size):
-    text = json.dumps(capabilities(size), separators=(",", ":"))
+    text = json.dumps(capabilities(size, 0, 1), separators=(",", ":"))
     assert len(text) == max(size, 2)
 
 
