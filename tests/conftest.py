@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+from wire import wait_until
 
 START_SECONDS = 30.0
 
@@ -36,6 +37,7 @@ class GatewayProcess:
         self._process: subprocess.Popen[str] | None = None
         self._stderr: IO[str] | None = None
         self._forgiven: tuple[str, ...] = ()
+        self._killed: set[int] = set()
         self.port = 0
         self.start()
 
@@ -50,9 +52,18 @@ class GatewayProcess:
 
     @property
     def worker_pids(self) -> list[int]:
-        """Its worker processes."""
+        """Its worker processes in the order in which they were started, without those killed."""
+        return [pid for pid in self._children() if pid not in self._killed]
+
+    def _children(self) -> list[int]:
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
         return [int(pid) for pid in children.split()]
+
+    def kill_worker(self, pid: int) -> None:
+        """SIGKILL to one of its workers, which the supervisor then logs."""
+        self.forgive("worker died")
+        self._killed.add(pid)
+        os.kill(pid, signal.SIGKILL)
 
     def signal_workers(self, number: signal.Signals) -> None:
         """Send a signal to every worker."""
@@ -81,6 +92,9 @@ class GatewayProcess:
 
     def stop(self) -> int:
         """SIGTERM; return its exit status."""
+        if self._process is not None and self._killed:
+            # A death that it hears of only now would be one during its drain, which is a fault.
+            wait_until(lambda: self._killed.isdisjoint(self._children()))
         return self._end(signal.SIGTERM)
 
     def kill(self) -> int:
@@ -121,7 +135,7 @@ class GatewayProcess:
 
     def forgive(self, *events: str) -> None:
         """Expect faults that the test has caused."""
-        self._forgiven = events
+        self._forgiven += events
 
     def assert_no_faults(self) -> None:
         """Fail if it has logged a fault of its own."""

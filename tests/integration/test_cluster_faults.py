@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import select
 import signal
 import time
@@ -300,14 +299,12 @@ def test_nodes_whose_clocks_are_five_minutes_apart_work_together(own_redis, star
 
 def test_a_worker_that_is_killed_is_forgotten_at_the_other_node(pair):
     first, second = pair
-    second.forgive("worker died")
     with Agent(first.port) as one:
         far = [Agent(second.port) for _ in range(10)]
         for agent in far:
             assert_exchange(one, agent)
         wait_until_confirmed(first, second)
-        victim = second.worker_pids[0]
-        os.kill(victim, signal.SIGKILL)
+        second.kill_worker(second.worker_pids[0])
         for agent in far:
             if agent.register_answer["ext"]["worker"] == 0:
                 assert_unreachable(one, agent.did, "unconfirmed", "unreachable", "not_online")
@@ -323,7 +320,7 @@ async def test_nodes_under_load_lose_no_message_in_silence(fault, own_redis, sta
     """2,000 agents at two nodes of two workers; every one may come back to the other node."""
     nodes = [start_node(url=own_redis.url) for _ in range(2)]
     for node in nodes:
-        node.forgive(*LOST, "worker died")
+        node.forgive(*LOST)
     flock = Flock([node.port for node in nodes], 2_000, seed=7)
     await flock.start()
     total: Counter[str] = Counter()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -202,7 +200,6 @@ def agent_with_key(agent: Agent, port: int) -> Agent:
 
 def test_a_worker_that_dies_makes_watchers_ask_again(start_gateway):
     gateway = start_gateway("--workers", "3")
-    gateway.forgive("worker died")
     with Agent(gateway.port) as watcher:
         own = watcher.register_answer["ext"]["worker"]
         watch = discover(watcher, capability="add", watch=True)
@@ -214,7 +211,7 @@ def test_a_worker_that_dies_makes_watchers_ask_again(start_gateway):
                 break
             agent.close()
             assert event_of(watcher, watch)[0] == "leave"
-        os.kill(gateway.worker_pids[agent.register_answer["ext"]["worker"]], signal.SIGKILL)
+        gateway.kill_worker(gateway.worker_pids[agent.register_answer["ext"]["worker"]])
         assert event_of(watcher, watch)[0] == "missed"
         wait_until(lambda: found(watcher, capability="add") == [])
         agent.drop()

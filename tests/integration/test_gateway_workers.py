@@ -194,8 +194,7 @@ def is_accepted(port: int) -> bool:
 
 def kill_worker_of(gateway, agent: Agent) -> None:
     number = agent.register_answer["ext"]["worker"]
-    os.kill(gateway.worker_pids[number], signal.SIGKILL)  # in the order in which they were started
-    gateway.forgive("worker died")
+    gateway.kill_worker(gateway.worker_pids[number])
 
 
 def test_what_waits_for_an_agent_that_is_away_comes_back_if_its_worker_dies(gateway):
@@ -261,8 +260,7 @@ async def test_workers_killed_under_load_lose_no_message_in_silence(tmp_path, st
         sent = []
         for step in range(3_000):
             if step == 1_500:
-                victim = flock.rng.choice(gateway.worker_pids)
-                os.kill(victim, signal.SIGKILL)
+                gateway.kill_worker(flock.rng.choice(gateway.worker_pids))
             message = flock.send()
             if message is not None:
                 sent.append(message)
@@ -277,7 +275,6 @@ async def test_workers_killed_under_load_lose_no_message_in_silence(tmp_path, st
     wait_until(lambda: gateway.health()["connections"] == 0)
     died = [line for line in gateway.log_lines() if line["event"] == "worker died"]
     assert len(died) == 20
-    gateway.forgive("worker died")
 
 
 @pytest.mark.soak
