@@ -295,7 +295,7 @@ def test_capabilities_that_do_not_fit_are_refused(handshake, capabilities):
         ({**sign_card([], AGENT), "issued_at": -1}, "ext.card.issued_at"),
         (sign_card([], DIDKey.from_seed(bytes([9] * 32))), "ext.card.did"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:20],
 )
 def test_what_is_no_card_of_this_agent_is_refused(handshake, card, field):
     error = refused(register(handshake, card=card), handshake)

@@ -638,7 +638,7 @@ def test_time_in_which_the_gateway_stood_still_is_nobodys_silence(start_gateway)
 
 
 def test_a_drain_returns_what_waits_for_an_agent_that_is_away(start_gateway):
-    gateway = start_gateway()
+    gateway = start_gateway("--workers", "1")  # so that the PONG comes behind the OFFER's arrival
     with Agent(gateway.port) as a, Agent(gateway.port) as b:
         gone(gateway, b)
         data = a.offer(b.did)
