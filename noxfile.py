@@ -18,4 +18,4 @@ def tests(session: nox.Session) -> None:
 
         session.env["PATH"] = os.pathsep.join([os.environ["PATH"], str(Path(REDIS_SERVER_PATH).parent)])
     session.install("--quiet", ".[dev]")
-    session.run("python", "-m", "pytest", "tests", "-m", "not soak", "--numprocesses", "2", "--dist", "loadfile")
+    session.run("python", "-m", "pytest", "tests", "-m", "not soak", "-n", "2", "--dist", "loadfile")
