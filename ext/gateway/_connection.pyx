@@ -227,9 +227,14 @@ cdef class Router:
         """Connections that are open, registered or not."""
         return len(self.connections) - len(self.free_indices)
 
-    def open_connections(self):
-        """Return the connections that are open."""
-        return [connection for connection in self.connections if connection is not None]
+    @property
+    def size(self):
+        """How many places for connections there are, taken or free."""
+        return len(self.connections)
+
+    def open_connections(self, start=0, stop=None):
+        """Return the connections that are open, of all places or of those from `start` to before `stop`."""
+        return [connection for connection in self.connections[start:stop] if connection is not None]
 
     # --- one pass ------------------------------------------------------------------------------
 

@@ -55,6 +55,8 @@ RETRY_MAX_SECONDS = 2.0
 ANNOUNCE_COUNT = 200
 # Heartbeats without a confirmation after which what another node's worker was sent goes back.
 PATIENCE = 2
+# After which a search gives back what it has found, with a cursor to go on from.
+SEARCH_SECONDS = 1.0
 # That a worker which ends waits for Redis.
 CLOSE_SECONDS = 2.0
 # Heartbeats in which the registry has other agents of this worker than this worker.
@@ -150,6 +152,7 @@ class Cluster:
         self._links: dict[int, tuple[int, int]] = {}
         self._deaf: set[int] = set()  # workers of other nodes that did not listen since the last heartbeat
         self._clock_offset = 0.0  # time of Redis minus the monotonic one, in ms
+        self._announced_term = 0  # of this connection; 0 before the first
         self._settled: asyncio.Event | None = None
         self._pending = 0  # registrations and their ends that Redis has not answered
 
@@ -309,7 +312,8 @@ class Cluster:
         if not text.isascii() or not text.isprintable() or set(text) & {'"', "\\"}:
             text = ""
         found: list[tuple[str, bytes]] = []
-        while len(found) < limit:
+        deadline = time.monotonic() + SEARCH_SECONDS
+        while len(found) < limit and time.monotonic() < deadline:
             cursor, agents = await registry.discover(term, cursor, limit, text)
             found.extend(
                 (did, replies.agent(did, status, card))
@@ -329,10 +333,10 @@ class Cluster:
         """Subscribe to the presence channel whenever somebody watches."""
         is_subscribed = False
         while True:
+            self._watching_changed.clear()
             if self._is_watching != is_subscribed:
                 is_subscribed = self._is_watching
                 await (pubsub.subscribe if is_subscribed else pubsub.unsubscribe)(channel)
-            self._watching_changed.clear()
             await self._watching_changed.wait()
 
     # --- messages ------------------------------------------------------------------------------
@@ -402,7 +406,8 @@ class Cluster:
                 self._log.exception("fault")
             finally:
                 was_connected = self._registry is not None
-                self._go_on_alone()
+                if was_connected:
+                    self._go_on_alone()
             if was_connected or not is_told:
                 self._log.error("Redis lost", reason=reason)
                 is_told = True
@@ -460,24 +465,39 @@ class Cluster:
     async def _stay(self, registry: SharedRegistry, beat: Heartbeat) -> None:
         """Renew the lease, look who else is there, and put right what Redis has wrong."""
         joined_at = time.monotonic()
-        term, doubts = 0, 0
-        while True:
-            now = time.monotonic()
-            self._clock_offset = beat.time - now * 1000
-            self._meet(beat.members)
-            # Just back, this node cannot tell those that are dead from those that are not back yet.
-            if now - joined_at > LEASE_SECONDS:
-                await self._bury(registry, beat.members)
-            is_right = self._pending > 0 or beat.owned == len(self._sessions)
-            doubts = 0 if is_right else doubts + 1
-            if beat.term != term or doubts > DOUBTS_MAX:
-                term, doubts = beat.term, 0
-                await self._announce(registry)
-            self._look_after_links()
-            await asyncio.sleep(HEARTBEAT_SECONDS * random.uniform(0.9, 1.1))  # noqa: S311
-            beat = await registry.heartbeat()
-            if beat.number != registry.number:
-                raise LineLostError("the node has another number now")
+        self._announced_term = doubts = 0
+        repair: asyncio.Task[None] | None = None
+        try:
+            while True:
+                now = time.monotonic()
+                self._clock_offset = beat.time - now * 1000
+                self._meet(beat.members)
+                self._look_after_links()
+                # The lease is renewed meanwhile: with many agents, or a slow Redis, it takes long.
+                if repair is None or repair.done():
+                    if repair is not None:
+                        repair.result()
+                    is_right = self._pending > 0 or beat.owned == len(self._sessions)
+                    doubts = 0 if is_right else doubts + 1
+                    announces = beat.term != self._announced_term or doubts > DOUBTS_MAX
+                    # Just back, this node cannot tell those that are dead from those that are not back yet.
+                    buries = now - joined_at > LEASE_SECONDS
+                    repair = asyncio.create_task(self._repair(registry, beat, announces, buries))
+                    doubts = 0 if announces else doubts
+                await asyncio.sleep(HEARTBEAT_SECONDS * random.uniform(0.9, 1.1))  # noqa: S311
+                beat = await registry.heartbeat()
+                if beat.number != registry.number:
+                    raise LineLostError("the node has another number now")
+        finally:
+            if repair is not None:
+                await end([repair])
+
+    async def _repair(self, registry: SharedRegistry, beat: Heartbeat, announces: bool, buries: bool) -> None:
+        if announces:
+            await self._announce(registry)
+            self._announced_term = beat.term
+        if buries:
+            await self._bury(registry, beat.members)
 
     def _meet(self, members: Iterable[Member]) -> None:
         """Take note of the nodes that are there, and forget what is known of those that are not."""

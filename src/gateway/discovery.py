@@ -132,15 +132,15 @@ class Discovery:
         self._settle = settle
         self._questions: dict[int, Question] = {}
         self._number = 0
-        self._count: dict[str, int] = {}  # of the questions, by session
+        self._count: dict[Session, int] = {}  # of the questions
         self._searches: deque[Search] = deque()
 
     def ask(self, session: Session, message_id: str, payload: DiscoverPayload) -> bool:
         """Answer a DISCOVER in a while; False if there are too many."""
-        count = self._count.get(session.id, 0)
+        count = self._count.get(session, 0)
         if count >= QUESTIONS_MAX or len(self._questions) >= QUESTIONS_MAX_TOGETHER:
             return False
-        self._count[session.id] = count + 1
+        self._count[session] = count + 1
         self._number += 1
         number = self._number
         question = self._questions[number] = Question(
@@ -191,10 +191,10 @@ class Discovery:
 
     def _finish(self, number: int) -> None:
         question = self._questions.pop(number)
-        key = question.session.id
-        self._count[key] -= 1
-        if not self._count[key]:
-            del self._count[key]
+        session = question.session
+        self._count[session] -= 1
+        if not self._count[session]:
+            del self._count[session]
         page = Page.merged(question.pages, question.limit)
         self._reply(question.session, question.message_id, page, question.is_partial)
         self._settle()

@@ -116,6 +116,9 @@ class Locations:
                 cause = "unreachable"
             else:
                 self._cluster.reach(answer.worker)
+        elif self._table.get(did.encode()) is None:
+            # Its worker has died, and Redis is not told yet; or it has left just now.
+            cause = "unreachable"
         if cause == "not_online" and search.messages:
             # The agent may have come after the registry was asked, and before these were sent.
             asyncio.get_running_loop().call_later(ABSENT_SECONDS, self._ask, search)

@@ -8,10 +8,11 @@ is then not known, and everybody who asked is told so.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from importlib import resources
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import structlog
 from redis.asyncio import Redis
@@ -68,11 +69,13 @@ def make_client(url: str) -> Redis:
     query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
     sentinels = []
     for place in parts.netloc.rpartition("@")[2].split(","):
-        host, _, port = place.partition(":")
-        sentinels.append((host, int(port or 26379)))
+        address = urlsplit(f"//{place}")  # an IPv6 address stands in brackets
+        if address.hostname is None:
+            raise ValueError(f"{place!r} is no host:port of a Sentinel")
+        sentinels.append((address.hostname, address.port or 26379))
     options.update(
-        username=parts.username,
-        password=parts.password,
+        username=None if parts.username is None else unquote(parts.username),
+        password=None if parts.password is None else unquote(parts.password),
         db=int(query.get("db", 0)),
         ssl=query.get("ssl", "") == "true",
     )
@@ -106,6 +109,7 @@ def without_password(url: str) -> str:
     scheme, _, rest = url.partition("://")
     credentials, at, place = rest.rpartition("@")
     user = credentials.partition(":")[0]
+    place = re.sub(r"([?&]password=)[^&]*", r"\1***", place)
     return f"{scheme}://{user}{':***' if ':' in credentials else ''}{at}{place}"
 
 

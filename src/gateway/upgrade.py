@@ -8,6 +8,7 @@ import re
 import struct
 from collections.abc import Callable
 from http import HTTPStatus
+from typing import cast
 
 import orjson
 from multidict import CIMultiDict
@@ -54,6 +55,8 @@ class HandedOver(WSListener):
     def on_ws_connected(self, transport: WSTransport) -> None:
         """Duplicate the descriptor, for uvloop will close its own."""
         handle = transport.underlying_transport
+        # Counted as a connection from here on, and not twice.
+        cast(RequestProtocol, handle.get_protocol()).end_request()
         fd = os.dup(handle.get_extra_info("socket").fileno())
         handle.abort()
         self._connection.open(fd, self._response.data)
@@ -97,6 +100,7 @@ class RequestProtocol(WSProtocol):  # type: ignore[misc]
     ) -> None:
         self._on_accepted = on_accepted
         self._on_over = on_over
+        self._is_over = False
         self._address = address = [""]
         # No reference to self, or every refused request would be work for the garbage collector.
         super().__init__(
@@ -130,7 +134,13 @@ class RequestProtocol(WSProtocol):  # type: ignore[misc]
     def connection_lost(self, error: Exception | None) -> None:
         """The request has been answered, or will not come."""
         super().connection_lost(error)
-        self._on_over(self._address[0])
+        self.end_request()
+
+    def end_request(self) -> None:
+        """Tell, once, that the request is over."""
+        if not self._is_over:
+            self._is_over = True
+            self._on_over(self._address[0])
 
 
 def response(status: HTTPStatus, text: str, **headers: str) -> WSUpgradeResponse:

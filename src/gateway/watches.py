@@ -100,7 +100,8 @@ class Watches:
         self._tell = tell
         self._notify = notify
         self._on_wanted = on_wanted
-        self._watches: dict[str, dict[str, Watch]] = {}  # by session and id
+        # By session, whose own id changes while it comes over from another worker, and id.
+        self._watches: dict[Session, dict[str, Watch]] = {}
         self._interested: set[int] = set()  # other workers that have a watch
         self._behind: set[int] = set()  # those of them that could not be told something
         self._untold: set[int] = set()  # other workers that could not be told whether there is a watch here
@@ -113,11 +114,11 @@ class Watches:
 
     def add(self, session: Session, id_: str, query: Query) -> bool:
         """Begin a watch; False if the session has too many."""
-        own = self._watches.get(session.id, {})
+        own = self._watches.get(session, {})
         if len(own) >= WATCHES_MAX:
             return False
         was_empty = not self._watches
-        self._watches.setdefault(session.id, own)[id_] = Watch(session, id_, query)
+        self._watches.setdefault(session, own)[id_] = Watch(session, id_, query)
         if was_empty:
             self._say_wanted(self._others())
             self._on_wanted(True)
@@ -125,13 +126,13 @@ class Watches:
 
     def remove(self, session: Session, id_: str | None = None) -> None:
         """End one watch of a session, or all."""
-        own = self._watches.get(session.id)
+        own = self._watches.get(session)
         if own is None:
             return
         if id_ is not None:
             own.pop(id_, None)
         if id_ is None or not own:
-            del self._watches[session.id]
+            del self._watches[session]
         if not self._watches:
             self._recent.clear()
             self._say_wanted(self._others())

@@ -531,9 +531,11 @@ class Gateway:
         if worker >= NODE_WORKERS:
             return
         self.watches.on_link_lost(worker)
-        # What it had confirmed, and kept for agents that were away or slow.
+        # What it had confirmed, and kept for agents that were away or slow. One of the workers that are left
+        # answers senders at other nodes.
+        is_first = self.cluster is not None and self.worker < min(self._siblings(), default=NODE_WORKERS)
         for sender, target, message_id in self.node.ledger.read(worker, self._generations.pop(worker, 0)):
-            if sender in self.registry and message_id not in told:
+            if message_id not in told and (sender in self.registry or (is_first and self._is_afar(sender))):
                 self._answer_sender(sender, target, message_id, "unconfirmed")
 
     # --- sessions ------------------------------------------------------------------------------
@@ -746,6 +748,11 @@ class Gateway:
             return
         self._answer_sender(found.from_, found.to, found.id, name)
 
+    def _is_afar(self, did: str) -> bool:
+        """Tell whether an agent is at no worker of this node."""
+        route = self.node.table.get(did.encode())
+        return route is None or route[0] >= NODE_WORKERS
+
     def _answer_sender(self, did: str, to: str | None, message_id: str | None, name: str) -> None:
         self._tally.refused(name)
         self._log.info("undelivered", cause=name, id=message_id, did=did, to=to)
@@ -954,9 +961,9 @@ class Gateway:
         That worker asks for the session at once; this finds those that it was unable to ask for. A few are
         looked at in every tick.
         """
-        connections = self.router.open_connections()
-        count = len(connections) // SWEEP_TICKS + 1
-        for connection in connections[self._sweep_at : self._sweep_at + count]:
+        size = self.router.size
+        count = size // SWEEP_TICKS + 1
+        for connection in self.router.open_connections(self._sweep_at, self._sweep_at + count):
             session = connection.session
             if session is None or session.move is not None:
                 continue
@@ -966,7 +973,7 @@ class Gateway:
                 self.registry.give(session.did, session.epoch)
                 self._return_all([*connection.take_undelivered(), *session.release()], "away_expired")
                 self._replace(connection)
-        self._sweep_at = self._sweep_at + count if self._sweep_at + count < len(connections) else 0
+        self._sweep_at = self._sweep_at + count if self._sweep_at + count < size else 0
 
     async def _drain(self, server: asyncio.Server) -> None:
         """Send every agent away with a time to come back, spread so that they do not all come at once."""

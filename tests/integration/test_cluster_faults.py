@@ -313,6 +313,21 @@ def test_a_worker_that_is_killed_is_forgotten_at_the_other_node(pair):
             agent.drop()
 
 
+def test_what_waits_for_an_agent_of_a_worker_that_is_killed_comes_back_from_the_other_node(pair):
+    first, second = pair
+    with Agent(first.port) as sender:
+        agent = Agent(second.port)
+        assert_exchange(sender, agent)
+        agent.drop()
+        wait_until(lambda: second.health()["away"] == 1)
+        data = sender.offer(agent.did)
+        sender.send(data)
+        wait_until(lambda: second.health()["waiting"] == 1)
+        wait_until_confirmed(first, second)
+        second.kill_worker(second.worker_pids[agent.register_answer["ext"]["worker"]])
+        sender.receive_error("unconfirmed", json.loads(data)["id"])
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("fault", ["none", "redis killed", "redis stopped", "node killed"])

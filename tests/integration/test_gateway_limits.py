@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import time
 from pathlib import Path
@@ -48,6 +49,18 @@ def test_an_address_has_its_own_limit_at_all_workers_together(start_gateway):
         agent.close()
     wait_until(lambda: gateway.health()["connections"] == 0)
     Agent(gateway.port).close()
+
+
+def test_as_many_as_an_address_may_have_can_come_at_once(start_gateway):
+    gateway = start_gateway("--workers", "1", "--max-connections-per-address", "40")
+    clients = [RawClient(gateway.port) for _ in range(40)]
+    gateway.signal_workers(signal.SIGSTOP)  # so that all their requests are there when it looks
+    for client in clients:
+        client.write(upgrade_request(gateway.port))
+    gateway.signal_workers(signal.SIGCONT)
+    for client in clients:
+        assert client.socket.recv(12) == b"HTTP/1.1 101"
+        client.drop()
 
 
 def test_requests_that_fail_do_not_use_up_the_limit_of_their_address(start_gateway):
