@@ -21,7 +21,16 @@ from aiconexus.core.calls import (
     Reply,
 )
 from aiconexus.core.intents import Quote
-from aiconexus.protocol import DIDKey, ErrorCode, IntentPayload, Message, MessageType, OfferPayload, decode
+from aiconexus.protocol import (
+    DIDKey,
+    ErrorCode,
+    ExecRequestPayload,
+    IntentPayload,
+    Message,
+    MessageType,
+    OfferPayload,
+    decode,
+)
 from aiconexus.protocol.errors import (
     CallCancelledError,
     CallError,
@@ -32,7 +41,7 @@ from aiconexus.protocol.errors import (
     RemoteError,
     UnknownCapabilityError,
 )
-from aiconexus.protocol.limits import DATA_MESSAGE_MAX_BYTES
+from aiconexus.protocol.limits import CALL_TIMEOUT_SECONDS, DATA_MESSAGE_MAX_BYTES
 from aiconexus.protocol.security import sign_message, verify_envelope
 from aiconexus.protocol.serialization import encode
 
@@ -243,6 +252,16 @@ def test_intent_is_answered_by_a_quote(alice: Calls, bob: Calls) -> None:
     assert bob.quote(id_, quote) is None
 
 
+def test_quote_that_cannot_travel_is_answered_by_an_error(alice: Calls, bob: Calls) -> None:
+    id_, text = alice.ask(IntentPayload(task="translate"), 30.0)
+    bob.receive(text)
+    answer = bob.quote(id_, Quote(status="understood").model_copy(update={"cost": 5}))
+    assert answer is not None
+    failed = alice.receive(answer)
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, RemoteError)
+
+
 def test_intent_that_failed_is_answered_by_an_error(alice: Calls, bob: Calls) -> None:
     id_, text = alice.ask(IntentPayload(task="translate"), 30.0)
     bob.receive(text)
@@ -382,6 +401,28 @@ def test_answer_with_a_bad_signature_fails_the_call(alice: Calls, bob: Calls) ->
     assert refused.failed.id == id_
     assert isinstance(refused.failed.error, PeerIdentityError)
     assert alice.receive(answer) is None  # it is over
+
+
+@pytest.mark.parametrize("more", [{"result": 1, "colour": "red"}, {"status": "perhaps"}])
+def test_signed_answer_that_is_malformed_fails_the_call(
+    alice: Calls, bob: Calls, more: dict[str, Any]
+) -> None:
+    id_ = ask(alice, bob)
+    answer = json.loads(bob.succeed(id_, 1, 0.0) or "")
+    answer["payload"].update(more)
+    refused = alice.receive(json.dumps(answer))
+    assert isinstance(refused, Refused)
+    assert refused.failed is not None
+    assert refused.failed.id == id_
+    assert alice.open == 0
+
+
+def test_request_without_a_deadline_has_the_usual_one(alice: Calls, bob: Calls) -> None:
+    payload = ExecRequestPayload(args={})
+    request = Message.create(ALICE.did, BOB.did, payload, ext={"capability": "add"})
+    event = bob.receive(encode(sign_message(request, ALICE)).decode())
+    assert isinstance(event, ExecutionArrived)
+    assert event.timeout == CALL_TIMEOUT_SECONDS
 
 
 def test_error_of_the_peer_fails_the_call_that_it_names(alice: Calls, bob: Calls) -> None:

@@ -52,6 +52,10 @@ class Worker(Agent):
         raise LookupError("there is nothing here")
 
     @capability
+    async def leave(self) -> None:
+        raise SystemExit("no such option")
+
+    @capability
     async def hold(self) -> str:
         """Run until `release`, which comes over the same data plane."""
         self.started.set()
@@ -105,6 +109,8 @@ async def test_every_error_has_its_class(pair: Pair) -> None:
             await peer.execute("double", value="1")
         with pytest.raises(CapabilityError, match="LookupError: there is nothing here"):
             await peer.execute("fail")
+        with pytest.raises(CapabilityError, match="SystemExit: no such option"):
+            await peer.execute("leave")
         with pytest.raises(CallTimeoutError):
             await peer.execute("hold", timeout=0.2)
         await asyncio.wait_for(two.cancelled.wait(), SECONDS)
@@ -142,6 +148,24 @@ async def test_agent_that_registers_elsewhere_stops_serving(shared_gateway: Gate
     async with Worker(shared_gateway.url, key):
         with pytest.raises(GatewayClosedError, match="replaced"):
             await asyncio.wait_for(serving, SECONDS)
+
+
+async def test_running_execution_outlives_a_gateway_that_wants_the_agent_no_more(
+    shared_gateway: GatewayProcess,
+) -> None:
+    key = DIDKey.generate()
+    old = Worker(shared_gateway.url, key)
+    serving = asyncio.ensure_future(old.serve_forever())
+    await old.client.wait_for(ClientState.REGISTERED, timeout=SECONDS)
+    async with Worker(shared_gateway.url) as caller, caller.connect(key.did) as peer:
+        running = asyncio.ensure_future(peer.execute("hold"))
+        await asyncio.wait_for(old.started.wait(), SECONDS)
+        async with Worker(shared_gateway.url, key):
+            await old.client.wait_for(ClientState.CLOSED, timeout=SECONDS)
+            await peer.execute("release")
+            assert await running == "held to the end"
+            with pytest.raises(GatewayClosedError, match="replaced"):
+                await asyncio.wait_for(serving, SECONDS)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

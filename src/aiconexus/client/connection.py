@@ -6,6 +6,7 @@ import asyncio
 import logging
 import ssl as tls
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -33,6 +34,7 @@ from aiconexus.protocol.limits import (
 
 CLOSE_TIMEOUT_SECONDS: Final = 2.0  # for the closing handshake, and for a CLOSE that must follow
 
+_LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 _BROKEN: Final = close_code(1006)
 _ADVICE: Final = {
     4500: "upgrade this package or the gateway",
@@ -146,6 +148,8 @@ class Connection:
 
     async def _dial(self) -> None:
         options: dict[str, Any] = {} if self._ssl is None else {"ssl": self._ssl}
+        if urlsplit(self._dialled_url).hostname in _LOOPBACK:
+            options["proxy"] = None  # one that the environment names would look for it on its own machine
         try:
             self._socket = await connect(
                 self._dialled_url,

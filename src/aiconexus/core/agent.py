@@ -28,11 +28,12 @@ from aiconexus.core.peer_connection import PeerConnection
 from aiconexus.core.signaling import Signaling
 from aiconexus.protocol.errors import (
     CapabilityError,
+    GatewayClosedError,
     NotConnectedError,
     PeerConnectError,
     UnknownCapabilityError,
 )
-from aiconexus.protocol.limits import CONNECT_TIMEOUT_SECONDS
+from aiconexus.protocol.limits import CALL_TIMEOUT_SECONDS, CONNECT_TIMEOUT_SECONDS
 from aiconexus.protocol.models import Message, MessageType
 from aiconexus.protocol.security import DIDKey, decode_did
 
@@ -236,10 +237,23 @@ class Agent:
         try:
             if self._client.state is ClientState.DISCONNECTED:
                 await self.start()
-            async for message in self._client:
-                _log.debug("%s of %s is for nobody here", message.type.value, message.from_)
+            try:
+                async for message in self._client:
+                    _log.debug("%s of %s is for nobody here", message.type.value, message.from_)
+            except GatewayClosedError:
+                await self._let_calls_end()
+                raise
+            await self._let_calls_end()
         finally:
             await self.close()
+
+    async def _let_calls_end(self) -> None:
+        """Wait a while for what runs with other agents: the gateway, gone for good, has no part in it."""
+        if self._closing is None and self._peers:
+            calls = [asyncio.ensure_future(peer.quiet()) for peer in self._peers.values()]
+            _, late = await asyncio.wait(calls, timeout=CALL_TIMEOUT_SECONDS)
+            for task in late:
+                task.cancel()
 
     def run(self) -> None:
         """Run until SIGINT or SIGTERM: for a program that is this agent and nothing else."""
@@ -379,6 +393,8 @@ class Agent:
                 raise TypeError(f"on_intent must return a Quote, not {type(quote).__name__}")
         except Exception as error:
             raise self._failure("on_intent", error) from error
+        except SystemExit as error:
+            raise self._failure("on_intent", error) from None
         return quote
 
     async def _execute(self, name: str, args: dict[str, JsonValue]) -> JsonValue:
@@ -391,9 +407,11 @@ class Agent:
             result = await coroutine
         except Exception as error:
             raise self._failure(name, error) from error
+        except SystemExit as error:  # of a command line's parser, say: asyncio would end the whole program
+            raise self._failure(name, error) from None
         return method.serialize(result)
 
-    def _failure(self, name: str, error: Exception) -> CapabilityError:
+    def _failure(self, name: str, error: BaseException) -> CapabilityError:
         _log.warning("%s of %r failed", name, self, exc_info=error)
         return CapabilityError(f"{type(error).__name__}: {error}", name)
 

@@ -30,6 +30,8 @@ from aiconexus.protocol.errors import (
     MalformedMessageError,
     MessageError,
     PeerIdentityError,
+    ReplayedMessageError,
+    StaleMessageError,
     UnknownCapabilityError,
     WrongRecipientError,
     remote_error,
@@ -88,13 +90,13 @@ class IntentArrived:
 class ExecutionArrived:
     """The peer calls a capability; `Calls.succeed` or `Calls.fail` answers.
 
-    `timeout` is in seconds, from now; None where the caller named no deadline.
+    `timeout` is in seconds, from now.
     """
 
     id: str
     capability: str
     args: dict[str, Any]
-    timeout: float | None
+    timeout: float
 
 
 @dataclass(frozen=True)
@@ -277,10 +279,10 @@ class Calls:
         """Return the text that answers an INTENT, or None if it was answered before."""
         if self._running.pop(id_, None) is None:
             return None
-        payload = IntentPayload(**quote.model_dump(exclude_none=True))
         try:
+            payload = IntentPayload(**quote.model_dump(exclude_none=True, warnings=False))
             return self._sign(self._message(payload, correlation_id=id_))
-        except MalformedMessageError as error:
+        except (MalformedMessageError, ValidationError) as error:  # a Quote may be derived from, or copied
             return self._error(ErrorPayload.for_cause("internal", f"the answer cannot be sent: {error}"), id_)
 
     def succeed(self, id_: str, result: Any, seconds: float) -> str | None:
@@ -365,10 +367,14 @@ class Calls:
     def _refused(self, error: MessageError, envelope: dict[str, Any]) -> Refused:
         failed = None
         asked = str(envelope.get("correlation_id")).lower()
-        if isinstance(error, InvalidSignatureError) and asked in self._open:
-            del self._open[asked]
-            text = f"what came in answer is not from {self.peer}: {error}"
-            failed = Failed(asked, PeerIdentityError(text, self.peer))
+        if asked in self._open and not isinstance(error, ReplayedMessageError):
+            entry = self._open.pop(asked)
+            if isinstance(error, InvalidSignatureError) and not isinstance(error, StaleMessageError):
+                text = f"what came in answer is not from {self.peer}: {error}"
+                failed = Failed(asked, PeerIdentityError(text, self.peer))
+            else:
+                text = f"the answer of {self.peer} cannot be used: {error}"
+                failed = Failed(asked, CallError(text, entry.capability))
         if envelope.get("type") == MessageType.ERROR.value:
             return Refused(error, None, failed)
         return Refused(error, self._error(ErrorPayload.for_error(error), error.message_id), failed)
@@ -430,7 +436,8 @@ class Calls:
             task=payload.task,
             params=payload.params,
         )
-        return self._begin(message, busy) or IntentArrived(intent, timeout_ms / 1e3)
+        timeout = min(timeout_ms / 1e3, TIMEOUT_MAX_SECONDS)
+        return self._begin(message, busy) or IntentArrived(intent, timeout)
 
     def _take_request(self, message: Message, payload: ExecRequestPayload, busy: str) -> Event:
         capability = message.ext.get("capability")
@@ -441,7 +448,8 @@ class Calls:
                 field="ext.capability",
                 message_id=message.id,
             )
-        timeout = None if payload.timeout_ms is None else payload.timeout_ms / 1e3
+        timeout = CALL_TIMEOUT_SECONDS if payload.timeout_ms is None else payload.timeout_ms / 1e3
+        timeout = min(timeout, TIMEOUT_MAX_SECONDS)
         return self._begin(message, busy) or ExecutionArrived(
             message.id.lower(), capability, payload.args, timeout
         )

@@ -297,6 +297,11 @@ class Peer:
             await self._settled.wait()
         return self._state
 
+    async def quiet(self) -> None:
+        """Wait until nothing runs and nothing is asked, on either side."""
+        while running := [each for each in (*self._serving, *self._waiting.values()) if not each.done()]:
+            await asyncio.wait(running)
+
     @property
     def _is_done(self) -> bool:
         return self._holders == 0 and self._calls.open == 0
@@ -381,7 +386,7 @@ class Peer:
         self,
         id_: str,
         work: Awaitable[Any],
-        timeout: float | None,
+        timeout: float,
         answer: Callable[[str, Any, float], str | None],
     ) -> None:
         execution = self._executions[id_] = _Execution(work)
@@ -396,7 +401,7 @@ class Peer:
         self,
         id_: str,
         execution: _Execution,
-        timeout: float | None,
+        timeout: float,
         answer: Callable[[str, Any, float], str | None],
     ) -> None:
         """See an execution to its end, whatever that is, and send its one answer."""

@@ -45,6 +45,8 @@ from aiconexus.protocol.errors import (
     PeerConnectError,
     PeerError,
     PeerIdentityError,
+    ReplayedMessageError,
+    StaleMessageError,
     remote_error,
 )
 from aiconexus.protocol.limits import CONNECT_TIMEOUT_SECONDS
@@ -239,15 +241,20 @@ class Signaling(Generic[Opened]):
 
     def rejected(self, error: MessageError, data: str | bytes) -> None:
         """Take note of a message that did not verify: it may be the ANSWER that somebody waits for."""
-        if not isinstance(error, InvalidSignatureError):
+        if isinstance(error, ReplayedMessageError):
             return
         try:
             attempt = self._attempt_of(loads(data).get("correlation_id"))
         except MalformedMessageError:
             return
-        if attempt is not None and attempt.is_offering and not attempt.is_answered:
+        if attempt is None or not attempt.is_offering or attempt.is_answered:
+            return
+        if isinstance(error, InvalidSignatureError) and not isinstance(error, StaleMessageError):
             text = f"what came in answer to the OFFER is not from {short_did(attempt.did)}: {error}"
             self._end(attempt, PeerIdentityError(text, attempt.did))
+        else:
+            text = f"the answer of {short_did(attempt.did)} to the OFFER cannot be used: {error}"
+            self._end(attempt, PeerConnectError(text, attempt.did))
 
     def gateway_returned(self) -> None:
         """Signal again what may have got lost with the connection to the gateway."""
