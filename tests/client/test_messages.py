@@ -30,6 +30,7 @@ from aiconexus.protocol import (
 from aiconexus.protocol.cards import sign_card
 from aiconexus.protocol.errors import (
     GatewayUnreachableError,
+    IncompleteAnswerError,
     NotConnectedError,
     PeerRefusedError,
     RemoteTimeoutError,
@@ -256,6 +257,28 @@ async def test_answer_of_the_directory_is_not_signed_but_what_agents_say_in_it(
     assert [each.did for each in found] == [other.did, client.did]
     assert [capability.name for capability in found[0].capabilities] == ["add"]
     assert client.stats.cards_rejected == 1
+
+
+async def test_answer_of_a_part_of_the_directory_is_told_from_a_whole_one(
+    gateway: ScriptedGateway, client: GatewayClient, registered: Register
+) -> None:
+    visit = await registered()
+    for limit, is_enough in ((None, False), (2, False), (1, True)):
+        found: list[str] = []
+
+        async def collect(limit: int | None = limit, found: list[str] = found) -> None:
+            async for each in client.discover(limit=limit):
+                found.append(each.did)  # noqa: PERF401 -- they stay where an error ends it
+
+        asking = asyncio.create_task(collect())
+        question = await gateway.message()
+        await visit.send_unsigned(PresencePayload(agents=[{"did": client.did}], partial=True), question.id)
+        if is_enough:
+            await asking
+        else:
+            with pytest.raises(IncompleteAnswerError, match="could not ask all"):
+                await asking
+        assert found == [client.did]
 
 
 async def test_watch_asks_again_when_not_everybody_could_be_asked(

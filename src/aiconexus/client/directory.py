@@ -25,7 +25,7 @@ from aiconexus.protocol import (
     PresencePayload,
 )
 from aiconexus.protocol.cards import Card, verify_card
-from aiconexus.protocol.errors import NotConnectedError, RemoteError
+from aiconexus.protocol.errors import IncompleteAnswerError, NotConnectedError, RemoteError
 
 if TYPE_CHECKING:
     from aiconexus.client.socket import ClientState, GatewayClient
@@ -117,8 +117,10 @@ async def discover(
     """Yield the agents that fit, page by page; see `GatewayClient.discover`."""
     size = PAGE_SIZE if limit is None else max(1, min(limit, PAGE_SIZE))
     count = 0
+    is_whole = True
     pages = _pages(client, query.model_copy(update={"limit": size}), timeout)
     async for page in pages:
+        is_whole = is_whole and not page.partial
         for entry in page.agents:
             if limit is not None and count >= limit:
                 return
@@ -126,6 +128,8 @@ async def discover(
             if found is not None:
                 count += 1
                 yield found
+    if not is_whole and (limit is None or count < limit):
+        raise IncompleteAnswerError(f"{client.url} could not ask all of its workers and nodes who is there")
 
 
 async def watch(
@@ -149,6 +153,7 @@ class _Watch:
         self._timeout = timeout
         self._id = ""  # of the DISCOVER that began it on the present connection
         self._known: dict[str, Found] = {}
+        self._is_comparing = False
         self._told: set[str] = set()  # of agents: something was told since the pages were asked for
         # Payloads of events; None: the connection is another one.
         self._queue: asyncio.Queue[PresencePayload | None] = asyncio.Queue()
@@ -159,7 +164,8 @@ class _Watch:
     def _receive(self, message: Message) -> None:
         payload = message.payload
         if message.correlation_id == self._id and isinstance(payload, PresencePayload):
-            self._told.update(str(entry.get("did")) for entry in payload.agents)
+            if self._is_comparing:
+                self._told.update(str(entry.get("did")) for entry in payload.agents)
             self._queue.put_nowait(payload)
 
     def _state_changed(self, state: ClientState) -> None:
@@ -198,6 +204,14 @@ class _Watch:
     async def _compare(self, query: DiscoverPayload, id_: str) -> AsyncIterator[PresenceEvent]:
         """Ask who is there, and yield what is new. Of whom is told meanwhile, the queue knows better."""
         self._told.clear()
+        self._is_comparing = True
+        try:
+            async for event in self._compare_pages(query, id_):
+                yield event
+        finally:
+            self._is_comparing = False
+
+    async def _compare_pages(self, query: DiscoverPayload, id_: str) -> AsyncIterator[PresenceEvent]:
         present: set[str] = set()
         is_whole = True
         try:

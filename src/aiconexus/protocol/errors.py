@@ -365,6 +365,10 @@ class GatewayUnreachableError(GatewayError):
     """No connection could be made, or no answer came in time."""
 
 
+class IncompleteAnswerError(GatewayError):
+    """The gateway could not ask all of its workers and nodes, so there may be more agents; ask again later."""
+
+
 class GatewayIdentityError(GatewayError):
     """The gateway's first message does not prove the key that it names, or is not the expected key."""
 
