@@ -328,7 +328,7 @@ class GatewayClient:
         Raises:
             RemoteError: The gateway refuses, or has no directory.
             GatewayUnreachableError: It did not answer in time.
-            IncompleteAnswerError: Behind the agents that it found: it could not ask all, so there may be more.
+            IncompleteAnswerError: Behind the agents it found: there may be more, not all could be asked.
             NotConnectedError: This client is not registered, or lost its connection.
         """
         query = DiscoverPayload(

@@ -366,7 +366,7 @@ class GatewayUnreachableError(GatewayError):
 
 
 class IncompleteAnswerError(GatewayError):
-    """The gateway could not ask all of its workers and nodes, so there may be more agents; ask again later."""
+    """The gateway could not ask all of its workers and nodes: there may be more agents. Ask again later."""
 
 
 class GatewayIdentityError(GatewayError):
