@@ -14,7 +14,7 @@ cdef enum:
 # Instead of a number.
 cdef enum:
     NO_ROOM = -1
-    NO_RECORD = -2       # the gateway's own ERRORs, and what is no envelope
+    NO_RECORD = -2       # what is no envelope
 
 cdef struct Waiting:
     char sender[56]      # DIDs

@@ -200,6 +200,17 @@ class Cluster:
         deadline = time.monotonic() * 1000 + self._clock_offset + REGISTER_SECONDS * 1000
         self._claim(session, round(deadline), done)
 
+    def update(self, session: Session) -> None:
+        """Show another card of a session; not if its agent has proven itself elsewhere since."""
+        if self._registry is not None:
+            self._claim(session, None, partial(self._announced, session))
+
+    def _announced(self, session: Session, claim: Claim | None) -> None:
+        if claim is not None and claim.outcome == "kept":
+            self._on_taken(session)
+        elif claim is not None and claim.before is not None and claim.before.epoch != session.epoch:
+            self._on_replaced(session, claim)
+
     def _claim(self, session: Session, deadline: int | None, done: Callable[[Claim | None], None]) -> None:
         assert self._registry is not None
 
@@ -563,12 +574,7 @@ class Cluster:
         def decide(session: Session, future: asyncio.Future[None], claim: Claim | None) -> None:
             if not future.done():
                 future.set_result(None)
-            if claim is None:
-                return
-            if claim.outcome == "kept":
-                self._on_taken(session)
-            elif claim.before is not None and claim.before.epoch != session.epoch:
-                self._on_replaced(session, claim)
+            self._announced(session, claim)
 
         for session in sessions:
             future = asyncio.get_running_loop().create_future()

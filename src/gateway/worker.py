@@ -359,7 +359,7 @@ class Gateway:
             before = session.view
             self.registry.show(session, shown)
             if self.cluster is not None:
-                self.cluster.register(session, lambda _: None)
+                self.cluster.update(session)
             self._publish(Change("update", session.did, session.status, session.epoch, before, session.view))
         elif isinstance(payload, UnregisterPayload):
             self._close(connection, 1000)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from datetime import datetime
 from typing import Annotated, Any
@@ -8,7 +9,8 @@ import pytest
 from pydantic import BaseModel, Field
 
 from aiconexus.core.capabilities import capabilities_of, capability
-from aiconexus.protocol.errors import CapabilityError, InvalidArgumentsError
+from aiconexus.protocol.errors import CapabilityError, InvalidArgumentsError, MalformedMessageError
+from aiconexus.protocol.serialization import canonicalize
 
 
 class Clause(BaseModel):
@@ -131,6 +133,14 @@ async def test_result_that_breaks_its_promise_is_an_error() -> None:
 def test_result_without_json_form_is_an_error() -> None:
     with pytest.raises(CapabilityError, match="no JSON form"):
         capabilities_of(Notary())["Echo!"].serialize(object())
+
+
+def test_result_that_is_not_a_number_does_not_become_null() -> None:
+    found = capabilities_of(Notary())["Echo!"].serialize({"score": math.nan})
+    assert isinstance(found, dict)
+    assert found["score"] is not None  # it has no canonical form, so the caller is told
+    with pytest.raises(MalformedMessageError):
+        canonicalize({"score": found["score"]})
 
 
 def _sync(self: object) -> None: ...

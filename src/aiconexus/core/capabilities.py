@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar, get_type_hints, overload
 
 import orjson
-from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
+from pydantic import ConfigDict, JsonValue, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import CoreSchema, PydanticSerializationError, core_schema
 
@@ -104,9 +104,7 @@ class CapabilityMethod:
             # a ValidationError is about the arguments, never from inside.
             function: Any = _function(method)
             self._arguments: TypeAdapter[Any] = TypeAdapter(function, config=ConfigDict(strict=True))
-            self._result: TypeAdapter[Any] = TypeAdapter(
-                get_type_hints(method, include_extras=True).get("return", Any)
-            )
+            self._result = _result_adapter(get_type_hints(method, include_extras=True).get("return", Any))
             self.announced: Final = Capability(
                 name=mark.name or _name(method),
                 description=_describe(method) if mark.description is None else mark.description,
@@ -180,6 +178,14 @@ class _Schema(GenerateJsonSchema):
 
     def field_title_should_be_set(self, schema: CoreSchema | core_schema.ModelField) -> bool:
         return False
+
+
+def _result_adapter(hint: Any) -> TypeAdapter[Any]:
+    try:
+        # Otherwise NaN and infinity would travel as null where the hint says nothing.
+        return TypeAdapter(hint, config=ConfigDict(ser_json_inf_nan="constants"))
+    except PydanticUserError:  # a model has its own configuration
+        return TypeAdapter(hint)
 
 
 def _function(method: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
