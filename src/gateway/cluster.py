@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import structlog
 from redis.asyncio.client import PubSub
-from redis.exceptions import RedisError
+from redis.exceptions import MovedError, RedisError
 
 from gateway import replies
 from gateway._connection import Router
@@ -143,6 +143,7 @@ class Cluster:
         self._log = structlog.get_logger("gateway.cluster").bind(worker=worker)
         self._line: RedisLine | None = None
         self._registry: SharedRegistry | None = None
+        self._moved_to: tuple[str, int] | None = None
         self._has_connected = False
         self._is_watching = False
         self._watching_changed = asyncio.Event()
@@ -411,8 +412,13 @@ class Cluster:
             reason = ""
             try:
                 await self._connection()
+            except (
+                MovedError
+            ) as error:  # of a Redis Cluster; all keys have one slot, so one node has them all
+                self._moved_to, reason = (error.host, error.port), str(error)
             except (LineLostError, RedisError, OSError, asyncio.TimeoutError) as error:
                 reason = str(error) or type(error).__name__
+                self._moved_to = None
             except Exception:
                 self._log.exception("fault")
             finally:
@@ -437,7 +443,7 @@ class Cluster:
 
     async def _connection(self) -> None:
         """Serve one connection with Redis, until it breaks."""
-        client = make_client(self._url)
+        client = make_client(self._url, self._moved_to)
         line = RedisLine(client, self._router.settle)
         tasks = [asyncio.create_task(line.serve())]
         pubsub = client.pubsub()

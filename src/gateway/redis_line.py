@@ -44,12 +44,14 @@ class LineLostError(Exception):
     """Redis cannot be reached. The text is for the operator."""
 
 
-def make_client(url: str) -> Redis:
+def make_client(url: str, place: tuple[str, int] | None = None) -> Redis:
     """Return a client of the Redis at a URL.
 
     Args:
         url: As redis-py knows it (redis://, rediss://, unix://), or
             sentinel://[user:password@]host[:port][,host[:port]...]/service[?db=0&ssl=true].
+        place: Host and port to connect to instead, where a Redis Cluster has the keys. An empty host is that
+            of the URL.
 
     Raises:
         ValueError: It is none.
@@ -61,17 +63,21 @@ def make_client(url: str) -> Redis:
         "retry": Retry(NoBackoff(), 0),
     }
     if not url.startswith("sentinel://"):
-        return Redis.from_url(url, **options)
+        client = Redis.from_url(url, **options)
+        if place is not None:
+            host = place[0] or client.connection_pool.connection_kwargs.get("host")
+            client.connection_pool.connection_kwargs.update(host=host, port=place[1])
+        return client
     parts = urlsplit(url)
     service = parts.path.strip("/")
     if not service:
         raise ValueError("a sentinel URL names the service: sentinel://host:26379/mymaster")
     query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
     sentinels = []
-    for place in parts.netloc.rpartition("@")[2].split(","):
-        address = urlsplit(f"//{place}")  # an IPv6 address stands in brackets
+    for each in parts.netloc.rpartition("@")[2].split(","):
+        address = urlsplit(f"//{each}")  # an IPv6 address stands in brackets
         if address.hostname is None:
-            raise ValueError(f"{place!r} is no host:port of a Sentinel")
+            raise ValueError(f"{each!r} is no host:port of a Sentinel")
         sentinels.append((address.hostname, address.port or 26379))
     options.update(
         username=None if parts.username is None else unquote(parts.username),
@@ -80,8 +86,8 @@ def make_client(url: str) -> Redis:
         ssl=query.get("ssl", "") == "true",
     )
     sentinel = Sentinel(sentinels, socket_timeout=CONNECT_SECONDS)  # type: ignore[no-untyped-call]
-    client: Redis = sentinel.master_for(service, **options)
-    return client
+    master: Redis = sentinel.master_for(service, **options)
+    return master
 
 
 def ping(url: str) -> None:

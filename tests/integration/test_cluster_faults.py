@@ -297,6 +297,28 @@ def test_nodes_whose_clocks_are_five_minutes_apart_work_together(own_redis, star
     assert not {"node gone"} & {line["event"] for node in (first, second) for line in node.log_lines()}
 
 
+def test_in_a_redis_cluster_a_node_goes_where_the_keys_are(tmp_path, start_gateway):
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    one, two = (RedisServer(folder, "--cluster-enabled", "yes") for folder in folders)
+    try:
+        for first in (0, 8_192):
+            slots = " ".join(str(slot) for slot in range(first, first + 8_192))
+            assert two.command(f"CLUSTER ADDSLOTS {slots}") == b"+OK\r\n"
+        assert one.command(f"CLUSTER MEET 127.0.0.1 {two.port}") == b"+OK\r\n"
+        wait_until(lambda: b"cluster_state:ok" in one.command("CLUSTER INFO"))
+        node = start_gateway("--redis", one.url, "--workers", "2")
+        node.forgive("Redis lost")
+        wait_until(lambda: node.health()["cluster"]["redis"] == "connected", RECOVERY_SECONDS)
+        with Agent(node.port) as agent, Agent(node.port) as other:
+            assert_exchange(agent, other)
+            assert two.command("DBSIZE") != b":0\r\n"
+    finally:
+        one.kill()
+        two.kill()
+
+
 def test_a_worker_that_is_killed_is_forgotten_at_the_other_node(pair):
     first, second = pair
     with Agent(first.port) as one:

@@ -36,7 +36,8 @@ class RedisServer:
     """One redis-server that keeps nothing on disk; it can be killed and started again on its port."""
 
     def __init__(self, folder: Path, *options: str) -> None:
-        self.port = free_port()
+        # In a Redis Cluster it has another port, 10,000 higher.
+        self.port = next(port for port in iter(free_port, 0) if port < 55_536)
         self._folder = folder
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
