@@ -25,7 +25,7 @@ cluster: $(RELEASE)/.ready
 	$(RELEASE)/bin/python examples/cluster/run.py
 
 test: lint
-	$(DEV)/bin/python -m pytest tests --numprocesses 3 --dist loadfile
+	$(DEV)/bin/python -m pytest tests --numprocesses 2 --dist loadfile
 
 lint: export PATH := $(CURDIR)/$(DEV)/bin:$(PATH)  # cython-lint calls pycodestyle
 lint: build

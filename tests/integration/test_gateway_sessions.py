@@ -466,7 +466,7 @@ def test_a_ping_without_an_answer_is_4004_and_may_be_resumed(start_gateway):
     with Agent(gateway.port) as dead:
         close = dead.read_close()
         assert (close.close_code, close.close_reason) == (4004, {"n": "no_pong", "r": 500})
-        assert gateway.health()["away"] == 1
+        wait_until(lambda: gateway.health()["away"] == 1)
     with Agent(gateway.port, dead.key, resume=dead.resume_token) as back:
         assert back.resumed
 

@@ -29,6 +29,7 @@
     │   └── RemoteTimeoutError
     ├── GatewayError
     │   ├── GatewayUnreachableError    no connection, or no answer in time
+    │   ├── IncompleteAnswerError      it could not ask all who is there
     │   ├── GatewayIdentityError       its first message does not prove its key
     │   ├── RegistrationError          it refused our REGISTER
     │   ├── NotConnectedError          nothing can be sent now
