@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import select
 import struct
 from collections import Counter
 
@@ -117,9 +118,19 @@ class AsyncAgent:
                 }
             ).encode()
         data = self.template.replace(b"@id", name.encode()).replace(b"@to", target.encode())
-        self.writer.write(frame(TEXT, data))
+        if not self._is_reset():
+            self.writer.write(frame(TEXT, data))
         self.sent[name] += 1
         return name
+
+    def _is_reset(self) -> bool:
+        """Tell whether the connection was reset: a write that fails would drop what is not read yet."""
+        assert self.writer is not None
+        if self.writer.is_closing():
+            return True
+        poll = select.poll()
+        poll.register(self.writer.get_extra_info("socket").fileno(), 0)
+        return bool(poll.poll(0))
 
     async def sync(self) -> None:
         """Wait until the gateway has dealt with everything that was sent."""
