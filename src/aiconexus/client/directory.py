@@ -153,8 +153,7 @@ class _Watch:
         self._timeout = timeout
         self._id = ""  # of the DISCOVER that began it on the present connection
         self._known: dict[str, Found] = {}
-        self._is_comparing = False
-        self._told: set[str] = set()  # of agents: something was told since the pages were asked for
+        self._told: set[str] = set()  # of agents: something was told since the queue was last read
         # Payloads of events; None: the connection is another one.
         self._queue: asyncio.Queue[PresencePayload | None] = asyncio.Queue()
         self._backoff = Backoff()
@@ -164,8 +163,7 @@ class _Watch:
     def _receive(self, message: Message) -> None:
         payload = message.payload
         if message.correlation_id == self._id and isinstance(payload, PresencePayload):
-            if self._is_comparing:
-                self._told.update(str(entry.get("did")) for entry in payload.agents)
+            self._told.update(str(entry.get("did")) for entry in payload.agents)
             self._queue.put_nowait(payload)
 
     def _state_changed(self, state: ClientState) -> None:
@@ -178,6 +176,7 @@ class _Watch:
             yield event
         while True:
             payload = await self._queue.get()
+            self._told.clear()
             if payload is None:
                 if self._client.state.value == "closed":
                     return
@@ -203,15 +202,6 @@ class _Watch:
 
     async def _compare(self, query: DiscoverPayload, id_: str) -> AsyncIterator[PresenceEvent]:
         """Ask who is there, and yield what is new. Of whom is told meanwhile, the queue knows better."""
-        self._told.clear()
-        self._is_comparing = True
-        try:
-            async for event in self._compare_pages(query, id_):
-                yield event
-        finally:
-            self._is_comparing = False
-
-    async def _compare_pages(self, query: DiscoverPayload, id_: str) -> AsyncIterator[PresenceEvent]:
         present: set[str] = set()
         is_whole = True
         try:

@@ -8,6 +8,7 @@ import os
 import signal
 import ssl as tls
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Any, Final
@@ -237,23 +238,15 @@ class Agent:
         try:
             if self._client.state is ClientState.DISCONNECTED:
                 await self.start()
-            try:
-                async for message in self._client:
-                    _log.debug("%s of %s is for nobody here", message.type.value, message.from_)
-            except GatewayClosedError:
-                await self._let_calls_end()
-                raise
-            await self._let_calls_end()
+            async for message in self._client:
+                _log.debug("%s of %s is for nobody here", message.type.value, message.from_)
+        except GatewayClosedError:
+            # It is gone for good, and has no part in what runs with other agents: let that end.
+            with suppress(asyncio.TimeoutError):
+                await within(asyncio.gather(*(p.quiet() for p in self._peers.values())), CALL_TIMEOUT_SECONDS)
+            raise
         finally:
             await self.close()
-
-    async def _let_calls_end(self) -> None:
-        """Wait a while for what runs with other agents: the gateway, gone for good, has no part in it."""
-        if self._closing is None and self._peers:
-            calls = [asyncio.ensure_future(peer.quiet()) for peer in self._peers.values()]
-            _, late = await asyncio.wait(calls, timeout=CALL_TIMEOUT_SECONDS)
-            for task in late:
-                task.cancel()
 
     def run(self) -> None:
         """Run until SIGINT or SIGTERM: for a program that is this agent and nothing else."""
@@ -391,10 +384,8 @@ class Agent:
             quote = await self.on_intent(intent)
             if not isinstance(quote, Quote):
                 raise TypeError(f"on_intent must return a Quote, not {type(quote).__name__}")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._failure("on_intent", error) from error
-        except SystemExit as error:
-            raise self._failure("on_intent", error) from None
         return quote
 
     async def _execute(self, name: str, args: dict[str, JsonValue]) -> JsonValue:
@@ -405,10 +396,11 @@ class Agent:
         coroutine = method.call(args)
         try:
             result = await coroutine
-        except Exception as error:
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # a command line's parser exits: asyncio would end the program
             raise self._failure(name, error) from error
-        except SystemExit as error:  # of a command line's parser, say: asyncio would end the whole program
-            raise self._failure(name, error) from None
         return method.serialize(result)
 
     def _failure(self, name: str, error: BaseException) -> CapabilityError:
