@@ -396,10 +396,7 @@ class Agent:
         coroutine = method.call(args)
         try:
             result = await coroutine
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # a command line's parser exits: asyncio would end the program
+        except (Exception, SystemExit) as error:  # the latter would end the whole program
             raise self._failure(name, error) from error
         return method.serialize(result)
 

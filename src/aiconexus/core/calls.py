@@ -31,7 +31,6 @@ from aiconexus.protocol.errors import (
     MessageError,
     PeerIdentityError,
     ReplayedMessageError,
-    StaleMessageError,
     UnknownCapabilityError,
     WrongRecipientError,
     remote_error,
@@ -369,7 +368,7 @@ class Calls:
         asked = str(envelope.get("correlation_id")).lower()
         if asked in self._open and not isinstance(error, ReplayedMessageError):
             entry = self._open.pop(asked)
-            if isinstance(error, InvalidSignatureError) and not isinstance(error, StaleMessageError):
+            if error.is_forged:
                 text = f"what came in answer is not from {self.peer}: {error}"
                 failed = Failed(asked, PeerIdentityError(text, self.peer))
             else:

@@ -39,14 +39,12 @@ from aiconexus.core.peer_connection import CANDIDATES_MAX, PeerConnection
 from aiconexus.protocol.errors import (
     AIConexusError,
     ErrorCode,
-    InvalidSignatureError,
     MalformedMessageError,
     MessageError,
     PeerConnectError,
     PeerError,
     PeerIdentityError,
     ReplayedMessageError,
-    StaleMessageError,
     remote_error,
 )
 from aiconexus.protocol.limits import CONNECT_TIMEOUT_SECONDS
@@ -249,7 +247,7 @@ class Signaling(Generic[Opened]):
             return
         if attempt is None or not attempt.is_offering or attempt.is_answered:
             return
-        if isinstance(error, InvalidSignatureError) and not isinstance(error, StaleMessageError):
+        if error.is_forged:
             text = f"what came in answer to the OFFER is not from {short_did(attempt.did)}: {error}"
             self._end(attempt, PeerIdentityError(text, attempt.did))
         else:

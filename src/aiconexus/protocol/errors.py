@@ -273,9 +273,11 @@ class MessageError(AIConexusError):
         cause: What goes into the ERROR that answers it.
         field: Envelope or payload field at fault, if one is.
         message_id: Its `id`, where it could be read: the `correlation_id` of the ERROR.
+        is_forged: Whether it is not from whom it should be, or not as they sent it.
     """
 
     default: ClassVar[str] = "internal"
+    is_forged: ClassVar[bool] = False
 
     def __init__(
         self, text: str = "", *, name: str = "", field: str | None = None, message_id: str | None = None
@@ -302,6 +304,7 @@ class InvalidSignatureError(MessageError):
     """The sender did not prove that this message is its own."""
 
     default = "bad_signature"
+    is_forged = True
 
 
 class WrongRecipientError(InvalidSignatureError):
@@ -314,12 +317,14 @@ class StaleMessageError(InvalidSignatureError):
     """The timestamp is too far from the time here."""
 
     default = "stale_timestamp"
+    is_forged = False
 
 
 class ReplayedMessageError(InvalidSignatureError):
     """A message with this id was accepted before."""
 
     default = "replayed"
+    is_forged = False
 
 
 class RemoteError(AIConexusError):
