@@ -10,6 +10,7 @@ import json
 import re
 from base64 import b64encode
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,27 @@ CARD_CASES = (
     ("too many", card("B", capabilities=[{"name": str(number)} for number in range(33)])),
     ("too large", card("B", capabilities=[{"name": "a", "metadata": {"x": "y" * 8200}}])),
 )
+
+SCAN = bytes(range(32))
+
+
+def attachment(at: str, value: Any, *, is_signed: bool = True) -> dict[str, Any]:
+    """Return what an envelope says about a value that travels beside it (section 13.6)."""
+    is_bytes = isinstance(value, bytes)
+    data = value if is_bytes else rfc8785.dumps(value)
+    said: dict[str, Any] = {"at": at, "as": "bytes" if is_bytes else "json", "size": len(data)}
+    return {**said, "sha256": sha256(data).hexdigest()} if is_signed else said
+
+
+def stream_digest(parts: list[Any]) -> dict[str, Any]:
+    """Return `ext.stream` of the response that ends these parts (section 13.6)."""
+    digest = sha256()
+    for part in parts:
+        is_bytes = isinstance(part, bytes)
+        data = part if is_bytes else rfc8785.dumps(part)
+        digest.update((b"b" if is_bytes else b"j") + len(data).to_bytes(8, "big") + data)
+    return {"parts": len(parts), "sha256": digest.hexdigest()}
+
 
 # name, second, from, to, type, payload, and: answers (a name), ext, signed
 EXAMPLES: tuple[dict[str, Any], ...] = (
@@ -348,6 +370,23 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
         "signed": False,
         "payload": {"reason": "done for today"},
     },
+    {
+        "name": "exec-attached",
+        "from": "A",
+        "to": "B",
+        "type": "EXEC_REQUEST",
+        "payload": {"args": {"language": "en"}},
+        "ext": {"capability": "read_scan", "attachments": [attachment("/args/scan", SCAN)]},
+    },
+    {
+        "name": "exec-streamed",
+        "from": "B",
+        "to": "A",
+        "type": "EXEC_RESPONSE",
+        "answers": "exec-request",
+        "payload": {"status": "success", "execution_time_ms": 52},
+        "ext": {"stream": stream_digest([["They shall not compete"], SCAN])},
+    },
 )
 
 
@@ -506,6 +545,19 @@ def build_files() -> dict[str, Any]:
             }
             for name, envelope in MESSAGES.items()
         ],
+        "frames.json": [
+            {"frame": data.hex(), "kind": kind, "call": call, "chunk": chunk.hex(), "taken": taken}
+            for data, kind, call, chunk, taken in FRAMES
+        ],
+        "streams.json": [
+            {
+                "parts": [
+                    {"bytes": part.hex()} if isinstance(part, bytes) else {"json": part} for part in parts
+                ],
+                "stream": stream_digest(parts),
+            }
+            for parts in STREAMS
+        ],
         "refusals.json": REFUSALS,
         "cards.json": [{"did": DIDS["B"], "card": value, "reason": reason} for reason, value in CARD_CASES],
         "causes.json": [
@@ -524,12 +576,50 @@ def build_files() -> dict[str, Any]:
     }
 
 
+# --- frames and streams ------------------------------------------------------------------------
+
+CALL = "01234567-89ab-4def-8123-456789abcdef"
+HEAD = bytes.fromhex(CALL.replace("-", ""))
+
+# frame, kind ("" if it is to be refused as bad_frame), call, bytes of DATA, count of CREDIT
+FRAMES = (
+    (b"\x01" + HEAD + b"x", "data", CALL, b"x", None),
+    (b"\x01" + HEAD + SCAN, "data", CALL, SCAN, None),
+    (b"\x02" + HEAD + bytes(8), "credit", CALL, b"", 0),
+    (b"\x02" + HEAD + (1_048_576).to_bytes(8, "big"), "credit", CALL, b"", 1_048_576),
+    (b"\x02" + HEAD + (2**53 - 1).to_bytes(8, "big"), "credit", CALL, b"", 2**53 - 1),
+    (b"", "", "", b"", None),
+    (b"\x01" + HEAD[:-1], "", "", b"", None),
+    (b"\x01" + HEAD, "", "", b"", None),
+    (b"\x01" + HEAD + bytes(limits.CHUNK_MAX_BYTES + 1), "", "", b"", None),
+    (b"\x02" + HEAD + bytes(7), "", "", b"", None),
+    (b"\x02" + HEAD + bytes(9), "", "", b"", None),
+    (b"\x02" + HEAD + (2**53).to_bytes(8, "big"), "", "", b"", None),
+    (b"\x00" + HEAD + b"x", "", "", b"", None),
+    (b"{" + HEAD + b"}", "", "", b"", None),
+)
+STREAMS: tuple[list[Any], ...] = (
+    [],
+    [""],
+    [b""],
+    [1, 2.5, None, {"b": "€", "a": [True]}],
+    [SCAN, b"\x00", b""],
+    [["They shall not compete"], SCAN],
+)
+
 # --- the document ------------------------------------------------------------------------------
 
 LIMITS = (
     ("MESSAGE_MAX_BYTES", "bytes", "one message through the gateway"),
     ("MESSAGE_MAX_DEPTH", "levels", "nesting of objects and arrays; the envelope is level 1"),
     ("DATA_MESSAGE_MAX_BYTES", "bytes", "one message on the DataChannel"),
+    ("INLINE_MAX_BYTES", "bytes", "an envelope on the DataChannel with JSON that could be attached"),
+    ("CHUNK_MAX_BYTES", "bytes", "in one DATA frame"),
+    ("FRAME_HEAD_BYTES", "bytes", "before them: kind and call"),
+    ("ATTACHMENTS_MAX", "", "attachments of one message"),
+    ("ATTACHMENTS_MAX_BYTES", "bytes", "of attachments of one peer that are kept at one time"),
+    ("CALL_WINDOW_BYTES", "bytes", "of one call and direction without CREDIT"),
+    ("CALL_CREDIT_BYTES", "bytes", "taken, until CREDIT is due"),
     ("INTEGER_MAX", "", "largest integer, and its negative (RFC 7493 §2.2)"),
     ("NONCE_BYTES", "bytes", "of the handshake's nonce"),
     ("CAPABILITIES_MAX", "", "capabilities of one agent"),

@@ -104,6 +104,7 @@ def _causes() -> dict[str, Cause]:
         Cause(118, "invalid_ext", malformed, "ext does not fit the message type"),
         Cause(119, "not_canonical", malformed, "a number has no canonical JSON form (RFC 8785)"),
         Cause(120, "number_out_of_range", malformed, "a number is larger than a double can hold"),
+        Cause(121, "bad_frame", malformed, "not a frame of a call that this side knows"),
         Cause(200, "bad_signature", signature, "the signature does not verify"),
         Cause(201, "missing_signature", signature, "this message must be signed"),
         Cause(202, "wrong_sender", signature, "from is not the DID that this session has proven"),

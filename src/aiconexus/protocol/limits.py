@@ -15,6 +15,13 @@ DATA_CHANNEL_LABEL: Final = "ioap"
 MESSAGE_MAX_BYTES: Final = 65_536  # one SDP with 100 candidates is 12 KiB
 MESSAGE_MAX_DEPTH: Final = 32  # nesting of objects and arrays; the envelope is level 1
 DATA_MESSAGE_MAX_BYTES: Final = 262_144  # aiortc and Chromium refuse a longer SCTP message
+INLINE_MAX_BYTES: Final = 16_384  # of an envelope with its JSON; what is longer is attached
+CHUNK_MAX_BYTES: Final = 16_384  # of one DATA frame: 20 ms at 6 Mbit/s, for all other calls to wait
+FRAME_HEAD_BYTES: Final = 17  # kind and call
+ATTACHMENTS_MAX: Final = 64  # of one message
+ATTACHMENTS_MAX_BYTES: Final = 268_435_456  # of one peer, in memory at one time; a stream has no limit
+CALL_WINDOW_BYTES: Final = 1_048_576  # of one call and direction, unread: 80 Mbit/s over 100 ms
+CALL_CREDIT_BYTES: Final = 262_144  # taken and not granted: four CREDIT frames for each window
 NONCE_BYTES: Final = 32  # as long as the key that signs it: never the weakest part
 INTEGER_MAX: Final = 2**53 - 1  # I-JSON, RFC 7493 section 2.2: beyond it a double loses digits
 
