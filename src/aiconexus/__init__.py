@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aiconexus.client import Found, GatewayClient, PresenceEvent
-    from aiconexus.core import Agent, Intent, Peer, Quote, capability
-    from aiconexus.protocol import DIDKey, Message
+    from aiconexus.core import Agent, Call, Intent, Peer, Quote, capability, current_call
+    from aiconexus.protocol import DIDKey, Message, Receipt
     from aiconexus.protocol.errors import AIConexusError
 
 __version__ = "0.1.0"
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AIConexusError": "aiconexus.protocol.errors",
     "Agent": "aiconexus.core",
+    "Call": "aiconexus.core",
     "DIDKey": "aiconexus.protocol",
     "Found": "aiconexus.client",
     "GatewayClient": "aiconexus.client",
@@ -28,12 +29,15 @@ _HOME = {
     "Peer": "aiconexus.core",
     "PresenceEvent": "aiconexus.client",
     "Quote": "aiconexus.core",
+    "Receipt": "aiconexus.protocol",
     "capability": "aiconexus.core",
+    "current_call": "aiconexus.core",
 }
 
 __all__ = [
     "AIConexusError",
     "Agent",
+    "Call",
     "DIDKey",
     "Found",
     "GatewayClient",
@@ -42,7 +46,9 @@ __all__ = [
     "Peer",
     "PresenceEvent",
     "Quote",
+    "Receipt",
     "capability",
+    "current_call",
 ]
 
 

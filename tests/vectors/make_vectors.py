@@ -643,6 +643,7 @@ LIMITS = (
     ("CONNECT_TIMEOUT_SECONDS", "s", "from OFFER to an open DataChannel"),
     ("REQUEST_TIMEOUT_SECONDS", "s", "for an answer of the gateway"),
     ("CALL_TIMEOUT_SECONDS", "s", "for an execution whose caller names no other deadline"),
+    ("STREAM_TIMEOUT_SECONDS", "s", "for a stream whose caller names no other deadline"),
     ("RECONNECT_BASE_SECONDS", "s", "first upper bound of the reconnection delay"),
     ("RECONNECT_MAX_SECONDS", "s", "last upper bound of it"),
 )

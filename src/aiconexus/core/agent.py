@@ -7,26 +7,37 @@ import logging
 import os
 import signal
 import ssl as tls
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections import OrderedDict
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing, suppress
 from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Any, Final
 
 from aiortc import RTCIceServer
-from pydantic import JsonValue
 from typing_extensions import Self
 
 from aiconexus.client.backoff import Backoff
 from aiconexus.client.deadline import within
 from aiconexus.client.directory import Found, PresenceEvent
 from aiconexus.client.socket import ClientState, GatewayClient, short_did
+from aiconexus.core.answers import Answers
 from aiconexus.core.capabilities import CapabilityMethod, capabilities_of
 from aiconexus.core.channel import Channel
 from aiconexus.core.intents import Intent, Quote
 from aiconexus.core.peer import Peer, PeerState
 from aiconexus.core.peer_connection import PeerConnection
 from aiconexus.core.signaling import Signaling
+from aiconexus.protocol.attachments import Value
 from aiconexus.protocol.errors import (
     CapabilityError,
     GatewayClosedError,
@@ -46,6 +57,7 @@ _SIGNALING: Final = (
 )
 
 PEERS_MAX: Final = 512  # each costs a descriptor, of which a process has 1,024 by default, and 120 KB
+ANSWERED_MAX: Final = 1_024  # agents whose last requests are remembered, most of them without a connection
 HOOK_SECONDS: Final = 1.0  # for a hook that still runs when the agent stops
 
 _log: Final = logging.getLogger("aiconexus.core")
@@ -128,6 +140,7 @@ class Agent:
             self._opened,
         )
         self._peers: dict[str, Peer] = {}
+        self._answers: OrderedDict[str, Answers] = OrderedDict()
         self._all_peers: set[Peer] = set()  # also those that are still closing
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing: asyncio.Future[None] | None = None
@@ -358,12 +371,21 @@ class Agent:
             on_intent=self._answer_intent,
             on_execute=self._execute,
             on_closed=self._peer_closed,
+            answers=self._answers_to(did),
         )
         self._all_peers.add(peer)
         if replaced is not None:
             self._spawn(replaced.close("a newer connection takes its place"))
         self._spawn(self._call_hook(self.on_peer(peer)))
         return peer
+
+    def _answers_to(self, did: str) -> Answers:
+        """Return what was answered to an agent before, for requests that it may repeat."""
+        answers = self._answers.pop(did, None) or Answers()
+        self._answers[did] = answers
+        if len(self._answers) > ANSWERED_MAX:
+            self._answers.popitem(last=False)
+        return answers
 
     def _peer_closed(self, peer: Peer, reason: str) -> None:
         if self._peers.get(peer.did) is peer:
@@ -388,17 +410,33 @@ class Agent:
             raise self._failure("on_intent", error) from error
         return quote
 
-    async def _execute(self, name: str, args: dict[str, JsonValue]) -> JsonValue:
+    def _execute(self, name: str, args: dict[str, Value]) -> Awaitable[Value] | AsyncGenerator[Value, None]:
         method = self._capabilities.get(name)
         if method is None:
             known = ", ".join(self._capabilities) or "none"
             raise UnknownCapabilityError(f"no capability {name!r}; there is: {known}", name)
-        coroutine = method.call(args)
+        work = method.call(args)
+        return self._parts_of(name, method, work) if method.is_stream else self._result_of(name, method, work)
+
+    async def _result_of(self, name: str, method: CapabilityMethod, work: Awaitable[Any]) -> Value:
         try:
-            result = await coroutine
+            result = await work
         except (Exception, SystemExit) as error:  # the latter would end the whole program
             raise self._failure(name, error) from error
         return method.serialize(result)
+
+    async def _parts_of(
+        self, name: str, method: CapabilityMethod, work: AsyncGenerator[Any, None]
+    ) -> AsyncGenerator[Value, None]:
+        async with aclosing(work):
+            while True:
+                try:
+                    part = await anext(work)
+                except StopAsyncIteration:
+                    return
+                except (Exception, SystemExit) as error:
+                    raise self._failure(name, error) from error
+                yield method.serialize(part)
 
     def _failure(self, name: str, error: BaseException) -> CapabilityError:
         _log.warning("%s of %r failed", name, self, exc_info=error)

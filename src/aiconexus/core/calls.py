@@ -1,25 +1,71 @@
 """The calls over one DataChannel, both ways, as a state machine without I/O.
 
-`Calls` is told what this side asks and what arrives; it says what to send and what has happened. It
-proves every message that counts (INTENT, EXEC_REQUEST and the final EXEC_RESPONSE are signed: a receipt
-both sides can keep); PING, PONG, ERROR and partial results ride unsigned on the authenticated channel, but
-must be from and to the two agents that it connects.
+`Calls` is told what this side asks and what arrives; it says what has happened, and puts into its `outbox`
+what is to be sent. It proves every message that counts (INTENT, EXEC_REQUEST and the final EXEC_RESPONSE are
+signed: a receipt both sides can keep); PING, PONG, ERROR, parts and progress ride unsigned on the
+authenticated channel, but must be from and to the two agents that it connects.
 
-A request ends in exactly one final response, whatever becomes of the capability.
+    callee:  EXEC_REQUEST ─▶ accepted ──start──▶ running ──▶ final EXEC_RESPONSE
+                                │                 │   ▲
+                                │                 └───┘ progress, partial
+                                └────────────────────────▶ final EXEC_RESPONSE: cancelled, timeout, busy
+
+    caller:  EXEC_REQUEST ─▶ open ──final EXEC_RESPONSE, ERROR, or given up──▶ over
+                             │   ▲
+                             └───┘ progress, partial
+
+A request ends in exactly one final response, whatever becomes of the capability. What comes for a call that
+is over has crossed its end, and is ignored.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
 from math import ceil
 from typing import Any, Final
 
-from pydantic import ValidationError
+import orjson
+from pydantic import JsonValue, ValidationError
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
+from aiconexus.core.answers import Answers
+from aiconexus.core.events import (
+    Answered,
+    ArgumentsArrived,
+    CancelArrived,
+    DoneArrived,
+    Event,
+    ExecutionArrived,
+    Failed,
+    IntentArrived,
+    Left,
+    PartArrived,
+    ProgressArrived,
+    Refused,
+    Reply,
+)
+from aiconexus.core.inbox import Inbox
 from aiconexus.core.intents import Intent, Quote
+from aiconexus.core.outbox import Outbox
+from aiconexus.protocol.attachments import (
+    ARGS,
+    RESULT,
+    Assembly,
+    Detached,
+    StreamDigest,
+    Value,
+    argument_name,
+    argument_pointer,
+    attachments_of,
+    stream_summary_of,
+)
 from aiconexus.protocol.errors import (
+    CallBusyError,
     CallCancelledError,
     CallError,
     CallTimeoutError,
@@ -35,7 +81,14 @@ from aiconexus.protocol.errors import (
     WrongRecipientError,
     remote_error,
 )
-from aiconexus.protocol.limits import CALL_TIMEOUT_SECONDS, DATA_MESSAGE_MAX_BYTES
+from aiconexus.protocol.frames import Credit, parse_frame
+from aiconexus.protocol.limits import (
+    ATTACHMENTS_MAX,
+    ATTACHMENTS_MAX_BYTES,
+    CALL_TIMEOUT_SECONDS,
+    DATA_MESSAGE_MAX_BYTES,
+    INLINE_MAX_BYTES,
+)
 from aiconexus.protocol.models import (
     ErrorPayload,
     ExecRequestPayload,
@@ -49,11 +102,13 @@ from aiconexus.protocol.models import (
     PongPayload,
     UnregisterPayload,
 )
+from aiconexus.protocol.receipts import Receipt
 from aiconexus.protocol.security import DIDKey, ReplayGuard, sign_message, verify_message
 from aiconexus.protocol.serialization import encode, loads, parse
 
 ERROR_TEXT_MAX: Final = 4_096  # characters of an exception's text that travel
 TIMEOUT_MAX_SECONDS: Final = 86_400.0  # whoever needs longer should not hold a connection for it
+ENVELOPE_BYTES: Final = 1_024  # of an EXEC_REQUEST or EXEC_RESPONSE around its arguments or result
 
 _MESSAGE_ID: Final = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 _FINAL: Final = frozenset(status.value for status in ExecStatus if status.is_final)
@@ -63,147 +118,95 @@ _CALL_ERRORS: Final[dict[str, type[CallError]]] = {
         UnknownCapabilityError,
         InvalidArgumentsError,
         CapabilityError,
+        CallBusyError,
         CallTimeoutError,
         CallCancelledError,
     )
 }
 
 
-# --- what has happened -------------------------------------------------------------------------
+class CallState(str, Enum):
+    """Where a call of the peer is. One that is over is not kept."""
+
+    ACCEPTED = "accepted"  # its arguments are on their way, or others run before it
+    RUNNING = "running"
 
 
-@dataclass(frozen=True)
-class IntentArrived:
-    """The peer asks; `Calls.quote` or `Calls.fail` answers. `timeout` is in seconds, from now."""
-
-    intent: Intent
-    timeout: float
-
-    @property
-    def id(self) -> str:
-        """Of the message that asks."""
-        return self.intent.id
-
-
-@dataclass(frozen=True)
-class ExecutionArrived:
-    """The peer calls a capability; `Calls.succeed` or `Calls.fail` answers.
-
-    `timeout` is in seconds, from now.
-    """
-
-    id: str
-    capability: str
-    args: dict[str, Any]
-    timeout: float
-
-
-@dataclass(frozen=True)
-class CancelArrived:
-    """The peer no longer wants the answer to its message `id`, which is not given yet."""
-
-    id: str
-
-
-@dataclass(frozen=True)
-class Answered:
-    """What this side asked with the message `id` has its answer.
-
-    `value` is the result of an execution, a Quote, or for a PING whether the peer is done, too.
-    """
-
-    id: str
-    value: Any
-
-
-@dataclass(frozen=True)
-class Failed:
-    """What this side asked with the message `id` has failed."""
-
-    id: str
-    error: Exception
-
-
-@dataclass(frozen=True)
-class Reply:
-    """Nothing for this side to do but to send `text`."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A message that was not accepted.
+@dataclass
+class _Served:
+    """What the peer asked and has no answer to.
 
     Attributes:
-        error: Why.
-        reply: The ERROR to send; None where an ERROR was refused, or two sides would never stop.
-        failed: The call that it pretends to answer.
+        type: EXEC_REQUEST or INTENT.
+        state: Where it is.
+        is_stream: Whether the caller wants parts and progress.
+        digest: Over the parts that were sent.
+        args: Those that came in the envelope, while others are on their way.
     """
 
-    error: MessageError
-    reply: str | None
-    failed: Failed | None = None
+    type: MessageType
+    state: CallState = CallState.ACCEPTED
+    is_stream: bool = False
+    digest: StreamDigest = field(default_factory=StreamDigest)
+    args: dict[str, Value] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class DoneArrived:
-    """The peer no longer needs the connection and asks whether this side does.
-
-    `is_done` is what the reply says: if true, the peer will close the connection.
-    """
-
-    reply: str
-    is_done: bool
-
-
-@dataclass(frozen=True)
-class Left:
-    """The peer is about to close the connection."""
-
-    reason: str
-
-
-Event = (
-    IntentArrived
-    | ExecutionArrived
-    | CancelArrived
-    | Answered
-    | Failed
-    | Reply
-    | Refused
-    | DoneArrived
-    | Left
-)
-
-
-# --- the state machine -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Open:
-    """Something this side asked and has no answer to."""
+    """Something this side asked and has no answer to.
+
+    Attributes:
+        type: EXEC_REQUEST, INTENT or PING.
+        capability: Its name.
+        request: The signed text, for the receipt.
+        is_stream: Whether this side wants parts.
+        digest: Over the parts that came.
+    """
 
     type: MessageType
     capability: str = ""
+    request: str = ""
+    is_stream: bool = False
+    digest: StreamDigest = field(default_factory=StreamDigest)
 
 
 class Calls:
-    """All calls of one connection. Messages to send are text, ready for the DataChannel.
+    """All calls of one connection.
 
     Attributes:
         peer: DID of the agent at the other end.
+        outbox: What is to be sent.
     """
 
-    def __init__(self, key: DIDKey, peer: str, *, limit: int = DATA_MESSAGE_MAX_BYTES) -> None:
-        """Begin with no calls; `limit` is how many bytes the peer takes in one message."""
+    def __init__(
+        self,
+        key: DIDKey,
+        peer: str,
+        *,
+        limit: int = DATA_MESSAGE_MAX_BYTES,
+        answers: Answers | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begin with no calls.
+
+        Args:
+            key: Of this agent.
+            peer: DID of the other.
+            limit: How many bytes the peer takes in one message.
+            answers: What was answered to it over earlier connections.
+            clock: Seconds, monotonic.
+        """
         self.peer: Final = peer
+        self.outbox: Final = Outbox()
         self._key = key
         self._limit = limit
         # One for each connection: a peer that floods it shuts nobody else out.
         self._guard = ReplayGuard()
+        self._answers = Answers() if answers is None else answers
+        self._clock = clock
+        self._inbox = Inbox()
         self._open: dict[str, _Open] = {}
-        self._running: dict[str, MessageType] = {}
+        self._served: dict[str, _Served] = {}
 
     @property
     def open(self) -> int:
@@ -212,8 +215,8 @@ class Calls:
 
     # --- what this side asks --------------------------------------------------------------------
 
-    def ask(self, payload: IntentPayload, timeout: float) -> tuple[str, str]:
-        """Begin an INTENT; return its id and the text to send.
+    def ask(self, payload: IntentPayload, timeout: float) -> str:
+        """Begin an INTENT; return its id.
 
         Args:
             payload: What is asked.
@@ -224,34 +227,42 @@ class Calls:
             ValueError: The timeout is none.
         """
         message = self._message(payload, ext={"timeout_ms": _milliseconds(timeout)})
-        text = self._sign(message)
+        self.outbox.put(message.id, self._sign(message))
         self._open[message.id] = _Open(MessageType.INTENT)
-        return message.id, text
+        return message.id
 
-    def execute(self, capability: str, args: dict[str, Any], timeout: float) -> tuple[str, str]:
-        """Begin an execution; return the id of its EXEC_REQUEST and the text to send.
+    def execute(
+        self, capability: str, args: dict[str, Any], timeout: float, *, is_stream: bool = False
+    ) -> str:
+        """Begin an execution; return the id of its EXEC_REQUEST.
 
         Args:
             capability: Its name.
-            args: Anything pydantic can write as JSON.
+            args: Bytes, or anything pydantic can write as JSON.
             timeout: Seconds until the caller gives up; the callee is told.
+            is_stream: Whether parts and progress are wanted.
 
         Raises:
-            InvalidArgumentsError: The arguments have no JSON form, or are too large for one message.
+            InvalidArgumentsError: The arguments have no JSON form, or are too many bytes.
             ValueError: The timeout is none.
         """
         timeout_ms = _milliseconds(timeout)
         try:
-            payload = ExecRequestPayload(args=to_jsonable_python(args), timeout_ms=timeout_ms)
-            message = self._message(payload, ext={"capability": capability})
+            inline, detached = _detach_args(args)
+            payload = ExecRequestPayload(args=inline, timeout_ms=timeout_ms)
+            if is_stream:
+                payload = ExecRequestPayload(args=inline, timeout_ms=timeout_ms, stream=True)
+            message = self._message(payload, ext=_described({"capability": capability}, detached))
             text = self._sign(message)
         except (MalformedMessageError, PydanticSerializationError, ValueError) as error:
             raise InvalidArgumentsError(f"the arguments cannot be sent: {error}", capability) from error
-        self._open[message.id] = _Open(MessageType.EXEC_REQUEST, capability)
-        return message.id, text
+        self.outbox.put(message.id, text, [each.data for each in detached])
+        self._inbox.open(message.id)
+        self._open[message.id] = _Open(MessageType.EXEC_REQUEST, capability, text, is_stream)
+        return message.id
 
     def ping(self, *, is_done: bool = False) -> tuple[str, str]:
-        """Begin a PING; return its id and the text to send.
+        """Begin a PING; return its id and the text to send at once.
 
         Args:
             is_done: Whether this side no longer needs the connection (`ext.done`); the PONG tells the
@@ -262,11 +273,20 @@ class Calls:
         return message.id, self._text(message)
 
     def abandon(self, id_: str) -> str | None:
-        """Forget a question of this side; return the text that cancels it, if it still had no answer."""
+        """Forget a question of this side; return the text that cancels it, if the peer may know of it."""
         entry = self._open.pop(id_, None)
         if entry is None or entry.type is MessageType.PING:
             return None
+        is_unsent = self.outbox.is_unsent(id_)
+        self._over(id_)
+        if is_unsent:
+            return None
         return self._sign(self._message(IntentPayload(status="cancel"), correlation_id=id_))
+
+    def took(self, id_: str) -> bytes | None:
+        """Take note that the reader has taken the next part of a stream; return the credit that is due."""
+        self._inbox.took(id_)
+        return self._inbox.credit(id_)
 
     def leave(self, reason: str) -> str:
         """Return the text that says goodbye; the connection is closed after it."""
@@ -274,32 +294,88 @@ class Calls:
 
     # --- what this side answers -----------------------------------------------------------------
 
-    def quote(self, id_: str, quote: Quote) -> str | None:
-        """Return the text that answers an INTENT, or None if it was answered before."""
-        if self._running.pop(id_, None) is None:
-            return None
+    def start(self, id_: str) -> None:
+        """Take note that a call of the peer begins to run."""
+        if (served := self._served.get(id_)) is not None:
+            served.state = CallState.RUNNING
+
+    def progress(self, id_: str, value: Any) -> None:
+        """Tell the caller how far a running execution is, if it wants to know; only the latest counts.
+
+        Raises:
+            CapabilityError: It has no JSON form, or is too large.
+        """
+        if (served := self._running_stream(id_)) is None:
+            return
+        text, _ = self._unsigned(id_, ExecStatus.PROGRESS, _jsonable(value), served)
+        self.outbox.put(id_, text, is_counted=True, is_progress=True)
+
+    def part(self, id_: str, value: Value) -> bool:
+        """Send the next part of a running execution's result.
+
+        Args:
+            id_: Of the EXEC_REQUEST.
+            value: Bytes or JSON.
+
+        Returns:
+            Whether it is sent: not if the call is over.
+
+        Raises:
+            CapabilityError: It has no JSON form.
+        """
+        served = self._running_stream(id_)
+        if served is None:
+            return False
+        text, detached = self._unsigned(id_, ExecStatus.PARTIAL, value, served)
+        if detached is None:
+            served.digest.add(value)
+        else:
+            served.digest.add_data(detached.data, is_bytes=detached.is_bytes)
+        attached = [] if detached is None else [detached.data]
+        self.outbox.put(id_, text, attached, is_counted=True)
+        return True
+
+    def quote(self, id_: str, quote: Quote) -> None:
+        """Answer an INTENT, unless it was answered before."""
+        if id_ not in self._served:
+            return
         try:
             payload = IntentPayload(**quote.model_dump(exclude_none=True, warnings=False))
-            return self._sign(self._message(payload, correlation_id=id_))
-        except (MalformedMessageError, ValidationError) as error:  # a Quote may be derived from, or copied
-            return self._error(ErrorPayload.for_cause("internal", f"the answer cannot be sent: {error}"), id_)
-
-    def succeed(self, id_: str, result: Any, seconds: float) -> str | None:
-        """Return the text of an execution's result, or None if it was answered before."""
-        if id_ not in self._running:
-            return None
-        try:
-            payload = ExecResponsePayload(
-                status=ExecStatus.SUCCESS, result=result, execution_time_ms=round(seconds * 1e3)
-            )
             text = self._sign(self._message(payload, correlation_id=id_))
-        except (MalformedMessageError, ValidationError) as error:
-            return self.fail(id_, "capability_error", f"the result cannot be sent: {error}", seconds)
-        del self._running[id_]
-        return text
+        except (MalformedMessageError, ValidationError) as error:  # a Quote may be derived from, or copied
+            text = self._error(ErrorPayload.for_cause("internal", f"the answer cannot be sent: {error}"), id_)
+        self._answer(id_, text)
 
-    def fail(self, id_: str, name: str, text: str, seconds: float = 0.0) -> str | None:
-        """Return the text that says why there is no answer, or None if it was answered before.
+    def succeed(self, id_: str, result: Any, seconds: float) -> None:
+        """Answer an execution by its result, unless it was answered before."""
+        if id_ not in self._served:
+            return
+        try:
+            detached = _detach(RESULT, result)
+            if detached is not None and len(detached.data) > ATTACHMENTS_MAX_BYTES:
+                raise MalformedMessageError(_too_large(len(detached.data)), name="too_large")
+            fields = {} if detached is not None else {"result": result}
+            payload = ExecResponsePayload(
+                status=ExecStatus.SUCCESS, execution_time_ms=round(seconds * 1e3), **fields
+            )
+            all_detached = [] if detached is None else [detached]
+            text = self._sign(self._message(payload, correlation_id=id_, ext=_described({}, all_detached)))
+        except (MalformedMessageError, ValidationError) as error:
+            self.fail(id_, CapabilityError.name, f"the result cannot be sent: {error}", seconds)
+            return
+        self._answer(id_, text, [each.data for each in all_detached])
+
+    def finish(self, id_: str, seconds: float) -> None:
+        """End an execution whose result went out in parts, unless it was answered before."""
+        served = self._served.get(id_)
+        if served is None:
+            return
+        payload = ExecResponsePayload(status=ExecStatus.SUCCESS, execution_time_ms=round(seconds * 1e3))
+        ext: dict[str, JsonValue] = {"stream": served.digest.summary().model_dump()}
+        self._answer(id_, self._sign(self._message(payload, correlation_id=id_, ext=ext)), is_kept=False)
+
+    def fail(self, id_: str, name: str, text: str, seconds: float = 0.0) -> None:
+        """Say why there is no answer, unless there was one before; what waits of it is dropped.
 
         Args:
             id_: Of the EXEC_REQUEST or INTENT.
@@ -307,16 +383,53 @@ class Calls:
             text: For people.
             seconds: How long it ran.
         """
-        kind = self._running.pop(id_, None)
-        if kind is None:
-            return None
+        served = self._served.get(id_)
+        if served is None:
+            return
         text = _sendable(text)
-        if kind is MessageType.INTENT:
+        self.outbox.drop(id_)
+        if served.type is MessageType.INTENT:
             cause = {"busy": "busy", "timeout": "deadline"}.get(name, "internal")
-            return self._error(ErrorPayload.for_cause(cause, text), id_)
+            self._answer(id_, self._error(ErrorPayload.for_cause(cause, text), id_))
+            return
         status = ExecStatus.CANCELLED if name == CallCancelledError.name else ExecStatus.ERROR
         payload = ExecResponsePayload(status=status, error=text, execution_time_ms=round(seconds * 1e3))
-        return self._sign(self._message(payload, correlation_id=id_, ext={"error": {"name": name}}))
+        message = self._message(payload, correlation_id=id_, ext={"error": {"name": name}})
+        self._answer(id_, self._sign(message))
+
+    def _running_stream(self, id_: str) -> _Served | None:
+        served = self._served.get(id_)
+        is_one = served is not None and served.is_stream and served.state is CallState.RUNNING
+        return served if is_one else None
+
+    def _unsigned(
+        self, id_: str, status: ExecStatus, value: Value, served: _Served
+    ) -> tuple[str, Detached | None]:
+        try:
+            detached = _detach(RESULT, value)
+            if detached is not None and status is ExecStatus.PROGRESS:
+                raise MalformedMessageError("progress is short, and no bytes", name="too_large")
+            if detached is not None and len(detached.data) > ATTACHMENTS_MAX_BYTES:
+                raise MalformedMessageError(_too_large(len(detached.data)), name="too_large")
+            fields: dict[str, Any] = {} if detached is not None else {"result": value}
+            ext: dict[str, JsonValue] = {}
+            if detached is not None:
+                ext["attachments"] = [detached.described(is_signed=False)]
+            message = self._message(ExecResponsePayload(status=status, **fields), correlation_id=id_, ext=ext)
+            return self._text(message), detached
+        except (MalformedMessageError, ValidationError) as error:
+            what = "a part" if status is ExecStatus.PARTIAL else "the progress"
+            raise CapabilityError(f"{what} cannot be sent: {error}") from error
+
+    def _answer(
+        self, id_: str, text: str, attached: list[bytes] | None = None, *, is_kept: bool = True
+    ) -> None:
+        served = self._served.pop(id_)
+        self.outbox.put(id_, text, attached or [])
+        self.outbox.end(id_)
+        self._inbox.close(id_)
+        if served.type is MessageType.EXEC_REQUEST:
+            self._answers.end(id_, text if is_kept and not attached else None)
 
     # --- what arrives ---------------------------------------------------------------------------
 
@@ -324,19 +437,23 @@ class Calls:
         """Take one message of the DataChannel; return what has happened, if anything.
 
         Args:
-            data: The message; only text is accepted.
+            data: An envelope, or a frame.
             is_done: Whether this side needs the connection no longer, for a peer that asks.
             busy: Why nothing more can be begun for the peer now, if so.
         """
         envelope: dict[str, Any] = {}
         try:
             if isinstance(data, bytes):
-                raise MalformedMessageError(name="binary_frame")
+                return self._take_frame(data)
             envelope = loads(data, limit=DATA_MESSAGE_MAX_BYTES)
             message = self._prove(data, envelope)
             if message.type is MessageType.PING:
                 return self._pong(message, is_done)
             return self._take(message, busy)
+        except ReplayedMessageError as error:
+            if self._is_repeated(envelope):
+                return None
+            return self._refused(error, envelope)
         except MessageError as error:
             return self._refused(error, envelope)
 
@@ -364,19 +481,28 @@ class Calls:
         return message
 
     def _refused(self, error: MessageError, envelope: dict[str, Any]) -> Refused:
-        failed = None
+        failed = cancelled = None
         asked = str(envelope.get("correlation_id")).lower()
+        if not envelope:  # a frame names its call in the error
+            asked = cancelled = error.message_id or ""
         if asked in self._open and not isinstance(error, ReplayedMessageError):
             entry = self._open.pop(asked)
+            self._over(asked)
             if error.is_forged:
                 text = f"what came in answer is not from {self.peer}: {error}"
                 failed = Failed(asked, PeerIdentityError(text, self.peer))
             else:
                 text = f"the answer of {self.peer} cannot be used: {error}"
                 failed = Failed(asked, CallError(text, entry.capability))
+        if cancelled is not None and self._served.pop(cancelled, None) is not None:
+            self._over(cancelled)
+            self._answers.end(cancelled, None)
+        else:
+            cancelled = None
         if envelope.get("type") == MessageType.ERROR.value:
             return Refused(error, None, failed)
-        return Refused(error, self._error(ErrorPayload.for_error(error), error.message_id), failed)
+        reply = self._error(ErrorPayload.for_error(error), error.message_id)
+        return Refused(error, reply, failed, cancelled)
 
     def _take(self, message: Message, busy: str) -> Event | None:
         match message.payload:
@@ -400,11 +526,48 @@ class Calls:
             message_id=message.id,
         )
 
+    def _take_frame(self, data: bytes) -> Event | None:
+        frame = parse_frame(data)
+        if isinstance(frame, Credit):
+            self.outbox.credit(frame.call, frame.taken)
+            return None
+        assembly = self._inbox.add(frame.call, frame.chunk)
+        if assembly is not None:
+            return self._take_attached(frame.call, assembly)
+        credit = self._inbox.credit(frame.call)
+        return None if credit is None else Reply(credit)
+
+    def _take_attached(self, call: str, assembly: Assembly) -> Event | None:
+        """Take an envelope whose attachments are complete now."""
+        payload = assembly.message.payload
+        try:
+            values = assembly.values()
+        except MalformedMessageError as error:
+            if isinstance(payload, ExecRequestPayload):
+                return ArgumentsArrived(call, {}, str(error))
+            del self._open[call]
+            self._over(call)
+            text = f"the answer of {self.peer} cannot be used: {error}"
+            return Failed(call, PeerIdentityError(text, self.peer))
+        if isinstance(payload, ExecResponsePayload):
+            return self._take_value(call, assembly.message, payload, values[RESULT], assembly.size)
+        args = self._served[call].args
+        whole = values.pop(ARGS, None)
+        if isinstance(whole, dict):
+            args.update(whole)
+        elif whole is not None:
+            return ArgumentsArrived(call, {}, "the arguments are no object")
+        for at, value in values.items():
+            name = argument_name(at)
+            assert name is not None
+            args[name] = value
+        return ArgumentsArrived(call, args)
+
     def _take_intent(self, message: Message, payload: IntentPayload, busy: str) -> Event | None:
         if message.correlation_id is not None:
             asked = message.correlation_id.lower()
             if payload.status == "cancel" and asked not in self._open:
-                return CancelArrived(asked) if asked in self._running else None
+                return CancelArrived(asked) if asked in self._served else None
             closed = self._close(message, MessageType.INTENT)
             if closed is None:
                 return None  # it was abandoned, and the answer crossed the cancel
@@ -436,9 +599,10 @@ class Calls:
             params=payload.params,
         )
         timeout = min(timeout_ms / 1e3, TIMEOUT_MAX_SECONDS)
-        return self._begin(message, busy) or IntentArrived(intent, timeout)
+        return IntentArrived(intent, timeout) if self._begin(message, busy) else None
 
-    def _take_request(self, message: Message, payload: ExecRequestPayload, busy: str) -> Event:
+    def _take_request(self, message: Message, payload: ExecRequestPayload, busy: str) -> Event | None:
+        id_ = message.id.lower()
         capability = message.ext.get("capability")
         if not isinstance(capability, str):
             raise MalformedMessageError(
@@ -447,35 +611,137 @@ class Calls:
                 field="ext.capability",
                 message_id=message.id,
             )
+        if self._answers.find(id_, self._clock()) is not None:  # it came over an earlier connection
+            if self._repeat(id_, message.signature):
+                return None
+            raise ReplayedMessageError(message_id=message.id)
+        attachments = attachments_of(message)
+        if not self._begin(message, busy):
+            return None
+        served = self._served[id_]
+        served.is_stream = payload.stream is True
+        served.args = dict(payload.args)
         timeout = CALL_TIMEOUT_SECONDS if payload.timeout_ms is None else payload.timeout_ms / 1e3
         timeout = min(timeout, TIMEOUT_MAX_SECONDS)
-        return self._begin(message, busy) or ExecutionArrived(
-            message.id.lower(), capability, payload.args, timeout
-        )
+        args = served.args
+        if attachments:
+            assembly = Assembly(message, attachments)
+            if assembly.size > ATTACHMENTS_MAX_BYTES:
+                self.fail(id_, InvalidArgumentsError.name, _too_large(assembly.size))
+                return None
+            if not self._inbox.has_room(assembly.size):
+                text = f"busy: {self._inbox.kept} bytes of your calls are kept here; try again"
+                self.fail(id_, CallBusyError.name, text)
+                return None
+            self._inbox.open(id_)
+            self._inbox.collect(id_, assembly)
+            if self._inbox.completed(id_) is None:
+                return ExecutionArrived(id_, capability, None, timeout, served.is_stream)
+            arrived = self._take_attached(id_, assembly)
+            assert isinstance(arrived, ArgumentsArrived)
+            if arrived.fault:
+                self.fail(id_, InvalidArgumentsError.name, arrived.fault)
+                return None
+            args = arrived.args
+        return ExecutionArrived(id_, capability, args, timeout, served.is_stream)
 
-    def _begin(self, message: Message, busy: str) -> Reply | None:
+    def _begin(self, message: Message, busy: str) -> bool:
+        """Accept a call of the peer; tell whether there was room for it."""
         id_ = message.id.lower()
-        self._running[id_] = message.type
-        text = self.fail(id_, "busy", f"busy: {busy}; try again") if busy else None
-        return Reply(text) if text is not None else None
+        if id_ in self._open:  # frames of the one would pass for frames of the other
+            raise ReplayedMessageError("the id is that of a call of this side", message_id=message.id)
+        self._served[id_] = _Served(message.type)
+        if message.type is MessageType.EXEC_REQUEST and not busy:
+            self._answers.begin(id_, message.signature or "", self._clock())
+        if busy:
+            self.fail(id_, CallBusyError.name, f"busy: {busy}; try again")
+        return not busy
+
+    def _is_repeated(self, envelope: dict[str, Any]) -> bool:
+        """Tell whether a message that came before is a request whose answer is known, or under way."""
+        is_request = envelope.get("type") == MessageType.EXEC_REQUEST.value
+        return is_request and self._repeat(str(envelope["id"]).lower(), envelope.get("signature"))
+
+    def _repeat(self, id_: str, signature: str | None) -> bool:
+        answer = self._answers.find(id_, self._clock())
+        if answer is None or answer.signature != signature:
+            return False
+        if not answer.is_over:
+            if id_ not in self._served:  # it runs for an earlier connection
+                answer.listeners.append(partial(self._answer_again, id_))
+            return True
+        if answer.text is None:
+            return False
+        self._answer_again(id_, answer.text)
+        return True
+
+    def _answer_again(self, id_: str, text: str | None) -> None:
+        if text is None:
+            text = self._error(ErrorPayload.for_cause("replayed"), id_)
+        self.outbox.put(id_, text)
+        self.outbox.end(id_)
 
     def _take_response(self, message: Message, payload: ExecResponsePayload) -> Event | None:
+        asked = (message.correlation_id or "").lower()
+        entry = self._open.get(asked)
+        if entry is None or entry.type is not MessageType.EXEC_REQUEST:
+            return None
+        self._inbox.give_up(asked)
+        attachments = attachments_of(message)
         if not payload.status.is_final:
+            assert message.wire is not None
+            self._inbox.count(asked, len(message.wire))
+        if not attachments:
+            return self._take_value(asked, message, payload, payload.result, 0)
+        assembly = Assembly(message, attachments)
+        if not self._inbox.has_room(assembly.size):
+            raise MalformedMessageError(_too_large(assembly.size), name="too_large", message_id=message.id)
+        self._inbox.collect(asked, assembly)
+        if self._inbox.completed(asked) is None:
             return None
-        closed = self._close(message, MessageType.EXEC_REQUEST)
-        if closed is None:
-            return None
-        asked, entry = closed
+        return self._take_attached(asked, assembly)
+
+    def _take_value(
+        self, asked: str, message: Message, payload: ExecResponsePayload, value: Value, attached: int
+    ) -> Event | None:
+        """Take a response that is complete."""
+        entry = self._open[asked]
+        if payload.status is ExecStatus.PROGRESS:
+            return ProgressArrived(asked, value)
+        assert message.wire is not None
+        if payload.status is ExecStatus.PARTIAL:
+            if not entry.is_stream:
+                return None
+            entry.digest.add(value)
+            self._inbox.hold(asked, len(message.wire), attached)
+            return PartArrived(asked, value)
+        del self._open[asked]
+        self._over(asked)
+        receipt = Receipt(entry.request, message.wire.decode())
         if payload.status is ExecStatus.SUCCESS:
-            return Answered(asked, payload.result)
+            return self._succeeded(asked, entry, message, value, receipt)
         if payload.status is ExecStatus.CANCELLED:
             text = payload.error or f"{entry.capability} was cancelled"
-            return Failed(asked, CallCancelledError(text, entry.capability))
+            return Failed(asked, CallCancelledError(text, entry.capability), receipt)
         detail = message.ext.get("error")
         name = detail.get("name") if isinstance(detail, dict) else None
         kind = _CALL_ERRORS.get(name, CallError) if isinstance(name, str) else CallError
         text = payload.error or f"{entry.capability} failed without saying why"
-        return Failed(asked, kind(text, entry.capability))
+        return Failed(asked, kind(text, entry.capability), receipt)
+
+    def _succeeded(self, asked: str, entry: _Open, message: Message, value: Value, receipt: Receipt) -> Event:
+        came = entry.digest.summary()
+        try:
+            said = stream_summary_of(message)
+        except MalformedMessageError as error:
+            text = f"the answer of {self.peer} cannot be used: {error}"
+            return Failed(asked, CallError(text, entry.capability), receipt)
+        if said is None and not came.parts:
+            return Answered(asked, value, receipt=receipt)
+        if said != came:
+            text = f"the {came.parts} parts that came are not the stream that {self.peer} has signed"
+            return Failed(asked, PeerIdentityError(text, self.peer), receipt)
+        return Answered(asked, value, True, receipt)
 
     def _take_error(self, message: Message, payload: ErrorPayload) -> Event | None:
         closed = self._close(message, None)
@@ -493,7 +759,14 @@ class Calls:
         if entry is None or (kind is not None and entry.type is not kind):
             return None
         del self._open[asked]
+        self._over(asked)
         return asked, entry
+
+    def _over(self, id_: str) -> None:
+        """Neither send nor expect anything more of a call."""
+        self.outbox.drop(id_)
+        self.outbox.end(id_)
+        self._inbox.close(id_)
 
     # --- messages -------------------------------------------------------------------------------
 
@@ -531,3 +804,59 @@ def _must_be_signed(envelope: dict[str, Any]) -> bool:
         status = payload.get("status") if isinstance(payload, dict) else None
         return isinstance(status, str) and status in _FINAL
     return kind in (MessageType.INTENT.value, MessageType.EXEC_REQUEST.value)
+
+
+# --- what travels beside an envelope -----------------------------------------------------------
+
+
+def _detach_args(args: dict[str, Any]) -> tuple[dict[str, JsonValue], list[Detached]]:
+    """Split arguments into those in the envelope and those beside it."""
+    detached = [
+        Detached(argument_pointer(name), bytes(value), True)
+        for name, value in args.items()
+        if isinstance(value, bytes | bytearray | memoryview)
+    ]
+    inline = {
+        name: value for name, value in args.items() if not isinstance(value, bytes | bytearray | memoryview)
+    }
+    inline = to_jsonable_python(inline)
+    if _is_long(inline):
+        detached.insert(0, Detached.of(ARGS, inline))
+        inline = {}
+    if len(detached) > ATTACHMENTS_MAX:
+        raise MalformedMessageError(f"{len(detached)} arguments of bytes; at most {ATTACHMENTS_MAX} travel")
+    size = sum(len(each.data) for each in detached)
+    if size > ATTACHMENTS_MAX_BYTES:
+        raise MalformedMessageError(_too_large(size), name="too_large")
+    return inline, detached
+
+
+def _detach(at: str, value: Any) -> Detached | None:
+    """Return what `value` is beside its envelope; None if it fits into it."""
+    return Detached.of(at, value) if isinstance(value, bytes) or _is_long(value) else None
+
+
+def _is_long(value: Any) -> bool:
+    try:
+        return len(orjson.dumps(value)) > INLINE_MAX_BYTES - ENVELOPE_BYTES
+    except TypeError:
+        return False  # whoever writes it in canonical form says what is wrong with it
+
+
+def _described(ext: dict[str, JsonValue], detached: list[Detached]) -> dict[str, JsonValue]:
+    """Add to `ext` of a signed message what travels beside it."""
+    if not detached:
+        return ext
+    return {**ext, "attachments": [each.described(is_signed=True) for each in detached]}
+
+
+def _too_large(size: int) -> str:
+    return f"{size} bytes are attached; at most {ATTACHMENTS_MAX_BYTES} are kept: stream them in parts"
+
+
+def _jsonable(value: Any) -> JsonValue:
+    try:
+        jsonable: JsonValue = to_jsonable_python(value)
+    except (PydanticSerializationError, ValueError) as error:
+        raise CapabilityError(f"the progress has no JSON form: {error}") from error
+    return jsonable

@@ -1,26 +1,32 @@
-"""Capabilities: async methods that other agents may call, described by JSON Schemas from their hints."""
+"""Capabilities: async methods that other agents may call, described by JSON Schemas from their hints.
+
+One that is an async generator streams: what it yields are the parts of its result.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Coroutine, Sequence
+from base64 import urlsafe_b64encode
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar, get_type_hints, overload
+from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints, overload
 
 import orjson
 from pydantic import ConfigDict, JsonValue, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import CoreSchema, PydanticSerializationError, core_schema
 
+from aiconexus.protocol.attachments import Value
 from aiconexus.protocol.errors import CapabilityError, InvalidArgumentsError
 from aiconexus.protocol.limits import CAPABILITIES_MAX, CAPABILITIES_MAX_BYTES
 from aiconexus.protocol.models import Capability
 
 _MARK: Final = "__aiconexus_capability__"
 _DESCRIPTION_MAX: Final = 1_024  # characters; protocol.models.Capability refuses more
-_RESERVED: Final = frozenset({"timeout"})  # Peer.execute takes it as the deadline
+_RESERVED: Final = frozenset({"timeout", "on_progress", "on_receipt"})  # Peer.execute takes them itself
+_STREAMS: Final = (AsyncGenerator, AsyncIterator, AsyncIterable)
 
-Method = TypeVar("Method", bound=Callable[..., Coroutine[Any, Any, Any]])
+Method = TypeVar("Method", bound=Callable[..., Coroutine[Any, Any, Any] | AsyncIterator[Any]])
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,9 @@ def capability(
 ) -> Method | Callable[[Method], Method]:
     """Offer an async method of an Agent to other agents.
 
-    Its parameters and its result are checked against their type hints; unknown arguments are refused.
+    Its parameters and its result are checked against their type hints; unknown arguments are refused. An
+    async generator streams its result: each part is checked. Bytes travel as they are where they are a whole
+    argument, result or part; deeper inside they are base64 (RFC 4648 section 5), and may be so anywhere.
 
     Args:
         method: The method, where the decorator is used without parentheses.
@@ -73,8 +81,8 @@ def capability(
     mark = _Mark(name, description, tuple(tags), version, metadata or {})
 
     def decorate(method: Method) -> Method:
-        if not inspect.iscoroutinefunction(method):
-            raise TypeError(f"capability {_name(method)}: not an async method")
+        if not inspect.iscoroutinefunction(method) and not inspect.isasyncgenfunction(method):
+            raise TypeError(f"capability {_name(method)}: neither an async method nor an async generator")
         for parameter in list(inspect.signature(method).parameters.values())[1:]:
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
                 raise TypeError(
@@ -82,7 +90,7 @@ def capability(
                 )
             if parameter.name in _RESERVED:
                 raise TypeError(
-                    f"capability {_name(method)}: `{parameter.name}` is the deadline of Peer.execute; "
+                    f"capability {_name(method)}: Peer.execute takes `{parameter.name}` itself; "
                     "call the parameter otherwise"
                 )
         setattr(method, _MARK, mark)
@@ -96,15 +104,19 @@ class CapabilityMethod:
 
     Attributes:
         announced: What the gateway and other agents are told.
+        is_stream: Whether its result comes in parts.
     """
 
-    def __init__(self, method: Callable[..., Coroutine[Any, Any, Any]], mark: _Mark) -> None:
+    def __init__(self, method: Callable[..., Any], mark: _Mark) -> None:
+        self.is_stream: Final = inspect.isasyncgenfunction(method)
         try:
             # Called by an adapter, an async function gives a coroutine and none of its body has run:
             # a ValidationError is about the arguments, never from inside.
             function: Any = _function(method)
-            self._arguments: TypeAdapter[Any] = TypeAdapter(function, config=ConfigDict(strict=True))
-            self._result = _result_adapter(get_type_hints(method, include_extras=True).get("return", Any))
+            strict = ConfigDict(strict=True, val_json_bytes="base64")
+            self._arguments: TypeAdapter[Any] = TypeAdapter(function, config=strict)
+            hint = get_type_hints(method, include_extras=True).get("return", Any)
+            self._result = _result_adapter(_part_of(hint) if self.is_stream else hint)
             self.announced: Final = Capability(
                 name=mark.name or _name(method),
                 description=_describe(method) if mark.description is None else mark.description,
@@ -112,32 +124,35 @@ class CapabilityMethod:
                 version=mark.version,
                 input=self._arguments.json_schema(schema_generator=_Schema),
                 output=self._result.json_schema(mode="serialization", schema_generator=_Schema),
+                stream=self.is_stream,
                 metadata=mark.metadata,
             )
         except Exception as error:  # pydantic's many, NameError of a hint
             raise TypeError(f"capability {_name(method)}: no JSON Schema can be made: {error}") from error
 
-    def call(self, args: dict[str, JsonValue]) -> Coroutine[Any, Any, Any]:
-        """Return the coroutine of one execution; nothing of it has run yet.
+    def call(self, args: dict[str, Value]) -> Any:
+        """Return the coroutine, or the async generator, of one execution; nothing of it has run yet.
 
         Raises:
             InvalidArgumentsError: `args` does not fit the hints.
         """
         try:
             # JSON mode: a datetime comes as text, a tuple as an array; "1" is still not an int.
-            coroutine: Coroutine[Any, Any, Any] = self._arguments.validate_json(orjson.dumps(args))
+            return self._arguments.validate_json(orjson.dumps(args, default=_base64))
         except ValidationError as error:
             raise InvalidArgumentsError(_explain(error), self.announced.name) from None
-        return coroutine
 
-    def serialize(self, result: Any) -> JsonValue:
-        """Return the JSON of what the method returned.
+    def serialize(self, result: Any) -> Value:
+        """Return the JSON, or the bytes, of what the method returned or yielded.
 
         Raises:
             CapabilityError: That is not what its hint promises.
         """
         try:
-            value: JsonValue = self._result.dump_python(self._result.validate_python(result), mode="json")
+            checked = self._result.validate_python(result)
+            if isinstance(checked, bytes | bytearray | memoryview):
+                return bytes(checked)
+            value: JsonValue = self._result.dump_python(checked, mode="json")
         except ValidationError as error:
             text = f"the result is not what the capability promises: {_explain(error)}"
             raise CapabilityError(text, self.announced.name) from error
@@ -183,17 +198,28 @@ class _Schema(GenerateJsonSchema):
 def _result_adapter(hint: Any) -> TypeAdapter[Any]:
     try:
         # Otherwise NaN and infinity would travel as null where the hint says nothing.
-        return TypeAdapter(hint, config=ConfigDict(ser_json_inf_nan="constants"))
+        return TypeAdapter(hint, config=ConfigDict(ser_json_inf_nan="constants", ser_json_bytes="base64"))
     except PydanticUserError:  # a model has its own configuration
         return TypeAdapter(hint)
 
 
-def _function(method: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
+def _part_of(hint: Any) -> Any:
+    """Return what an async generator of this hint yields."""
+    return get_args(hint)[0] if get_origin(hint) in _STREAMS else Any
+
+
+def _base64(value: object) -> str:
+    if isinstance(value, bytes):
+        return urlsafe_b64encode(value).decode()
+    raise TypeError(f"{type(value).__name__} is not a JSON type")
+
+
+def _function(method: Callable[..., Any]) -> Callable[..., Any]:
     """Return a plain function of the same signature: pydantic asks a bound one for the repr of its agent,
     which a subclass may have defined over attributes that it has not set yet.
     """
 
-    def call(*args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
         return method(*args, **kwargs)
 
     call.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Text messages over one RTCDataChannel, with backpressure."""
+"""Messages over one RTCDataChannel, with backpressure."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Channel:
         self._early: list[str | bytes] = []
         self._handed_over = 0
         self._receiver: Callable[[str | bytes], None] = self._early.append
-        self._writable = asyncio.Event()
+        self._writable: Callable[[], None] = lambda: None
         self.closed: Final[asyncio.Future[None]] = asyncio.get_running_loop().create_future()
         channel.bufferedAmountLowThreshold = LOW_WATER_BYTES
         channel.on("message", self._message)
-        channel.on("bufferedamountlow", self._writable.set)
+        channel.on("bufferedamountlow", self._became_writable)
         channel.on("close", self._closed)
 
     def receive(self, receiver: Callable[[str | bytes], None]) -> None:
@@ -41,6 +41,10 @@ class Channel:
             receiver(data)
         self._early = []
 
+    def on_writable(self, callback: Callable[[], None]) -> None:
+        """Call `callback` whenever it is congested no longer (W3C: `bufferedamountlow`)."""
+        self._writable = callback
+
     @property
     def is_open(self) -> bool:
         """Whether messages can be sent."""
@@ -48,7 +52,7 @@ class Channel:
 
     @property
     def is_congested(self) -> bool:
-        """Whether more waits to be sent than should."""
+        """Whether more waits to be sent than should: whoever can wait, waits for `on_writable`."""
         return self.buffered > HIGH_WATER_BYTES
 
     @property
@@ -61,24 +65,17 @@ class Channel:
         """How many bytes have left since the beginning; it grows by whole messages."""
         return self._handed_over - self.buffered
 
-    async def send(self, text: str) -> None:
-        """Send one message; first wait until the earlier ones have left (W3C: `bufferedamountlow`).
+    def send(self, data: str | bytes) -> None:
+        """Send one message, text or binary, whatever waits before it.
 
         Raises:
             ConnectionError: The channel is closed.
             ValueError: The other end takes no message of this size.
         """
-        while self.is_open and self.is_congested:
-            self._writable.clear()
-            await self._writable.wait()
-        self.send_now(text)
-
-    def send_now(self, text: str) -> None:
-        """Send one message whatever waits before it; raises as `send` does."""
         if not self.is_open:
             raise ConnectionError("the DataChannel is closed")
         before = self.buffered
-        self._channel.send(text)
+        self._channel.send(data)
         self._handed_over += self.buffered - before
 
     def close(self) -> None:
@@ -88,7 +85,9 @@ class Channel:
     def _message(self, data: str | bytes) -> None:
         self._receiver(data)
 
+    def _became_writable(self) -> None:
+        self._writable()
+
     def _closed(self) -> None:
-        self._writable.set()
         if not self.closed.done():
             self.closed.set_result(None)

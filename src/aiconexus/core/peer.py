@@ -10,28 +10,31 @@ the other side is, too. Only then it is closed, unless this side has come to nee
 connection that nobody holds any more, as its last calls have ended since, is asked about in the same way when
 it falls silent.
 
-What a peer can cost. A request counts until its answer has left and what runs for it has ended; beyond a
-number of them, or while too many bytes wait for a peer that does not read, a further one is told busy at
-once. Short replies are never left out: a peer for which even these pile up is given up, as is one that takes
-nothing for a minute.
+What a peer can cost. So many of its calls run at a time; further ones are accepted and wait. A call counts
+until its answer has left and what runs for it has ended; beyond a number of them, or while too many bytes
+wait for a peer that does not read, a further one is told busy at once. Short replies are never left out: a
+peer for which even these pile up is given up, as is one that takes nothing for a minute.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing, suppress
 from enum import Enum
 from typing import Any, Final
 
-from pydantic import JsonValue, ValidationError
+from pydantic import ValidationError
 
-from aiconexus.client.deadline import within
 from aiconexus.client.socket import short_did
-from aiconexus.core.calls import (
+from aiconexus.core.answers import Answers
+from aiconexus.core.call import Call, time_left
+from aiconexus.core.calls import Calls
+from aiconexus.core.channel import Channel
+from aiconexus.core.events import (
     Answered,
-    Calls,
+    ArgumentsArrived,
     CancelArrived,
     DoneArrived,
     Event,
@@ -39,35 +42,46 @@ from aiconexus.core.calls import (
     Failed,
     IntentArrived,
     Left,
+    PartArrived,
+    ProgressArrived,
     Refused,
     Reply,
 )
-from aiconexus.core.channel import Channel
 from aiconexus.core.intents import Intent, Quote
 from aiconexus.core.keepalive import KeepAlive, Verdict
 from aiconexus.core.peer_connection import Path, PeerConnection
+from aiconexus.core.question import Question
+from aiconexus.protocol.attachments import Value, join_parts
 from aiconexus.protocol.errors import (
     CallCancelledError,
     CallError,
     CallTimeoutError,
     CapabilityError,
+    InvalidArgumentsError,
     MalformedMessageError,
     PeerError,
     PeerLostError,
 )
 from aiconexus.protocol.limits import (
+    ATTACHMENTS_MAX_BYTES,
     CALL_TIMEOUT_SECONDS,
     PEER_PING_INTERVAL_SECONDS,
     PEER_PONG_TIMEOUT_SECONDS,
     PEER_STALL_SECONDS,
+    STREAM_TIMEOUT_SECONDS,
 )
 from aiconexus.protocol.models import IntentPayload
+from aiconexus.protocol.receipts import Receipt
 from aiconexus.protocol.security import DIDKey
 
 GOODBYE_SECONDS: Final = 1.0  # for the other side to close its end too; a round trip is enough
 GRACE_SECONDS: Final = 1.0  # for what is cancelled to end by itself, before its caller has its answer
-EXECUTIONS_MAX: Final = 256  # for one peer; more would only share the same core
-UNSENT_MAX_BYTES: Final = 4_194_304  # for one peer: 16 of the largest messages; what runs may add its answers
+RUNNING_MAX: Final = 256  # calls of one peer at a time; more would only share the same core
+ACCEPTED_MAX: Final = 4_096  # calls of one peer that run or wait for that
+PARTS_MAX: Final = 65_536  # of a result that is collected for a caller who wants no stream
+UNSENT_MAX_BYTES: Final = 4_194_304  # of texts for one peer: 16 of the largest; what runs may add its answers
+
+_STREAMED: Final = object()  # the result of an execution whose parts have gone out
 
 _log: Final = logging.getLogger("aiconexus.core")
 
@@ -84,12 +98,18 @@ class _Execution:
     """A capability or `on_intent` that runs for the peer, until its answer has left and it has ended.
 
     Attributes:
+        args: The arguments, once they are all there.
         cancelled: Done when it was cancelled, with the `CallError.name` of the answer.
+        task: What runs.
     """
 
-    def __init__(self, work: Awaitable[Any]) -> None:
-        self.task = asyncio.ensure_future(work)
-        self.cancelled: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    task: asyncio.Future[Any]
+
+    def __init__(self, deadline: float) -> None:
+        loop = asyncio.get_running_loop()
+        self.deadline = deadline
+        self.args: asyncio.Future[dict[str, Value]] = loop.create_future()
+        self.cancelled: asyncio.Future[str] = loop.create_future()
 
     def end(self, reason: str) -> None:
         """Cancel it; the first reason counts."""
@@ -114,8 +134,9 @@ class Peer:
         channel: Channel,
         *,
         on_intent: Callable[[Intent], Awaitable[Quote]],
-        on_execute: Callable[[str, dict[str, JsonValue]], Awaitable[JsonValue]],
+        on_execute: Callable[[str, dict[str, Value]], Awaitable[Value] | AsyncGenerator[Value, None]],
         on_closed: Callable[[Peer, str], None],
+        answers: Answers | None = None,
     ) -> None:
         self.did: Final = did
         self.refused = 0
@@ -124,11 +145,13 @@ class Peer:
         self._on_intent = on_intent
         self._on_execute = on_execute
         self._on_closed = on_closed
-        self._calls = Calls(key, did, limit=connection.message_max_bytes)
-        self._waiting: dict[str, asyncio.Future[Any]] = {}
+        self._calls = Calls(key, did, limit=connection.message_max_bytes, answers=answers)
+        self._outbox = self._calls.outbox
+        self._questions: dict[str, Question] = {}
         self._executions: dict[str, _Execution] = {}
+        self._room = asyncio.Semaphore(RUNNING_MAX)
         self._serving: set[asyncio.Task[None]] = set()
-        self._unsent = 0  # characters of answers that wait until they may be sent
+        self._is_pumping = False
         self._pinging: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
         self._state = PeerState.OPEN
@@ -142,6 +165,8 @@ class Peer:
         self._timer = self._loop.call_at(self._keepalive.due, self._check)
         self._end: asyncio.Task[None] | None = None
         channel.closed.add_done_callback(lambda _: self._lost(self._reason))
+        channel.on_writable(self._pump)
+        self._outbox.ready = self._pump
         channel.receive(self._receive)
 
     # --- what it is -----------------------------------------------------------------------------
@@ -170,7 +195,7 @@ class Peer:
         task: str | None = None,
         params: dict[str, Any] | None = None,
         context: Any = None,
-        timeout: float = CALL_TIMEOUT_SECONDS,
+        timeout: float | None = None,
     ) -> Quote:
         """Say what is wanted and return what the other agent says to it.
 
@@ -179,7 +204,7 @@ class Peer:
             task: Or by name.
             params: What belongs to the task, as JSON.
             context: Anything that helps, as JSON.
-            timeout: Seconds.
+            timeout: Seconds; 60 if None. In a capability, never more than its own caller has left.
 
         Raises:
             CallTimeoutError: No answer in time; the other agent is told how much there is.
@@ -194,19 +219,33 @@ class Peer:
             payload = IntentPayload(**{name: value for name, value in fields.items() if value is not None})
         except ValidationError as error:
             raise MalformedMessageError(f"the intent has no JSON form: {error}") from None
-        quote = await self._ask(lambda: self._calls.ask(payload, timeout), timeout)
+        seconds = time_left(timeout, CALL_TIMEOUT_SECONDS)
+        quote = await self._ask(Question(), lambda: self._calls.ask(payload, seconds), seconds)
         assert isinstance(quote, Quote)
         return quote
 
-    async def execute(self, capability: str, /, *, timeout: float = CALL_TIMEOUT_SECONDS, **args: Any) -> Any:
-        """Execute a capability of the other agent and return its result as JSON.
+    async def execute(
+        self,
+        capability: str,
+        /,
+        *,
+        timeout: float | None = None,
+        on_progress: Callable[[Any], None] | None = None,
+        on_receipt: Callable[[Receipt], None] | None = None,
+        **args: Any,
+    ) -> Any:
+        """Execute a capability of the other agent and return its result: JSON, or bytes.
 
-        Cancelling this task, and the timeout, cancel the execution there too.
+        Cancelling this task, and the timeout, cancel the execution there too. The parts of one that streams
+        are collected: in a list, or joined if they are bytes.
 
         Args:
             capability: Its name.
-            timeout: Seconds; the other agent is told.
-            args: What it takes, by name: anything pydantic can write as JSON.
+            timeout: Seconds; 60 if None. In a capability, never more than its own caller has left. The other
+                agent is told.
+            on_progress: Called with what the capability tells meanwhile (`Call.progress`).
+            on_receipt: Called with the signed request and the signed response, whatever that says.
+            args: What it takes, by name: bytes, or anything pydantic can write as JSON.
 
         Raises:
             UnknownCapabilityError: The other agent has none of this name.
@@ -214,11 +253,63 @@ class Peer:
             CapabilityError: It raised; the text tells what.
             CallTimeoutError: No result in time.
             CallCancelledError: The other agent cancelled it.
-            CallError: Another failure there: it is busy.
+            CallBusyError: The other agent takes no more at present.
             PeerIdentityError: The answer was not signed by the other agent.
             PeerLostError: The connection went away; whether it was executed is not known.
         """
-        return await self._ask(lambda: self._calls.execute(capability, args, timeout), timeout, capability)
+        seconds = time_left(timeout, CALL_TIMEOUT_SECONDS)
+        wants_progress = on_progress is not None
+        return await self._ask(
+            Question(on_progress, on_receipt),
+            lambda: self._calls.execute(capability, args, seconds, is_stream=wants_progress),
+            seconds,
+            capability,
+        )
+
+    async def stream(
+        self,
+        capability: str,
+        /,
+        *,
+        timeout: float | None = None,
+        on_progress: Callable[[Any], None] | None = None,
+        on_receipt: Callable[[Receipt], None] | None = None,
+        **args: Any,
+    ) -> AsyncGenerator[Any, None]:
+        """Execute a capability of the other agent and yield its result in parts as they come: JSON or bytes.
+
+        Whoever reads slowly slows the other agent down. Leaving the loop cancels the execution there; with
+        `contextlib.aclosing` at once, else when the generator is collected. One that does not stream yields
+        its result as a single part.
+
+        Args:
+            capability: Its name.
+            timeout: Seconds until the last part must be there; an hour if None. In a capability, never more
+                than its own caller has left.
+            on_progress: As for `execute`.
+            on_receipt: As for `execute`; the response has the digest of all parts.
+            args: As for `execute`.
+
+        Raises:
+            As `execute`, also after some parts: then the result is not complete.
+        """
+        seconds = time_left(timeout, STREAM_TIMEOUT_SECONDS)
+        deadline = self._loop.time() + seconds
+        question = Question(on_progress, on_receipt)
+        id_ = self._begin(question, lambda: self._calls.execute(capability, args, seconds, is_stream=True))
+        count = 0
+        try:
+            while (part := await question.next_part(deadline - self._loop.time())) is not None:
+                self._took(id_)
+                count += 1
+                yield part[0]
+            answered: Answered = question.answer.result()
+            if not answered.is_streamed and not count:
+                yield answered.value
+        except asyncio.TimeoutError:
+            raise self._late(seconds, capability) from None
+        finally:
+            self._end_question(id_)
 
     async def ping(self, *, timeout: float = PEER_PONG_TIMEOUT_SECONDS) -> float:
         """Return the round trip time of a PING and its PONG in seconds.
@@ -228,7 +319,7 @@ class Peer:
             PeerLostError: The connection went away.
         """
         begin = self._loop.time()
-        await self._ask(self._calls.ping, timeout)
+        await self._ask(Question(), self._ping_now, timeout)
         return self._loop.time() - begin
 
     async def close(self, reason: str = "it is done") -> None:
@@ -237,29 +328,62 @@ class Peer:
             self._end = asyncio.ensure_future(self._close(reason))
         await asyncio.shield(self._end)
 
-    async def _ask(self, begin: Callable[[], tuple[str, str]], timeout: float, capability: str = "") -> Any:
+    async def _ask(
+        self, question: Question, begin: Callable[[], str], timeout: float, capability: str = ""
+    ) -> Any:
+        deadline = self._loop.time() + timeout
+        id_ = self._begin(question, begin)
+        parts: list[Value] = []
+        try:
+            while (part := await question.next_part(deadline - self._loop.time())) is not None:
+                self._took(id_)
+                parts.append(part[0])
+            answered: Answered = question.answer.result()
+            return join_parts(parts) if answered.is_streamed else answered.value
+        except asyncio.TimeoutError:
+            raise self._late(timeout, capability) from None
+        finally:
+            self._end_question(id_)
+
+    def _begin(self, question: Question, begin: Callable[[], str]) -> str:
         if not self._channel.is_open:
             raise PeerLostError(f"{short_did(self.did)} is not connected: {self._reason}", self.did)
-        deadline = self._loop.time() + timeout
-        id_, text = begin()
-        answer = self._waiting[id_] = self._loop.create_future()
+        id_ = begin()
+        self._questions[id_] = question
+        return id_
+
+    def _late(self, timeout: float, capability: str) -> CallTimeoutError:
+        return CallTimeoutError(f"no answer from {short_did(self.did)} in {timeout:g} s", capability)
+
+    def _took(self, id_: str) -> None:
+        credit = self._calls.took(id_)
+        if credit is not None and self._channel.is_open:
+            self._channel.send(credit)
+
+    def _end_question(self, id_: str) -> None:
+        self._questions.pop(id_).close()
+        cancel = self._calls.abandon(id_)
+        if cancel is not None and self._channel.is_open:
+            self._channel.send(cancel)
+
+    def _ping_now(self, *, is_done: bool = False) -> str:
+        id_, text = self._calls.ping(is_done=is_done)
+        self._channel.send(text)
+        return id_
+
+    def _pump(self) -> None:
+        """Give the channel what it has room for."""
+        if self._is_pumping:  # what is sent may bring more
+            return
+        self._is_pumping = True
         try:
-            with suppress(asyncio.TimeoutError):
-                await within(self._channel.send(text), timeout)
-                await asyncio.wait({answer}, timeout=deadline - self._loop.time())
-            if not answer.done():
-                text = f"no answer from {short_did(self.did)} in {timeout:g} s"
-                raise CallTimeoutError(text, capability)
-            return answer.result()
-        except ConnectionError:
-            raise PeerLostError(f"{short_did(self.did)} went away: {self._reason}", self.did) from None
+            while self._channel.is_open and not self._channel.is_congested:
+                message = self._outbox.take()
+                if message is None:
+                    return
+                self._channel.send(message)
         finally:
-            del self._waiting[id_]
-            if not answer.cancel():
-                answer.exception()  # taken note of, also where sending failed first
-            cancel = self._calls.abandon(id_)
-            if cancel is not None and self._channel.is_open:
-                self._channel.send_now(cancel)
+            self._is_pumping = False
 
     # --- who needs it ---------------------------------------------------------------------------
 
@@ -284,7 +408,9 @@ class Peer:
         self._set_state(PeerState.CLOSING)
         is_done = False
         with suppress(CallError, PeerError):  # `_check` sees to a peer that does not answer
-            is_done = await self._ask(lambda: self._calls.ping(is_done=True), PEER_PONG_TIMEOUT_SECONDS)
+            is_done = await self._ask(
+                Question(), lambda: self._ping_now(is_done=True), PEER_PONG_TIMEOUT_SECONDS
+            )
         # Asked for anew while the PONG was on its way, the connection stays: the request has told the other.
         if is_done and self._is_done:
             await self.close()
@@ -299,7 +425,11 @@ class Peer:
 
     async def quiet(self) -> None:
         """Wait until nothing runs and nothing is asked, on either side."""
-        while running := [each for each in (*self._serving, *self._waiting.values()) if not each.done()]:
+        while running := [
+            each
+            for each in (*self._serving, *(question.answer for question in self._questions.values()))
+            if not each.done()
+        ]:
             await asyncio.wait(running)
 
     @property
@@ -318,28 +448,34 @@ class Peer:
 
     @property
     def _busy(self) -> str:
-        if len(self._executions) >= EXECUTIONS_MAX:
-            return f"{EXECUTIONS_MAX} calls of yours run, or their answers wait to be read"
-        if self._unsent > UNSENT_MAX_BYTES:
-            return f"{self._unsent} bytes of answers wait for you to read them"
+        if len(self._executions) >= ACCEPTED_MAX:
+            return f"{ACCEPTED_MAX} calls of yours run or wait, or their answers wait to be read"
+        if self._outbox.texts > UNSENT_MAX_BYTES or self._outbox.attached > ATTACHMENTS_MAX_BYTES:
+            return f"{self._outbox.texts + self._outbox.attached} bytes of answers wait for you to read them"
         return ""
 
-    def _handle(self, event: Event) -> None:
+    def _handle(self, event: Event) -> None:  # noqa: PLR0912  # one for each event
         match event:
-            case Answered(id_, value) if id_ in self._waiting:
-                self._waiting[id_].set_result(value)
-            case Failed(id_, error) if id_ in self._waiting:
-                self._waiting[id_].set_exception(error)
-            case IntentArrived(intent, seconds):
+            case Answered(id_, _, _, receipt) if id_ in self._questions:
+                self._questions[id_].succeed(event, receipt)
+            case Failed(id_, error, receipt) if id_ in self._questions:
+                self._questions[id_].fail(error, receipt)
+            case PartArrived(id_, value) if id_ in self._questions:
+                self._questions[id_].add(value)
+            case ProgressArrived(id_, value) if id_ in self._questions:
+                self._questions[id_].progress(value)
+            case IntentArrived():
                 self._keep_open()
-                self._serve(intent.id, self._on_intent(intent), seconds, self._quote)
-            case ExecutionArrived(id_, capability, args, timeout):
+                self._serve_intent(event)
+            case ExecutionArrived():
                 self._keep_open()
-                self._serve(id_, self._on_execute(capability, args), timeout, self._calls.succeed)
+                self._serve_execution(event)
+            case ArgumentsArrived(id_, args, fault) if id_ in self._executions:
+                self._take_args(self._executions[id_], args, fault)
             case CancelArrived(id_) if id_ in self._executions:
                 self._executions[id_].end(CallCancelledError.name)
-            case Reply(text):
-                self._reply(text)
+            case Reply(message):
+                self._reply(message)
             case Refused():
                 self._refuse(event)
             case DoneArrived(reply, is_done):
@@ -371,38 +507,100 @@ class Peer:
             self._reply(refused.reply)
         if refused.failed is not None:
             self._handle(refused.failed)
+        if refused.cancelled in self._executions:
+            self._executions[refused.cancelled].end(CallCancelledError.name)
 
-    def _reply(self, text: str) -> None:
+    def _reply(self, message: str | bytes) -> None:
         if not self._channel.is_open:
             return
-        self._channel.send_now(text)
+        self._channel.send(message)
         # What waits its turn does not count here: so much can only be replies.
         if self._channel.buffered > UNSENT_MAX_BYTES:
             self._lost("it sends without reading the replies")
 
     # --- what runs for the other side -----------------------------------------------------------
 
+    def _serve_intent(self, asked: IntentArrived) -> None:
+        execution = _Execution(self._loop.time() + asked.timeout)
+
+        async def run() -> Quote:
+            async with self._room:
+                self._enter(asked.id, execution)
+                return await self._on_intent(asked.intent)
+
+        def answer(quote: Quote, _: float) -> None:
+            self._calls.quote(asked.id, quote)
+
+        self._serve(asked.id, execution, run(), asked.timeout, answer)
+
+    def _serve_execution(self, asked: ExecutionArrived) -> None:
+        execution = _Execution(self._loop.time() + asked.timeout)
+        if asked.args is not None:
+            execution.args.set_result(asked.args)
+
+        async def run() -> Any:
+            args = await execution.args
+            async with self._room:
+                self._enter(asked.id, execution)
+                work = self._on_execute(asked.capability, args)
+                if not isinstance(work, AsyncGenerator):
+                    return await work
+                async with aclosing(work):
+                    return await (self._stream(asked.id, work) if asked.is_stream else _collect(work))
+
+        def answer(result: Any, seconds: float) -> None:
+            if result is _STREAMED:
+                self._calls.finish(asked.id, seconds)
+            else:
+                self._calls.succeed(asked.id, result, seconds)
+
+        self._serve(asked.id, execution, run(), asked.timeout, answer)
+
+    def _take_args(self, execution: _Execution, args: dict[str, Value], fault: str) -> None:
+        if execution.args.done():
+            return
+        if fault:
+            execution.args.set_exception(InvalidArgumentsError(fault))
+        else:
+            execution.args.set_result(args)
+
+    def _enter(self, id_: str, execution: _Execution) -> None:
+        self._calls.start(id_)
+
+        def progress(value: Any) -> None:
+            self._calls.progress(id_, value)
+
+        Call(id_, self.did, execution.deadline, progress).enter()
+
+    async def _stream(self, id_: str, parts: AsyncGenerator[Value, None]) -> object:
+        """Send one part after the other; the next is made when the last has gone to the channel."""
+        async for part in parts:
+            if self._calls.part(id_, part):
+                await self._sent(id_)
+        return _STREAMED
+
+    async def _sent(self, id_: str) -> None:
+        """Wait until all that waits of a call was handed to the channel, or is dropped."""
+        sent = asyncio.Event()
+        self._outbox.when_sent(id_, sent.set)
+        await sent.wait()
+
     def _serve(
         self,
         id_: str,
-        work: Awaitable[Any],
+        execution: _Execution,
+        run: Coroutine[Any, Any, Any],
         timeout: float,
-        answer: Callable[[str, Any, float], str | None],
+        answer: Callable[[Any, float], None],
     ) -> None:
-        execution = self._executions[id_] = _Execution(work)
+        self._executions[id_] = execution
+        execution.task = asyncio.ensure_future(run)
         task = asyncio.ensure_future(self._finish(id_, execution, timeout, answer))
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
 
-    def _quote(self, id_: str, quote: Quote, seconds: float) -> str | None:
-        return self._calls.quote(id_, quote)
-
     async def _finish(
-        self,
-        id_: str,
-        execution: _Execution,
-        timeout: float,
-        answer: Callable[[str, Any, float], str | None],
+        self, id_: str, execution: _Execution, timeout: float, answer: Callable[[Any, float], None]
     ) -> None:
         """See an execution to its end, whatever that is, and send its one answer."""
         begin = self._loop.time()
@@ -413,29 +611,20 @@ class Peer:
             await asyncio.wait({task}, timeout=GRACE_SECONDS)
         seconds = self._loop.time() - begin
         if cancelled.done() and cancelled.result() == CallTimeoutError.name:
-            text = self._calls.fail(id_, CallTimeoutError.name, f"no result in {timeout:g} s", seconds)
+            self._calls.fail(id_, CallTimeoutError.name, f"no result in {timeout:g} s", seconds)
         elif cancelled.done() or task.cancelled():
-            text = self._calls.fail(id_, CallCancelledError.name, "the execution was cancelled", seconds)
+            self._calls.fail(id_, CallCancelledError.name, "the execution was cancelled", seconds)
         elif (error := task.exception()) is None:
-            text = answer(id_, task.result(), seconds)
+            answer(task.result(), seconds)
         else:
             name = error.name if isinstance(error, CallError) else CapabilityError.name
-            text = self._calls.fail(id_, name, str(error), seconds)
-        if text is not None:
-            await self._send_answer(id_, text)
+            self._calls.fail(id_, name, str(error), seconds)
+        await self._sent(id_)
         await asyncio.wait({task})
         if not task.cancelled():
             task.exception()  # taken note of, also where the answer did not wait for it
+        execution.args.cancel()
         del self._executions[id_]
-
-    async def _send_answer(self, id_: str, text: str) -> None:
-        self._unsent += len(text)
-        try:
-            await self._channel.send(text)
-        except ConnectionError as error:
-            _log.debug("the answer to %s of %s cannot be sent: %s", id_, self.did, error)
-        finally:
-            self._unsent -= len(text)
 
     # --- its state and its end ------------------------------------------------------------------
 
@@ -475,11 +664,12 @@ class Peer:
         self._reason = reason
         self._path = self.path
         self._timer.cancel()
-        for answer in self._waiting.values():
-            if not answer.done():
-                answer.set_exception(PeerLostError(f"{short_did(self.did)} went away: {reason}", self.did))
+        for question in self._questions.values():
+            question.fail(PeerLostError(f"{short_did(self.did)} went away: {reason}", self.did))
         for execution in self._executions.values():
             execution.end(CallCancelledError.name)
+        self._outbox.ready = self._outbox.clear
+        self._outbox.clear()
         if self._end is None:
             self._end = asyncio.ensure_future(self._close(reason))
         self._on_closed(self, reason)
@@ -491,7 +681,7 @@ class Peer:
                 self._reason = f"this side closed the connection: {reason}"
                 self._is_expiring = False
                 try:
-                    self._channel.send_now(self._calls.leave(reason))
+                    self._channel.send(self._calls.leave(reason))
                 except (ConnectionError, ValueError) as error:
                     _log.debug("%s hears no goodbye: %s", self.did, error)
                 self._channel.close()
@@ -501,3 +691,13 @@ class Peer:
             if self._serving:
                 await asyncio.wait(self._serving, timeout=GOODBYE_SECONDS)
             await self._connection.close()
+
+
+async def _collect(parts: AsyncGenerator[Value, None]) -> Value:
+    """Return all parts as one value."""
+    collected = []
+    async for part in parts:
+        collected.append(part)
+        if len(collected) > PARTS_MAX:
+            raise CapabilityError(f"more than {PARTS_MAX} parts: ask for them with `stream`")
+    return join_parts(collected)

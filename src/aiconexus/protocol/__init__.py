@@ -35,6 +35,7 @@ from aiconexus.protocol.models import (
     RegisterPayload,
     UnregisterPayload,
 )
+from aiconexus.protocol.receipts import Receipt, Verified
 from aiconexus.protocol.security import (
     DIDKey,
     ReplayGuard,
@@ -76,11 +77,13 @@ __all__ = [
     "PingPayload",
     "PongPayload",
     "PresencePayload",
+    "Receipt",
     "RegisterPayload",
     "RemoteError",
     "ReplayGuard",
     "UnregisterPayload",
     "UnsupportedVersionError",
+    "Verified",
     "canonicalize",
     "decode",
     "decode_did",

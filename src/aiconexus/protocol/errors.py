@@ -42,6 +42,7 @@
         ├── UnknownCapabilityError
         ├── InvalidArgumentsError
         ├── CapabilityError            the capability raised
+        ├── CallBusyError              the other agent takes no more at present: try again
         ├── CallTimeoutError           (is a TimeoutError)
         └── CallCancelledError
 """
@@ -454,6 +455,12 @@ class CapabilityError(CallError):
     """The capability raised an exception."""
 
     name = "capability_error"
+
+
+class CallBusyError(CallError):
+    """The other agent takes no more calls at present; nothing was executed. Try again later."""
+
+    name = "busy"
 
 
 class CallTimeoutError(CallError, TimeoutError):

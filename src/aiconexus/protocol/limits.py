@@ -47,6 +47,7 @@ RECONNECT_BASE_SECONDS: Final = 0.5
 RECONNECT_MAX_SECONDS: Final = 30.0  # an outage that lasted is over for all within this time
 CONNECT_TIMEOUT_SECONDS: Final = 20.0  # ICE and DTLS over a relay; aiortc itself never gives up
 CALL_TIMEOUT_SECONDS: Final = 60.0
+STREAM_TIMEOUT_SECONDS: Final = 3_600.0  # until its last part: 1 GB at 2.4 Mbit/s
 REQUEST_TIMEOUT_SECONDS: Final = 10.0  # an answer from the gateway
 PEER_PING_INTERVAL_SECONDS: Final = 5.0  # aiortc notices a dead peer only after 63
 PEER_PONG_TIMEOUT_SECONDS: Final = 10.0

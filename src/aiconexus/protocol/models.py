@@ -310,7 +310,8 @@ PAYLOADS: dict[MessageType, type[Payload]] = {
 class Capability(BaseModel):
     """One thing an agent can do, as it stands on its card (`aiconexus.protocol.cards`).
 
-    `input` and `output` are JSON Schemas (2020-12) of the arguments object and of the result.
+    `input` and `output` are JSON Schemas (2020-12) of the arguments object and of the result; with `stream`,
+    `output` is that of each part.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
@@ -322,6 +323,7 @@ class Capability(BaseModel):
     version: str = Field(default="1.0", max_length=32)
     input: dict[str, JsonValue] | None = None
     output: dict[str, JsonValue] | None = None
+    stream: bool = False
     metadata: dict[str, JsonValue] = Field(default_factory=dict)
 
 

@@ -1,0 +1,157 @@
+"""What arrives of calls in pieces: their attachments, and the credit for what was taken of them.
+
+No I/O. Whoever reads the parts of a stream slowly grants no credit for those that wait, so the sender stops;
+an attachment that is being collected and waits for nobody is granted as it comes, or one that is larger than
+the window would never be complete.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from aiconexus.protocol.attachments import Assembly
+from aiconexus.protocol.errors import MalformedMessageError
+from aiconexus.protocol.frames import credit_frame
+from aiconexus.protocol.limits import ATTACHMENTS_MAX_BYTES, CALL_CREDIT_BYTES, CALL_WINDOW_BYTES
+
+
+class _Arrival:
+    """What has come of one call.
+
+    Attributes:
+        assembly: The attachments that are being collected.
+        arrived: How many bytes have come that need credit.
+        granted: For how many of them the sender was given credit.
+        collected: How many of them belong to the assembly.
+        parts: Bytes of each part that its reader has not taken.
+        held: All of these together.
+        kept: How many bytes of attachments are in memory, or announced.
+    """
+
+    def __init__(self) -> None:
+        self.assembly: Assembly | None = None
+        self.arrived = 0
+        self.granted = 0
+        self.collected = 0
+        self.parts: deque[tuple[int, int]] = deque()
+        self.held = 0
+        self.kept = 0
+
+    @property
+    def grantable(self) -> int:
+        waits_behind = self.collected if self.held else 0
+        return self.arrived - self.held - waits_behind
+
+
+class Inbox:
+    """The incoming side of all calls of one connection.
+
+    Attributes:
+        kept: How many bytes of attachments are in memory, or announced.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[str, _Arrival] = {}
+        self.kept = 0
+
+    def open(self, call: str) -> None:
+        """Expect something of a call."""
+        self._calls[call] = _Arrival()
+
+    def close(self, call: str) -> None:
+        """Expect nothing more of a call; what comes nevertheless has crossed its end."""
+        arrival = self._calls.pop(call, None)
+        if arrival is not None:
+            self.kept -= arrival.kept
+
+    def has_room(self, size: int) -> bool:
+        """Tell whether attachments of this many bytes may come now."""
+        return self.kept + size <= ATTACHMENTS_MAX_BYTES
+
+    def collect(self, call: str, assembly: Assembly) -> None:
+        """Collect the attachments of a call's last envelope; those of an earlier one are given up."""
+        arrival = self._calls[call]
+        self.give_up(call)
+        arrival.assembly = assembly
+        arrival.kept += assembly.size
+        self.kept += assembly.size
+
+    def give_up(self, call: str) -> None:
+        """Forget attachments that are not complete: another envelope has come, or this one is refused."""
+        arrival = self._calls[call]
+        if arrival.assembly is not None:
+            self._release(arrival, arrival.assembly.size)
+            arrival.assembly, arrival.collected = None, 0
+
+    def add(self, call: str, chunk: bytes) -> Assembly | None:
+        """Take the bytes of a DATA frame; return the attachments if they are complete now.
+
+        Raises:
+            MalformedMessageError: Nothing of this size was announced, or there is no credit for it.
+        """
+        arrival = self._calls.get(call)
+        if arrival is None:
+            return None
+        assembly = arrival.assembly
+        if assembly is None or assembly.missing < len(chunk):
+            text = f"{len(chunk)} bytes of data that no attachment has announced"
+            raise MalformedMessageError(text, name="bad_frame", message_id=call)
+        self._arrived(call, arrival, len(chunk))
+        arrival.collected += len(chunk)
+        assembly.add(chunk)
+        return self._completed(arrival)
+
+    def completed(self, call: str) -> Assembly | None:
+        """Return the attachments if they are complete without a single byte."""
+        return self._completed(self._calls[call])
+
+    def _completed(self, arrival: _Arrival) -> Assembly | None:
+        assembly = arrival.assembly
+        if assembly is None or assembly.missing:
+            return None
+        arrival.assembly, arrival.collected = None, 0
+        return assembly
+
+    def count(self, call: str, size: int) -> None:
+        """Take note of a text that needs credit.
+
+        Raises:
+            MalformedMessageError: There was none for it.
+        """
+        arrival = self._calls.get(call)
+        if arrival is not None:
+            self._arrived(call, arrival, size)
+
+    def hold(self, call: str, text: int, attached: int) -> None:
+        """Take note of a part that is complete and waits for its reader."""
+        arrival = self._calls[call]
+        arrival.parts.append((text + attached, attached))
+        arrival.held += text + attached
+
+    def took(self, call: str) -> None:
+        """Take note that the reader has taken the first part that waited."""
+        arrival = self._calls.get(call)
+        if arrival is not None and arrival.parts:
+            size, attached = arrival.parts.popleft()
+            arrival.held -= size
+            self._release(arrival, attached)
+
+    def credit(self, call: str) -> bytes | None:
+        """Return the CREDIT frame that is due, if one is."""
+        arrival = self._calls.get(call)
+        if arrival is None or arrival.grantable - arrival.granted < CALL_CREDIT_BYTES:
+            return None
+        arrival.granted = arrival.grantable
+        return credit_frame(call, arrival.granted)
+
+    def _arrived(self, call: str, arrival: _Arrival, size: int) -> None:
+        arrival.arrived += size
+        # Twice the window, for the sender may not have counted as exactly.
+        if arrival.arrived - arrival.granted > 2 * CALL_WINDOW_BYTES:
+            raise MalformedMessageError(
+                "more came than there was credit for", name="bad_frame", message_id=call
+            )
+
+    def _release(self, arrival: _Arrival, size: int) -> None:
+        arrival.kept -= size
+        self.kept -= size

@@ -1,0 +1,86 @@
+"""What this side asked another agent, until its answer was taken."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+from aiconexus.client.deadline import within
+from aiconexus.protocol.attachments import Value
+from aiconexus.protocol.receipts import Receipt
+
+_log: Final = logging.getLogger("aiconexus.core")
+
+
+class Question:
+    """A PING, an INTENT or an execution that waits for its answer, and for the parts before it.
+
+    Attributes:
+        answer: The answer, or why there is none.
+    """
+
+    def __init__(
+        self,
+        on_progress: Callable[[Any], None] | None = None,
+        on_receipt: Callable[[Receipt], None] | None = None,
+    ) -> None:
+        self.answer: Final[asyncio.Future[Any]] = asyncio.get_running_loop().create_future()
+        self._on_progress = on_progress
+        self._on_receipt = on_receipt
+        self._parts: deque[Value] = deque()
+        self._arrived = asyncio.Event()
+
+    def progress(self, value: Any) -> None:
+        """Tell whoever asked how far it is."""
+        if self._on_progress is not None:
+            self._call(self._on_progress, value)
+
+    def add(self, part: Value) -> None:
+        """Take the next part."""
+        self._parts.append(part)
+        self._arrived.set()
+
+    def succeed(self, value: Any, receipt: Receipt | None = None) -> None:
+        """Take the answer; the first one counts."""
+        if not self.answer.done():
+            self._hand_over(receipt)
+            self.answer.set_result(value)
+            self._arrived.set()
+
+    def fail(self, error: Exception, receipt: Receipt | None = None) -> None:
+        """Take note that there is no answer."""
+        if not self.answer.done():
+            self._hand_over(receipt)
+            self.answer.set_exception(error)
+            self._arrived.set()
+
+    async def next_part(self, seconds: float) -> tuple[Value] | None:
+        """Return the next part, alone in a tuple; None if only the answer is left.
+
+        Raises:
+            asyncio.TimeoutError: There was neither in that time.
+        """
+        while not self._parts:
+            if self.answer.done():
+                return None
+            self._arrived.clear()
+            await within(self._arrived.wait(), seconds)
+        return (self._parts.popleft(),)
+
+    def close(self) -> None:
+        """Want no answer any more."""
+        if not self.answer.cancel() and not self.answer.cancelled():
+            self.answer.exception()  # taken note of, also where nobody has waited for it
+
+    def _hand_over(self, receipt: Receipt | None) -> None:
+        if receipt is not None and self._on_receipt is not None:
+            self._call(self._on_receipt, receipt)
+
+    def _call(self, callback: Callable[[Any], None], value: Any) -> None:
+        try:
+            callback(value)
+        except Exception:
+            _log.exception("%r failed", callback)

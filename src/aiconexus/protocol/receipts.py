@@ -1,0 +1,173 @@
+"""Receipts: what was asked and what was answered, signed by both, for anyone to verify later and offline.
+
+Only the bytes as they came verify; a receipt keeps exactly these. What travelled beside an envelope, because
+it was large, or came in parts, is not in the receipt, but its digest is: `Verified.covers` tells whether a
+value is the one that was signed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import sha256
+from typing import Any
+
+import orjson
+from pydantic import JsonValue
+
+from aiconexus.protocol.attachments import (
+    ARGS,
+    RESULT,
+    Detached,
+    StreamDigest,
+    StreamSummary,
+    Value,
+    argument_pointer,
+    attachments_of,
+    stream_summary_of,
+)
+from aiconexus.protocol.errors import InvalidSignatureError, MalformedMessageError
+from aiconexus.protocol.limits import DATA_MESSAGE_MAX_BYTES
+from aiconexus.protocol.models import ExecRequestPayload, ExecResponsePayload, ExecStatus, Message
+from aiconexus.protocol.security import verify_envelope
+from aiconexus.protocol.serialization import canonicalize, loads, parse
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A signed EXEC_REQUEST and the signed EXEC_RESPONSE that ended it, as JSON texts."""
+
+    request: str
+    response: str
+
+    def to_json(self) -> bytes:
+        """Return one JSON object with both texts, to be stored."""
+        return orjson.dumps({"request": self.request, "response": self.response})
+
+    @classmethod
+    def from_json(cls, data: bytes | str) -> Receipt:
+        """Read what `to_json` has written; nothing is verified yet.
+
+        Raises:
+            MalformedMessageError: It is something else.
+        """
+        try:
+            value = orjson.loads(data)
+            request, response = value["request"], value["response"]
+        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+            raise MalformedMessageError(f"not a receipt: {error}", name="not_json") from None
+        if not isinstance(request, str) or not isinstance(response, str):
+            raise MalformedMessageError("not a receipt: it holds no two texts", name="wrong_type")
+        return cls(request, response)
+
+    def verify(self) -> Verified:
+        """Check both signatures, and that the one message answers the other.
+
+        Raises:
+            MalformedMessageError: They are no request and its final response.
+            InvalidSignatureError: One was not signed by whom it names.
+        """
+        request, response = _read(self.request), _read(self.response)
+        asked, answered = request.payload, response.payload
+        if not isinstance(asked, ExecRequestPayload) or not isinstance(answered, ExecResponsePayload):
+            raise MalformedMessageError("a receipt is an EXEC_REQUEST and an EXEC_RESPONSE")
+        if not answered.status.is_final:
+            raise MalformedMessageError(f"the response {answered.status.value!r} does not end a call")
+        if (response.correlation_id or "").lower() != request.id.lower():
+            raise MalformedMessageError("the response answers another request", field="correlation_id")
+        if (response.from_, response.to) != (request.to, request.from_):
+            raise InvalidSignatureError(
+                "the response is not from the agent that was asked to the one that asked", name="wrong_sender"
+            )
+        capability = request.ext.get("capability")
+        if not isinstance(capability, str):
+            raise MalformedMessageError("the request names no capability", name="invalid_ext")
+        return Verified(
+            caller=request.from_,
+            callee=request.to,
+            capability=capability,
+            args=asked.args,
+            asked_at=request.timestamp,
+            status=answered.status,
+            result=answered.result,
+            error=answered.error,
+            answered_at=response.timestamp,
+            stream=stream_summary_of(response),
+            digests={
+                attachment.at: attachment.sha256 or ""
+                for message in (request, response)
+                for attachment in attachments_of(message)
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a receipt proves.
+
+    Attributes:
+        caller: DID of the agent that asked.
+        callee: DID of the agent that answered.
+        capability: What was executed.
+        args: Its arguments, without those that were attached.
+        asked_at: By the caller's clock, UTC.
+        status: How it ended.
+        result: Its result, if it was not attached.
+        error: What went wrong, in the callee's words.
+        answered_at: By the callee's clock, UTC.
+        stream: How many parts the result had, and their digest, if it came in parts.
+        digests: SHA-256 of what was attached, by JSON Pointer: `/result`, `/args`, `/args/` and a name.
+    """
+
+    caller: str
+    callee: str
+    capability: str
+    args: dict[str, JsonValue]
+    asked_at: datetime
+    status: ExecStatus
+    result: JsonValue
+    error: str | None
+    answered_at: datetime
+    stream: StreamSummary | None
+    digests: dict[str, str]
+
+    def covers_result(self, result: Value) -> bool:
+        """Tell whether this is the result that was signed."""
+        if RESULT in self.digests:
+            return self.digests[RESULT] == _digest(result)
+        return self.stream is None and _is_same(self.result, result)
+
+    def covers_parts(self, parts: Iterable[Value]) -> bool:
+        """Tell whether these are the parts of the stream, all and in order."""
+        digest = StreamDigest()
+        for part in parts:
+            digest.add(part)
+        return self.stream == digest.summary()
+
+    def covers_args(self, args: dict[str, Value]) -> bool:
+        """Tell whether these are the arguments that were signed."""
+        rest: dict[str, Any] = dict(args)
+        for name, value in args.items():
+            at = argument_pointer(name)
+            if at in self.digests:
+                if self.digests[at] != _digest(value):
+                    return False
+                del rest[name]
+        if any(at.startswith(ARGS + "/") and at not in map(argument_pointer, args) for at in self.digests):
+            return False
+        return self.digests[ARGS] == _digest(rest) if ARGS in self.digests else _is_same(self.args, rest)
+
+
+def _digest(value: Value) -> str:
+    return sha256(Detached.of("", value).data).hexdigest()
+
+
+def _is_same(one: JsonValue, other: Value | dict[str, Any]) -> bool:
+    return not isinstance(other, bytes) and canonicalize(one) == canonicalize(other)
+
+
+def _read(text: str) -> Message:
+    envelope = loads(text, limit=DATA_MESSAGE_MAX_BYTES)
+    verify_envelope(envelope)
+    return parse(envelope, text)
