@@ -283,10 +283,10 @@ class Calls:
             return None
         return self._sign(self._message(IntentPayload(status="cancel"), correlation_id=id_))
 
-    def took(self, id_: str) -> bytes | None:
-        """Take note that the reader has taken the next part of a stream; return the credit that is due."""
+    def took(self, id_: str) -> None:
+        """Take note that the reader has taken the next part of a stream."""
         self._inbox.took(id_)
-        return self._inbox.credit(id_)
+        self._grant(id_)
 
     def leave(self, reason: str) -> str:
         """Return the text that says goodbye; the connection is closed after it."""
@@ -534,8 +534,13 @@ class Calls:
         assembly = self._inbox.add(frame.call, frame.chunk)
         if assembly is not None:
             return self._take_attached(frame.call, assembly)
-        credit = self._inbox.credit(frame.call)
-        return None if credit is None else Reply(credit)
+        self._grant(frame.call)
+        return None
+
+    def _grant(self, call: str) -> None:
+        frame = self._inbox.credit(call)
+        if frame is not None:
+            self.outbox.grant(call, frame)
 
     def _take_attached(self, call: str, assembly: Assembly) -> Event | None:
         """Take an envelope whose attachments are complete now."""
@@ -691,6 +696,8 @@ class Calls:
         if not payload.status.is_final:
             assert message.wire is not None
             self._inbox.count(asked, len(message.wire))
+            if payload.status is ExecStatus.PROGRESS or not entry.is_stream:  # it waits for no reader
+                self._grant(asked)
         if not attachments:
             return self._take_value(asked, message, payload, payload.result, 0)
         assembly = Assembly(message, attachments)
