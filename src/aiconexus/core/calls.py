@@ -486,8 +486,10 @@ class Calls:
         if not envelope:  # a frame names its call in the error
             asked = cancelled = error.message_id or ""
         if asked in self._open and not isinstance(error, ReplayedMessageError):
-            entry = self._open.pop(asked)
-            self._over(asked)
+            entry = self._open[asked]
+            if (cancel := self.abandon(asked)) is not None:
+                self.outbox.put(asked, cancel)
+                self.outbox.end(asked)
             if error.is_forged:
                 text = f"what came in answer is not from {self.peer}: {error}"
                 failed = Failed(asked, PeerIdentityError(text, self.peer))
@@ -572,7 +574,7 @@ class Calls:
         if message.correlation_id is not None:
             asked = message.correlation_id.lower()
             if payload.status == "cancel" and asked not in self._open:
-                return CancelArrived(asked) if asked in self._served else None
+                return self._take_cancel(asked)
             closed = self._close(message, MessageType.INTENT)
             if closed is None:
                 return None  # it was abandoned, and the answer crossed the cancel
@@ -605,6 +607,13 @@ class Calls:
         )
         timeout = min(timeout_ms / 1e3, TIMEOUT_MAX_SECONDS)
         return IntentArrived(intent, timeout) if self._begin(message, busy) else None
+
+    def _take_cancel(self, asked: str) -> Event | None:
+        """Stop a call of the peer; of one that is over, what is still on its way out."""
+        if asked in self._served:
+            return CancelArrived(asked)
+        self.outbox.cut(asked)
+        return None
 
     def _take_request(self, message: Message, payload: ExecRequestPayload, busy: str) -> Event | None:
         id_ = message.id.lower()
@@ -753,7 +762,7 @@ class Calls:
     def _take_error(self, message: Message, payload: ErrorPayload) -> Event | None:
         closed = self._close(message, None)
         if closed is None:
-            return None
+            return self._take_cancel((message.correlation_id or "").lower())
         if payload.code is ErrorCode.TIMEOUT:
             return Failed(closed[0], CallTimeoutError(payload.message, closed[1].capability))
         details = payload.details.model_dump(exclude_none=True) if payload.details else None

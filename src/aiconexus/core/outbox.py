@@ -178,6 +178,19 @@ class Outbox:
             item.sent()
         self._forget_ended(call, lane)
 
+    def cut(self, call: str) -> None:
+        """Forget what waits of a call that nobody reads any more, but for its final response's envelope."""
+        lane = self._lanes.get(call)
+        if lane is None:
+            return
+        final = [item.text for item in lane.items if item.text is not None and not item.is_counted]
+        is_ending, lane.is_ending = lane.is_ending, False
+        self.drop(call)
+        for text in final:
+            self.put(call, text)
+        lane.is_ending = is_ending
+        self._forget_ended(call, lane)
+
     def clear(self) -> None:
         """Forget everything: nothing can be sent any more."""
         self._grants.clear()
