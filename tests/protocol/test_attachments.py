@@ -196,7 +196,13 @@ def test_signed_message_says_every_digest() -> None:
 
 @pytest.mark.parametrize(
     ("name", "pointer"),
-    [("scan", "/args/scan"), ("", "/args/"), ("a/b", "/args/a~1b"), ("~1", "/args/~01"), ("~/", "/args/~0~1")],
+    [
+        ("scan", "/args/scan"),
+        ("", "/args/"),
+        ("a/b", "/args/a~1b"),
+        ("~1", "/args/~01"),
+        ("~/", "/args/~0~1"),
+    ],
 )
 def test_pointer_of_an_argument_is_that_of_rfc_6901(name: str, pointer: str) -> None:
     assert argument_pointer(name) == pointer
@@ -345,7 +351,9 @@ def test_json_in_another_form_than_the_canonical_is_refused(text: str) -> None:
     assert caught.value.cause.name in ("not_json", "not_canonical", "too_deep", "lone_surrogate")
 
 
-@pytest.mark.parametrize("data", [b"\xff", b'"\xed\xa0\x80"', b"1\x00", '"1234567890123456"'.encode("utf-16")])
+@pytest.mark.parametrize(
+    "data", [b"\xff", b'"\xed\xa0\x80"', b"1\x00", '"1234567890123456"'.encode("utf-16")]
+)
 def test_what_is_not_utf_8_is_refused(data: bytes) -> None:
     with pytest.raises(MalformedMessageError):
         loads_canonical(data)
