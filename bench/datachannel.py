@@ -288,7 +288,7 @@ def conditions(megabytes: int, rounds: Sequence[Any]) -> str:
     return (
         f"A stream of {megabytes} MB, in messages of 16 KiB over the bare channel and in parts of 256 KiB "
         f"over the SDK, which signs, checks and bounds them; {ROUND_TRIPS} round trips of {MESSAGE_BYTES} "
-        "bytes over the bare channel, of PING and PONG and of an execution over the SDK. MiB: what the stream "
+        "bytes over the bare channel, of PING and PONG and of an execution over the SDK. MiB: what it "
         f"added to the peak of memory. Two processes on 127.0.0.1, asyncio; {len(rounds)} interleaved rounds. "
         f"{machine.describe()['cpu']}, {machine.describe()['cores']} cores."
     )
