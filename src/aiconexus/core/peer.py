@@ -600,7 +600,8 @@ class Peer:
         """See an execution to its end, whatever that is, and send its one answer."""
         begin = self._loop.time()
         task, cancelled = execution.task, execution.cancelled
-        await asyncio.wait({task, cancelled}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():  # most are, before this begins
+            await asyncio.wait({task, cancelled}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             execution.end(CallTimeoutError.name)  # if nobody cancelled it before
             await asyncio.wait({task}, timeout=GRACE_SECONDS)
@@ -615,7 +616,8 @@ class Peer:
             name = error.name if isinstance(error, CallError) else CapabilityError.name
             self._calls.fail(id_, name, str(error), seconds)
         await self._sent(id_)
-        await asyncio.wait({task})
+        if not task.done():
+            await asyncio.wait({task})
         if not task.cancelled():
             task.exception()  # taken note of, also where the answer did not wait for it
         execution.args.cancel()
