@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
 from math import ceil
 from typing import Any, Final
 
@@ -33,7 +32,7 @@ import orjson
 from pydantic import JsonValue, ValidationError
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
-from aiconexus.core.answers import Answers
+from aiconexus.core.answers import Answer, Answers
 from aiconexus.core.events import (
     Answered,
     ArgumentsArrived,
@@ -141,6 +140,7 @@ class _Served:
         state: Where it is.
         is_stream: Whether the caller wants parts and progress.
         digest: Over the parts that were sent.
+        answer: What the same request is answered when it comes again; an INTENT has none.
         args: Those that came in the envelope, while others are on their way.
     """
 
@@ -148,6 +148,7 @@ class _Served:
     state: CallState = CallState.ACCEPTED
     is_stream: bool = False
     digest: StreamDigest = field(default_factory=StreamDigest)
+    answer: Answer | None = None
     args: dict[str, Value] = field(default_factory=dict)
 
 
@@ -428,8 +429,8 @@ class Calls:
         self.outbox.put(id_, text, attached or [])
         self.outbox.end(id_)
         self._inbox.close(id_)
-        if served.type is MessageType.EXEC_REQUEST:
-            self._answers.end(id_, text if is_kept and not attached else None)
+        if served.answer is not None:
+            self._answers.end(served.answer, text if is_kept and not attached else None)
 
     # --- what arrives ---------------------------------------------------------------------------
 
@@ -455,7 +456,7 @@ class Calls:
                 return None
             return self._refused(error, envelope)
         except MessageError as error:
-            return self._refused(error, envelope)
+            return self._refused(error, envelope, is_frame=isinstance(data, bytes))
 
     def _pong(self, ping: Message, is_done: bool) -> Reply | DoneArrived:
         payload = PongPayload(**ping.payload.model_dump(exclude_unset=True))
@@ -480,25 +481,24 @@ class Calls:
             raise WrongRecipientError(field="to", message_id=message.id)
         return message
 
-    def _refused(self, error: MessageError, envelope: dict[str, Any]) -> Refused:
+    def _refused(self, error: MessageError, envelope: dict[str, Any], *, is_frame: bool = False) -> Refused:
         failed = cancelled = None
         asked = str(envelope.get("correlation_id")).lower()
-        if not envelope:  # a frame names its call in the error
+        if is_frame:  # it names its call in the error
             asked = cancelled = error.message_id or ""
         if asked in self._open and not isinstance(error, ReplayedMessageError):
             entry = self._open[asked]
-            if (cancel := self.abandon(asked)) is not None:
-                self.outbox.put(asked, cancel)
-                self.outbox.end(asked)
+            self._give_up(asked)
             if error.is_forged:
                 text = f"what came in answer is not from {self.peer}: {error}"
                 failed = Failed(asked, PeerIdentityError(text, self.peer))
             else:
                 text = f"the answer of {self.peer} cannot be used: {error}"
                 failed = Failed(asked, CallError(text, entry.capability))
-        if cancelled is not None and self._served.pop(cancelled, None) is not None:
+        if cancelled is not None and (served := self._served.pop(cancelled, None)) is not None:
             self._over(cancelled)
-            self._answers.end(cancelled, None)
+            if served.answer is not None:
+                self._answers.end(served.answer, None)
         else:
             cancelled = None
         if envelope.get("type") == MessageType.ERROR.value:
@@ -534,10 +534,9 @@ class Calls:
             self.outbox.credit(frame.call, frame.taken)
             return None
         assembly = self._inbox.add(frame.call, frame.chunk)
-        if assembly is not None:
-            return self._take_attached(frame.call, assembly)
+        event = None if assembly is None else self._take_attached(frame.call, assembly)
         self._grant(frame.call)
-        return None
+        return event
 
     def _grant(self, call: str) -> None:
         frame = self._inbox.credit(call)
@@ -552,8 +551,7 @@ class Calls:
         except MalformedMessageError as error:
             if isinstance(payload, ExecRequestPayload):
                 return ArgumentsArrived(call, {}, str(error))
-            del self._open[call]
-            self._over(call)
+            self._give_up(call)
             text = f"the answer of {self.peer} cannot be used: {error}"
             return Failed(call, PeerIdentityError(text, self.peer))
         if isinstance(payload, ExecResponsePayload):
@@ -567,6 +565,8 @@ class Calls:
         for at, value in values.items():
             name = argument_name(at)
             assert name is not None
+            if name in args:
+                return ArgumentsArrived(call, {}, f"the argument {name[:64]!r} came twice")
             args[name] = value
         return ArgumentsArrived(call, args)
 
@@ -638,6 +638,7 @@ class Calls:
         timeout = CALL_TIMEOUT_SECONDS if payload.timeout_ms is None else payload.timeout_ms / 1e3
         timeout = min(timeout, TIMEOUT_MAX_SECONDS)
         args = served.args
+        self._inbox.open(id_)
         if attachments:
             assembly = Assembly(message, attachments)
             if assembly.size > ATTACHMENTS_MAX_BYTES:
@@ -647,7 +648,6 @@ class Calls:
                 text = f"busy: {self._inbox.kept} bytes of your calls are kept here; try again"
                 self.fail(id_, CallBusyError.name, text)
                 return None
-            self._inbox.open(id_)
             self._inbox.collect(id_, assembly)
             if self._inbox.completed(id_) is None:
                 return ExecutionArrived(id_, capability, None, timeout, served.is_stream)
@@ -664,9 +664,9 @@ class Calls:
         id_ = message.id.lower()
         if id_ in self._open:  # frames of the one would pass for frames of the other
             raise ReplayedMessageError("the id is that of a call of this side", message_id=message.id)
-        self._served[id_] = _Served(message.type)
+        served = self._served[id_] = _Served(message.type)
         if message.type is MessageType.EXEC_REQUEST and not busy:
-            self._answers.begin(id_, message.signature or "", self._clock())
+            served.answer = self._answers.begin(id_, message.signature or "", self._clock())
         if busy:
             self.fail(id_, CallBusyError.name, f"busy: {busy}; try again")
         return not busy
@@ -682,7 +682,7 @@ class Calls:
             return False
         if not answer.is_over:
             if id_ not in self._served:  # it runs for an earlier connection
-                answer.listeners.append(partial(self._answer_again, id_))
+                answer.listeners.add(self._answer_again)
             return True
         if answer.text is None:
             return False
@@ -690,6 +690,8 @@ class Calls:
         return True
 
     def _answer_again(self, id_: str, text: str | None) -> None:
+        if self.outbox.holds(id_):  # who asks again and again, and does not read, has one answer
+            return
         if text is None:
             text = self._error(ErrorPayload.for_cause("replayed"), id_)
         self.outbox.put(id_, text)
@@ -723,10 +725,12 @@ class Calls:
         """Take a response that is complete."""
         entry = self._open[asked]
         if payload.status is ExecStatus.PROGRESS:
+            self._inbox.release(asked, attached)
             return ProgressArrived(asked, value)
         assert message.wire is not None
         if payload.status is ExecStatus.PARTIAL:
             if not entry.is_stream:
+                self._inbox.release(asked, attached)
                 return None
             entry.digest.add(value)
             self._inbox.hold(asked, len(message.wire), attached)
@@ -777,6 +781,12 @@ class Calls:
         del self._open[asked]
         self._over(asked)
         return asked, entry
+
+    def _give_up(self, id_: str) -> None:
+        """Forget a question of this side whose answer cannot be used, and cancel it there."""
+        if (cancel := self.abandon(id_)) is not None:
+            self.outbox.put(id_, cancel)
+            self.outbox.end(id_)
 
     def _over(self, id_: str) -> None:
         """Neither send nor expect anything more of a call."""
