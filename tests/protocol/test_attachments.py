@@ -157,11 +157,29 @@ def test_entry_of_another_form_is_refused(changes: dict[str, Any]) -> None:
     assert refusal(made).startswith("ext.attachments.0.")
 
 
-@pytest.mark.parametrize("missing", ["at", "as", "size"])
+@pytest.mark.parametrize("missing", ["at", "as"])
 def test_entry_without_a_field_is_refused(missing: str) -> None:
     whole = entry("/args/scan")
     del whole[missing]
     assert "Field required" in refusal(message(request(), whole))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        [{"at": "/args/scan", "as": "bytes", "sha256": DIGEST}],  # it cannot be known
+        [{"at": "/args/scan", "as": "json"}],
+        [{"at": "/args/scan", "as": "bytes"}, entry("/args/last")],
+        [{"at": "/args/scan", "as": "bytes"}, {"at": "/args/more", "as": "bytes"}],
+    ],
+)
+def test_what_cannot_be_a_stream_has_a_size(changed: list[dict[str, Any]]) -> None:
+    assert "is missing: it cannot be a stream" in refusal(message(request(), *changed))
+
+
+def test_last_argument_may_be_a_stream() -> None:
+    whole, stream = attachments_of(message(request(), entry("/args/scan"), {"at": "/args/b", "as": "bytes"}))
+    assert (whole.size is not None, stream.size) == (True, None)
 
 
 @pytest.mark.parametrize("announced", [{}, "/args/scan", 1, [[]], ["/args/scan"], [None]])
@@ -196,7 +214,13 @@ def test_signed_message_says_every_digest() -> None:
 
 @pytest.mark.parametrize(
     ("name", "pointer"),
-    [("scan", "/args/scan"), ("", "/args/"), ("a/b", "/args/a~1b"), ("~1", "/args/~01"), ("~/", "/args/~0~1")],
+    [
+        ("scan", "/args/scan"),
+        ("", "/args/"),
+        ("a/b", "/args/a~1b"),
+        ("~1", "/args/~01"),
+        ("~/", "/args/~0~1"),
+    ],
 )
 def test_pointer_of_an_argument_is_that_of_rfc_6901(name: str, pointer: str) -> None:
     assert argument_pointer(name) == pointer
@@ -345,7 +369,9 @@ def test_json_in_another_form_than_the_canonical_is_refused(text: str) -> None:
     assert caught.value.cause.name in ("not_json", "not_canonical", "too_deep", "lone_surrogate")
 
 
-@pytest.mark.parametrize("data", [b"\xff", b'"\xed\xa0\x80"', b"1\x00", '"1234567890123456"'.encode("utf-16")])
+@pytest.mark.parametrize(
+    "data", [b"\xff", b'"\xed\xa0\x80"', b"1\x00", '"1234567890123456"'.encode("utf-16")]
+)
 def test_what_is_not_utf_8_is_refused(data: bytes) -> None:
     with pytest.raises(MalformedMessageError):
         loads_canonical(data)

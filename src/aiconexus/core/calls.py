@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterable, Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -42,6 +42,8 @@ from aiconexus.core.events import (
     Event,
     ExecutionArrived,
     Failed,
+    InputArrived,
+    InputEnded,
     IntentArrived,
     Left,
     PartArrived,
@@ -57,11 +59,13 @@ from aiconexus.protocol.attachments import (
     RESULT,
     Assembly,
     Detached,
+    InputDigest,
     StreamDigest,
     Value,
     argument_name,
     argument_pointer,
     attachments_of,
+    input_summary_of,
     stream_summary_of,
 )
 from aiconexus.protocol.errors import (
@@ -81,7 +85,7 @@ from aiconexus.protocol.errors import (
     WrongRecipientError,
     remote_error,
 )
-from aiconexus.protocol.frames import Credit, parse_frame
+from aiconexus.protocol.frames import Credit, End, end_frame, parse_frame
 from aiconexus.protocol.limits import (
     ATTACHMENTS_MAX,
     ATTACHMENTS_MAX_BYTES,
@@ -142,6 +146,8 @@ class _Served:
         is_stream: Whether the caller wants parts and progress.
         digest: Over the parts that were sent.
         args: Those that came in the envelope, while others are on their way.
+        input: What has come of the stream in its request.
+        has_read_input: Whether the capability has read that to its end.
     """
 
     type: MessageType
@@ -149,6 +155,8 @@ class _Served:
     is_stream: bool = False
     digest: StreamDigest = field(default_factory=StreamDigest)
     args: dict[str, Value] = field(default_factory=dict)
+    input: InputDigest = field(default_factory=InputDigest)
+    has_read_input: bool = False
 
 
 @dataclass
@@ -161,6 +169,7 @@ class _Open:
         request: The signed text, for the receipt.
         is_stream: Whether this side wants parts.
         digest: Over the parts that came.
+        input: What was sent of the stream in its request.
     """
 
     type: MessageType
@@ -168,6 +177,7 @@ class _Open:
     request: str = ""
     is_stream: bool = False
     digest: StreamDigest = field(default_factory=StreamDigest)
+    input: InputDigest = field(default_factory=InputDigest)
 
 
 class Calls:
@@ -238,7 +248,8 @@ class Calls:
 
         Args:
             capability: Its name.
-            args: Bytes, or anything pydantic can write as JSON.
+            args: Bytes, or anything pydantic can write as JSON; an async iterable is a stream of bytes, to be
+                sent by `feed` and `end_feed`.
             timeout: Seconds until the caller gives up; the callee is told.
             is_stream: Whether parts and progress are wanted.
 
@@ -248,11 +259,11 @@ class Calls:
         """
         timeout_ms = _milliseconds(timeout)
         try:
-            inline, detached = _detach_args(args)
+            inline, detached, stream = _detach_args(args)
             payload = ExecRequestPayload(args=inline, timeout_ms=timeout_ms)
             if is_stream:
                 payload = ExecRequestPayload(args=inline, timeout_ms=timeout_ms, stream=True)
-            message = self._message(payload, ext=_described({"capability": capability}, detached))
+            message = self._message(payload, ext=_described({"capability": capability}, detached, stream))
             text = self._sign(message)
         except (MalformedMessageError, PydanticSerializationError, ValueError) as error:
             raise InvalidArgumentsError(f"the arguments cannot be sent: {error}", capability) from error
@@ -260,6 +271,21 @@ class Calls:
         self._inbox.open(message.id)
         self._open[message.id] = _Open(MessageType.EXEC_REQUEST, capability, text, is_stream)
         return message.id
+
+    def feed(self, id_: str, data: bytes) -> bool:
+        """Send the next bytes of the stream in a request; tell whether anybody still wants them."""
+        entry = self._open.get(id_)
+        if entry is None:
+            return False
+        entry.input.add(data)
+        if data:
+            self.outbox.put_data(id_, data)
+        return True
+
+    def end_feed(self, id_: str) -> None:
+        """Send the end of the stream in a request."""
+        if (entry := self._open.get(id_)) is not None:
+            self.outbox.put_end(id_, end_frame(id_, entry.input.digest()))
 
     def ping(self, *, is_done: bool = False) -> tuple[str, str]:
         """Begin a PING; return its id and the text to send at once.
@@ -284,7 +310,7 @@ class Calls:
         return self._sign(self._message(IntentPayload(status="cancel"), correlation_id=id_))
 
     def took(self, id_: str) -> None:
-        """Take note that the reader has taken the next part of a stream."""
+        """Take note that the reader has taken the next part of a stream, in or out."""
         self._inbox.took(id_)
         self._grant(id_)
 
@@ -298,6 +324,11 @@ class Calls:
         """Take note that a call of the peer begins to run."""
         if (served := self._served.get(id_)) is not None:
             served.state = CallState.RUNNING
+
+    def has_read_input(self, id_: str) -> None:
+        """Take note that a running execution has read the stream in its request to the end."""
+        if (served := self._served.get(id_)) is not None:
+            served.has_read_input = True
 
     def progress(self, id_: str, value: Any) -> None:
         """Tell the caller how far a running execution is, if it wants to know; only the latest counts.
@@ -359,7 +390,8 @@ class Calls:
                 status=ExecStatus.SUCCESS, execution_time_ms=round(seconds * 1e3), **fields
             )
             all_detached = [] if detached is None else [detached]
-            text = self._sign(self._message(payload, correlation_id=id_, ext=_described({}, all_detached)))
+            ext = _described(self._input_ext(id_), all_detached)
+            text = self._sign(self._message(payload, correlation_id=id_, ext=ext))
         except (MalformedMessageError, ValidationError) as error:
             self.fail(id_, CapabilityError.name, f"the result cannot be sent: {error}", seconds)
             return
@@ -371,7 +403,7 @@ class Calls:
         if served is None:
             return
         payload = ExecResponsePayload(status=ExecStatus.SUCCESS, execution_time_ms=round(seconds * 1e3))
-        ext: dict[str, JsonValue] = {"stream": served.digest.summary().model_dump()}
+        ext = {**self._input_ext(id_), "stream": served.digest.summary().model_dump()}
         self._answer(id_, self._sign(self._message(payload, correlation_id=id_, ext=ext)), is_kept=False)
 
     def fail(self, id_: str, name: str, text: str, seconds: float = 0.0) -> None:
@@ -394,8 +426,13 @@ class Calls:
             return
         status = ExecStatus.CANCELLED if name == CallCancelledError.name else ExecStatus.ERROR
         payload = ExecResponsePayload(status=status, error=text, execution_time_ms=round(seconds * 1e3))
-        message = self._message(payload, correlation_id=id_, ext={"error": {"name": name}})
+        ext = {**self._input_ext(id_), "error": {"name": name}}
+        message = self._message(payload, correlation_id=id_, ext=ext)
         self._answer(id_, self._sign(message))
+
+    def _input_ext(self, id_: str) -> dict[str, JsonValue]:
+        served = self._served[id_]
+        return {"input": served.input.summary().model_dump()} if served.has_read_input else {}
 
     def _running_stream(self, id_: str) -> _Served | None:
         served = self._served.get(id_)
@@ -533,11 +570,25 @@ class Calls:
         if isinstance(frame, Credit):
             self.outbox.credit(frame.call, frame.taken)
             return None
+        if isinstance(frame, End):
+            return self._take_end(frame)
+        if self._inbox.is_streaming(frame.call):
+            self._inbox.hold_input(frame.call, len(frame.chunk))
+            self._served[frame.call].input.add(frame.chunk)
+            return InputArrived(frame.call, frame.chunk)
         assembly = self._inbox.add(frame.call, frame.chunk)
         if assembly is not None:
             return self._take_attached(frame.call, assembly)
         self._grant(frame.call)
         return None
+
+    def _take_end(self, end: End) -> Event | None:
+        served = self._served.get(end.call)
+        if served is None:
+            return None
+        self._inbox.end_input(end.call)
+        is_whole = served.input.digest() == end.digest
+        return InputEnded(end.call, "" if is_whole else "what came of the stream is not what was sent")
 
     def _grant(self, call: str) -> None:
         frame = self._inbox.credit(call)
@@ -637,9 +688,10 @@ class Calls:
         served.args = dict(payload.args)
         timeout = CALL_TIMEOUT_SECONDS if payload.timeout_ms is None else payload.timeout_ms / 1e3
         timeout = min(timeout, TIMEOUT_MAX_SECONDS)
-        args = served.args
+        args, stream = served.args, ""
         if attachments:
             assembly = Assembly(message, attachments)
+            stream = (argument_name(assembly.stream) or "") if assembly.stream is not None else ""
             if assembly.size > ATTACHMENTS_MAX_BYTES:
                 self.fail(id_, InvalidArgumentsError.name, _too_large(assembly.size))
                 return None
@@ -650,14 +702,14 @@ class Calls:
             self._inbox.open(id_)
             self._inbox.collect(id_, assembly)
             if self._inbox.completed(id_) is None:
-                return ExecutionArrived(id_, capability, None, timeout, served.is_stream)
+                return ExecutionArrived(id_, capability, None, timeout, served.is_stream, stream)
             arrived = self._take_attached(id_, assembly)
             assert isinstance(arrived, ArgumentsArrived)
             if arrived.fault:
                 self.fail(id_, InvalidArgumentsError.name, arrived.fault)
                 return None
             args = arrived.args
-        return ExecutionArrived(id_, capability, args, timeout, served.is_stream)
+        return ExecutionArrived(id_, capability, args, timeout, served.is_stream, stream)
 
     def _begin(self, message: Message, busy: str) -> bool:
         """Accept a call of the peer; tell whether there was room for it."""
@@ -749,9 +801,13 @@ class Calls:
         came = entry.digest.summary()
         try:
             said = stream_summary_of(message)
+            read = input_summary_of(message)
         except MalformedMessageError as error:
             text = f"the answer of {self.peer} cannot be used: {error}"
             return Failed(asked, CallError(text, entry.capability), receipt)
+        if read is not None and read != entry.input.summary():
+            text = f"what {self.peer} has read is not the stream that was sent"
+            return Failed(asked, PeerIdentityError(text, self.peer), receipt)
         if said is None and not came.parts:
             return Answered(asked, value, receipt=receipt)
         if said != came:
@@ -825,26 +881,30 @@ def _must_be_signed(envelope: dict[str, Any]) -> bool:
 # --- what travels beside an envelope -----------------------------------------------------------
 
 
-def _detach_args(args: dict[str, Any]) -> tuple[dict[str, JsonValue], list[Detached]]:
-    """Split arguments into those in the envelope and those beside it."""
-    detached = [
-        Detached(argument_pointer(name), bytes(value), True)
-        for name, value in args.items()
-        if isinstance(value, bytes | bytearray | memoryview)
-    ]
-    inline = {
-        name: value for name, value in args.items() if not isinstance(value, bytes | bytearray | memoryview)
-    }
-    inline = to_jsonable_python(inline)
+def _detach_args(args: dict[str, Any]) -> tuple[dict[str, JsonValue], list[Detached], str | None]:
+    """Split arguments into those in the envelope and those beside it; and say where a stream belongs."""
+    whole: dict[str, Any] = {}
+    detached, streams = [], []
+    for name, value in args.items():
+        if isinstance(value, bytes | bytearray | memoryview):
+            detached.append(Detached(argument_pointer(name), bytes(value), True))
+        elif isinstance(value, AsyncIterable):
+            streams.append(argument_pointer(name))
+        else:
+            whole[name] = value
+    inline = to_jsonable_python(whole)
     if _is_long(inline):
         detached.insert(0, Detached.of(ARGS, inline))
         inline = {}
-    if len(detached) > ATTACHMENTS_MAX:
-        raise MalformedMessageError(f"{len(detached)} arguments of bytes; at most {ATTACHMENTS_MAX} travel")
+    if len(streams) > 1:
+        raise MalformedMessageError(f"{len(streams)} arguments are streams; one can be")
+    if len(detached) + len(streams) > ATTACHMENTS_MAX:
+        text = f"{len(detached)} arguments are bytes; at most {ATTACHMENTS_MAX} can be"
+        raise MalformedMessageError(text)
     size = sum(len(each.data) for each in detached)
     if size > ATTACHMENTS_MAX_BYTES:
         raise MalformedMessageError(_too_large(size), name="too_large")
-    return inline, detached
+    return inline, detached, streams[0] if streams else None
 
 
 def _detach(at: str, value: Any) -> Detached | None:
@@ -859,11 +919,14 @@ def _is_long(value: Any) -> bool:
         return False  # whoever writes it in canonical form says what is wrong with it
 
 
-def _described(ext: dict[str, JsonValue], detached: list[Detached]) -> dict[str, JsonValue]:
+def _described(
+    ext: dict[str, JsonValue], detached: list[Detached], stream: str | None = None
+) -> dict[str, JsonValue]:
     """Add to `ext` of a signed message what travels beside it."""
-    if not detached:
-        return ext
-    return {**ext, "attachments": [each.described(is_signed=True) for each in detached]}
+    described: list[JsonValue] = [each.described(is_signed=True) for each in detached]
+    if stream is not None:
+        described.append({"at": stream, "as": "bytes"})
+    return {**ext, "attachments": described} if described else ext
 
 
 def _too_large(size: int) -> str:
