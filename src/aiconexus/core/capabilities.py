@@ -269,8 +269,8 @@ def _with_input(schema: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _function(method: Callable[..., Any], without: str) -> Callable[..., Any]:
-    """Return a plain function of the same signature but for one parameter; what it returns takes that one, and
-    calls the method.
+    """Return a plain function of the same signature but for one parameter; what it returns takes that one
+    and calls the method.
 
     Pydantic asks a bound method for the repr of its agent, which a subclass may have defined over attributes
     that it has not set yet.

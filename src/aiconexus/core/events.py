@@ -34,7 +34,7 @@ class ExecutionArrived:
         args: By name; None while their attachments are still on their way (`ArgumentsArrived`).
         timeout: Seconds, from now.
         is_stream: Whether the caller wants parts and progress.
-        input: Name of the argument that is a stream of bytes (`InputArrived`); "" if none is.
+        input: Name of the argument that is a stream of bytes (`InputArrived`), if one is.
     """
 
     id: str
@@ -42,7 +42,7 @@ class ExecutionArrived:
     args: dict[str, Value] | None
     timeout: float
     is_stream: bool = False
-    input: str = ""
+    input: str | None = None
 
 
 @dataclass(frozen=True)

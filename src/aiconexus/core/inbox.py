@@ -156,6 +156,10 @@ class Inbox:
         arrival.parts.append((text + attached, attached))
         arrival.held += text + attached
 
+    def release(self, call: str, attached: int) -> None:
+        """Take note that what came with so many bytes of attachments waits for nobody."""
+        self._release(self._calls[call], attached)
+
     def took(self, call: str) -> None:
         """Take note that the reader has taken the first part that waited."""
         arrival = self._calls.get(call)

@@ -176,6 +176,11 @@ class Outbox:
         else:
             lane.items[-1].sent = callback
 
+    def holds(self, call: str) -> bool:
+        """Tell whether anything waits of a call."""
+        lane = self._lanes.get(call)
+        return lane is not None and bool(lane.items)
+
     def is_unsent(self, call: str) -> bool:
         """Tell whether the first message of a call still waits as a whole."""
         lane = self._lanes.get(call)

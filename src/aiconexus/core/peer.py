@@ -568,15 +568,16 @@ class Peer:
         execution = _Execution(self._loop.time() + asked.timeout)
         if asked.args is not None:
             execution.args.set_result(asked.args)
-        if asked.input:
+        stream = asked.input
+        if stream is not None:
             execution.input = Input(
                 lambda: self._calls.took(asked.id), lambda: self._calls.has_read_input(asked.id)
             )
 
         async def run() -> Any:
             args: dict[str, Any] = await execution.args
-            if execution.input is not None:
-                args = {**args, asked.input: execution.input}
+            if stream is not None:
+                args = {**args, stream: execution.input}
             async with self._room:
                 self._enter(asked.id, execution)
                 work = self._on_execute(asked.capability, args)
