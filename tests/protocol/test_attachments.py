@@ -157,11 +157,29 @@ def test_entry_of_another_form_is_refused(changes: dict[str, Any]) -> None:
     assert refusal(made).startswith("ext.attachments.0.")
 
 
-@pytest.mark.parametrize("missing", ["at", "as", "size"])
+@pytest.mark.parametrize("missing", ["at", "as"])
 def test_entry_without_a_field_is_refused(missing: str) -> None:
     whole = entry("/args/scan")
     del whole[missing]
     assert "Field required" in refusal(message(request(), whole))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        [{"at": "/args/scan", "as": "bytes", "sha256": DIGEST}],  # it cannot be known
+        [{"at": "/args/scan", "as": "json"}],
+        [{"at": "/args/scan", "as": "bytes"}, entry("/args/last")],
+        [{"at": "/args/scan", "as": "bytes"}, {"at": "/args/more", "as": "bytes"}],
+    ],
+)
+def test_what_cannot_be_a_stream_has_a_size(changed: list[dict[str, Any]]) -> None:
+    assert "is missing: it cannot be a stream" in refusal(message(request(), *changed))
+
+
+def test_last_argument_may_be_a_stream() -> None:
+    whole, stream = attachments_of(message(request(), entry("/args/scan"), {"at": "/args/b", "as": "bytes"}))
+    assert (whole.size is not None, stream.size) == (True, None)
 
 
 @pytest.mark.parametrize("announced", [{}, "/args/scan", 1, [[]], ["/args/scan"], [None]])

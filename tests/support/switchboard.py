@@ -171,6 +171,25 @@ class Workshop(Local):
         return data[::-1]
 
     @capability
+    async def measure(self, data: AsyncIterator[bytes], unit: str) -> str:
+        size = 0
+        async for chunk in data:
+            size += len(chunk)
+        return f"{size / 1e3} {unit}"
+
+    @capability
+    async def flip(self, data: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for chunk in data:
+            yield bytes(255 - byte for byte in chunk)
+
+    @capability
+    async def leave_it(self, data: AsyncIterator[bytes]) -> str:
+        await anext(data)
+        self.started.set()
+        await self.release.wait()
+        return "enough"
+
+    @capability
     async def work(self, steps: int) -> str:
         for step in range(steps):
             current_call().progress({"step": step})

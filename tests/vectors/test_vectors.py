@@ -47,7 +47,7 @@ from aiconexus.protocol.attachments import (
     stream_summary_of,
 )
 from aiconexus.protocol.cards import verify_card
-from aiconexus.protocol.frames import Credit, Data, credit_frame, data_frame, parse_frame
+from aiconexus.protocol.frames import Credit, Data, End, credit_frame, data_frame, end_frame, parse_frame
 from aiconexus.protocol.models import PAYLOADS, ErrorDetails
 from aiconexus.protocol.serialization import loads
 
@@ -237,6 +237,10 @@ def test_frame_vector(vector):
     elif vector["kind"] == "credit":
         assert parse_frame(frame) == Credit(call, vector["taken"])
         assert credit_frame(call, vector["taken"]) == frame
+    elif vector["kind"] == "end":
+        digest = bytes.fromhex(vector["chunk"])
+        assert parse_frame(frame) == End(call, digest)
+        assert end_frame(call, digest) == frame
     else:
         with pytest.raises(MalformedMessageError) as caught:
             parse_frame(frame)

@@ -33,6 +33,7 @@ from aiconexus.client.socket import ClientState, GatewayClient, short_did
 from aiconexus.core.answers import Answers
 from aiconexus.core.capabilities import CapabilityMethod, capabilities_of
 from aiconexus.core.channel import Channel
+from aiconexus.core.input import BrokenInputError
 from aiconexus.core.intents import Intent, Quote
 from aiconexus.core.peer import Peer, PeerState
 from aiconexus.core.peer_connection import PeerConnection
@@ -421,6 +422,8 @@ class Agent:
     async def _result_of(self, name: str, method: CapabilityMethod, work: Awaitable[Any]) -> Value:
         try:
             result = await work
+        except BrokenInputError:
+            raise
         except (Exception, SystemExit) as error:  # the latter would end the whole program
             raise self._failure(name, error) from error
         return method.serialize(result)
@@ -434,6 +437,8 @@ class Agent:
                     part = await anext(work)
                 except StopAsyncIteration:
                     return
+                except BrokenInputError:
+                    raise
                 except (Exception, SystemExit) as error:
                     raise self._failure(name, error) from error
                 yield method.serialize(part)

@@ -19,7 +19,10 @@ class Question:
 
     Attributes:
         answer: The answer, or why there is none.
+        feeding: Sends the stream among its arguments, if there is one.
     """
+
+    feeding: asyncio.Task[None] | None = None
 
     def __init__(
         self,
@@ -74,6 +77,8 @@ class Question:
 
     def close(self) -> None:
         """Want no answer any more."""
+        if self.feeding is not None:
+            self.feeding.cancel()
         if not self.answer.cancel() and not self.answer.cancelled():
             self.answer.exception()  # taken note of, also where nobody has waited for it
 
