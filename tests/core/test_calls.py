@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from datetime import date
+from hashlib import sha256
 from typing import Any
 from unittest.mock import ANY
 
@@ -19,6 +21,8 @@ from aiconexus.core.events import (
     Event,
     ExecutionArrived,
     Failed,
+    InputArrived,
+    InputEnded,
     IntentArrived,
     Left,
     PartArrived,
@@ -51,7 +55,7 @@ from aiconexus.protocol.errors import (
     RemoteError,
     UnknownCapabilityError,
 )
-from aiconexus.protocol.frames import Credit, Data, credit_frame, data_frame, parse_frame
+from aiconexus.protocol.frames import Credit, Data, credit_frame, data_frame, end_frame, parse_frame
 from aiconexus.protocol.limits import (
     ATTACHMENTS_MAX_BYTES,
     CALL_CREDIT_BYTES,
@@ -631,6 +635,10 @@ def test_argument_that_comes_twice_is_a_fault(bob: Calls) -> None:
     bob.receive(text)
     arrived = bob.receive(data_frame(id_, whole + b"x"))
     assert arrived == ArgumentsArrived(id_, {}, "the argument 'a' came twice")
+    id_, text = request_with(entry("/args", whole, is_bytes=False), {"at": "/args/a", "as": "bytes"})
+    bob.receive(text)
+    arrived = bob.receive(data_frame(id_, whole))
+    assert arrived == ArgumentsArrived(id_, {}, "the argument 'a' came twice")
 
 
 def test_announcement_that_is_none_is_refused(bob: Calls) -> None:
@@ -732,6 +740,136 @@ def test_id_of_an_open_call_of_this_side_is_refused(alice: Calls, bob: Calls, is
     assert isinstance(refused, Refused)
     assert (refused.error.cause.name, refused.failed) == ("replayed", None)
     assert isinstance(alice.receive(succeed(bob, id_, 1)), Answered)
+
+
+# --- a stream among the arguments -----------------------------------------------------------------
+
+
+async def nothing() -> AsyncIterator[bytes]:
+    """Stand for a stream: whoever has it feeds it."""
+    yield b""
+
+
+def feed(alice: Calls, bob: Calls, *chunks: bytes, **args: Any) -> str:
+    """Let a call with a stream run at Bob, and these bytes arrive; return its id."""
+    id_ = alice.execute("scan", {"data": nothing(), **args}, 30.0)
+    event = bob.receive(sent_text(alice))
+    assert isinstance(event, ExecutionArrived)
+    assert event.input == "data"
+    bob.start(id_)
+    for chunk in chunks:
+        assert alice.feed(id_, chunk)
+        assert carry(alice, bob) == [InputArrived(id_, chunk)]
+        bob.took(id_)
+    return id_
+
+
+def test_stream_arrives_while_the_call_runs_and_is_signed_for(alice: Calls, bob: Calls) -> None:
+    id_ = feed(alice, bob, b"abc", b"de")
+    assert alice.feed(id_, b"")
+    alice.end_feed(id_)
+    assert carry(alice, bob) == [InputEnded(id_)]
+    bob.has_read_input(id_)
+    bob.succeed(id_, 5, 0.0)
+    (answered,) = carry(bob, alice)
+    assert isinstance(answered, Answered)
+    assert answered.receipt is not None
+    proven = answered.receipt.verify()
+    assert proven.covers_args({"data": b"abcde"})
+    assert not proven.covers_args({"data": b"abcd"})
+    assert not alice.feed(id_, b"late")
+    alice.end_feed(id_)
+    assert sent(alice) is None
+
+
+def test_stream_that_was_not_read_to_its_end_is_not_signed_for(alice: Calls, bob: Calls) -> None:
+    id_ = feed(alice, bob, b"abc")
+    bob.succeed(id_, 5, 0.0)
+    (answered,) = carry(bob, alice)
+    assert isinstance(answered, Answered)
+    assert answered.receipt is not None
+    assert not answered.receipt.verify().covers_args({"data": b"abc"})
+    assert bob.receive(data_frame(id_, b"d")) is None  # it has crossed the end
+    assert bob.receive(end_frame(id_, bytes(32))) is None
+
+
+def test_stream_that_is_not_what_was_sent_has_a_fault(alice: Calls, bob: Calls) -> None:
+    id_ = feed(alice, bob, b"abc")
+    ended = bob.receive(end_frame(id_, sha256(b"abd").digest()))
+    assert ended == InputEnded(id_, "what came of the stream is not what was sent")
+
+
+def test_callee_that_has_read_something_else_is_not_believed(alice: Calls, bob: Calls) -> None:
+    id_ = feed(alice, bob, b"abc")
+    said = {"size": 3, "sha256": sha256(b"abd").hexdigest()}
+    failed = alice.receive(response_with(id_, "success", ext={"input": said}))
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, PeerIdentityError)
+
+
+@pytest.mark.parametrize("said", [[], {"size": 3}, {"size": -1, "sha256": "0" * 64}])
+def test_what_was_read_in_another_form_fails_the_call(alice: Calls, bob: Calls, said: Any) -> None:
+    id_ = feed(alice, bob, b"abc")
+    failed = alice.receive(response_with(id_, "success", ext={"input": said}))
+    assert isinstance(failed, Failed)
+    assert type(failed.error) is CallError
+    assert "ext.input" in str(failed.error)
+
+
+def test_stream_waits_for_its_reader(alice: Calls, bob: Calls) -> None:
+    id_ = feed(alice, bob)
+    alice.feed(id_, bytes(2 * CALL_WINDOW_BYTES))
+    came = carry(alice, bob)
+    assert len(came) == CALL_WINDOW_BYTES // CHUNK_MAX_BYTES
+    assert carry(bob, alice) == []
+    assert carry(alice, bob) == []
+    for _ in came:
+        bob.took(id_)
+    carry(bob, alice)
+    assert len(carry(alice, bob)) == CALL_WINDOW_BYTES // CHUNK_MAX_BYTES
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_end_of_a_stream_that_is_none_fails_the_call(alice: Calls, bob: Calls, is_over: bool) -> None:
+    id_ = feed(alice, bob) if is_over else ask(alice, bob)
+    end = end_frame(id_, sha256(b"").digest())
+    if is_over:
+        assert bob.receive(end) == InputEnded(id_)
+    for frame in (end, data_frame(id_, b"x")):
+        refused = bob.receive(frame)
+        if frame is end:
+            assert isinstance(refused, Refused)
+            assert (refused.error.cause.name, refused.cancelled) == ("bad_frame", id_)
+        else:
+            assert refused is None
+
+
+def test_end_before_the_attachments_are_there_fails_the_call(bob: Calls) -> None:
+    id_, text = request_with(entry("/args/a", b"abc"), {"at": "/args/b", "as": "bytes"})
+    assert bob.receive(text) == ExecutionArrived(id_, "scan", None, CALL_TIMEOUT_SECONDS, False, "b")
+    refused = bob.receive(end_frame(id_, sha256(b"").digest()))
+    assert isinstance(refused, Refused)
+    assert refused.cancelled == id_
+
+
+def test_frames_of_an_intent_are_ignored(alice: Calls, bob: Calls) -> None:
+    id_, text = intent(alice, IntentPayload(query="?"), 30.0)
+    bob.receive(text)
+    for frame in (end_frame(id_, bytes(32)), data_frame(id_, b"x"), credit_frame(id_, 1)):
+        for calls in (alice, bob):
+            assert calls.receive(frame) is None
+    assert isinstance(alice.receive(answer_intent(bob, id_, Quote(status="understood"))), Answered)
+
+
+def test_request_whose_stream_was_empty_is_cancelled_also_while_its_end_waits(
+    alice: Calls, bob: Calls
+) -> None:
+    id_ = feed(alice, bob)
+    alice.end_feed(id_)
+    cancel = alice.abandon(id_)
+    assert cancel is not None
+    assert bob.receive(cancel) == CancelArrived(id_)
+    assert sent(alice) is None
 
 
 # --- attached results, parts and credit ------------------------------------------------------------

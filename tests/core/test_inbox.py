@@ -189,6 +189,18 @@ def test_attachment_behind_a_part_that_waits_gets_no_credit(inbox: Inbox) -> Non
     assert granted(inbox) == 200 + CALL_WINDOW_BYTES // 2
 
 
+def test_part_that_is_complete_holds_up_no_credit_but_its_own(inbox: Inbox) -> None:
+    size = CALL_CREDIT_BYTES
+    for _ in range(3):
+        inbox.collect(CALL, of(size))
+        arrive(inbox, size)
+        inbox.hold(CALL, 0, size)
+    assert granted(inbox) is None
+    for number in (1, 2, 3):
+        inbox.took(CALL)
+        assert granted(inbox) == number * size
+
+
 def test_attachment_that_nobody_waits_before_is_granted_as_it_comes(inbox: Inbox) -> None:
     """One that is larger than the window would never be complete."""
     size = 3 * CALL_WINDOW_BYTES
@@ -231,6 +243,52 @@ def test_calls_have_windows_of_their_own(inbox: Inbox) -> None:
     inbox.count(CALL, 2 * CALL_WINDOW_BYTES)
     inbox.count(OTHER, 2 * CALL_WINDOW_BYTES)
     assert granted(inbox, OTHER) == 2 * CALL_WINDOW_BYTES
+
+
+# --- a stream in a request -----------------------------------------------------------------------
+
+
+def streaming(size: int = 0) -> Assembly:
+    """Return attachments of so many bytes, and a stream after them."""
+    whole = [Attachment(at="/args/a", as_="bytes", size=size)]
+    return Assembly(MESSAGE, [*whole, Attachment(at="/args/b", as_="bytes")])
+
+
+def test_stream_begins_after_the_attachments(inbox: Inbox) -> None:
+    inbox.collect(CALL, streaming(3))
+    assert not inbox.is_streaming(CALL)
+    arrive(inbox, 3)
+    assert inbox.is_streaming(CALL)
+    assert inbox.end_input(CALL)
+    assert not inbox.is_streaming(CALL)
+
+
+def test_stream_gets_credit_as_it_is_read(inbox: Inbox) -> None:
+    inbox.collect(CALL, streaming())
+    inbox.completed(CALL)
+    for _ in range(2 * CALL_CREDIT_BYTES // CHUNK_MAX_BYTES):
+        inbox.hold_input(CALL, CHUNK_MAX_BYTES)
+    assert granted(inbox) is None
+    for _ in range(CALL_CREDIT_BYTES // CHUNK_MAX_BYTES):
+        inbox.took(CALL)
+    assert granted(inbox) == CALL_CREDIT_BYTES
+
+
+def test_stream_that_ignores_the_window_is_refused(inbox: Inbox) -> None:
+    inbox.collect(CALL, streaming())
+    inbox.completed(CALL)
+    for _ in range(2 * CALL_WINDOW_BYTES // CHUNK_MAX_BYTES):
+        inbox.hold_input(CALL, CHUNK_MAX_BYTES)
+    with pytest.raises(MalformedMessageError, match="more came than there was credit for"):
+        inbox.hold_input(CALL, 1)
+
+
+def test_end_of_no_stream_is_refused_while_the_call_is_under_way(inbox: Inbox) -> None:
+    with pytest.raises(MalformedMessageError, match="no stream that could end") as caught:
+        inbox.end_input(CALL)
+    assert (caught.value.cause.name, caught.value.message_id) == ("bad_frame", CALL)
+    assert not inbox.end_input(OTHER)
+    assert not inbox.is_streaming(OTHER)
 
 
 # --- both ends -----------------------------------------------------------------------------------

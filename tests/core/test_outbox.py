@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aiconexus.core.outbox import Outbox
-from aiconexus.protocol.frames import Data, credit_frame, parse_frame
+from aiconexus.protocol.frames import Data, credit_frame, data_frame, end_frame, parse_frame
 from aiconexus.protocol.limits import CALL_WINDOW_BYTES, CHUNK_MAX_BYTES
 
 A, B, C = (f"0000000{number}-0000-4000-8000-000000000000" for number in range(3))
@@ -327,6 +327,33 @@ def test_request_is_unsent_until_its_text_has_gone(outbox: Outbox) -> None:
     assert not outbox.is_unsent(A)
     outbox.take()
     assert not outbox.is_unsent(A)
+
+
+def test_stream_follows_its_request_and_counts(outbox: Outbox) -> None:
+    end = end_frame(A, bytes(32))
+    outbox.put(A, "request", [b"x"])
+    outbox.put_data(A, bytes(CALL_WINDOW_BYTES + 1))
+    outbox.put_end(A, end)
+    assert outbox.attached == CALL_WINDOW_BYTES + 2
+    assert counted(outbox, A) == CALL_WINDOW_BYTES + 1  # a frame more than the one byte left was begun
+    outbox.credit(A, CALL_WINDOW_BYTES)
+    assert outbox.take() == data_frame(A, bytes(1))
+    assert outbox.take() == end
+    assert (outbox.texts, outbox.attached) == (0, 0)
+
+
+def test_end_of_a_stream_is_no_request_that_waits(outbox: Outbox) -> None:
+    outbox.put(A, "request")
+    assert outbox.take() == "request"
+    outbox.put_end(A, end_frame(A, bytes(32)))
+    assert not outbox.is_unsent(A)
+
+
+def test_cut_leaves_nothing_of_a_stream(outbox: Outbox) -> None:
+    outbox.put_data(A, b"x")
+    outbox.put_end(A, end_frame(A, bytes(32)))
+    outbox.cut(A)
+    assert outbox.take() is None
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

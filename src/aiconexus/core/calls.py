@@ -572,11 +572,9 @@ class Calls:
         return event
 
     def _take_end(self, end: End) -> Event | None:
-        served = self._served.get(end.call)
-        if served is None:
+        if not self._inbox.end_input(end.call):
             return None
-        self._inbox.end_input(end.call)
-        is_whole = served.input.digest() == end.digest
+        is_whole = self._served[end.call].input.digest() == end.digest
         return InputEnded(end.call, "" if is_whole else "what came of the stream is not what was sent")
 
     def _grant(self, call: str) -> None:
@@ -603,12 +601,11 @@ class Calls:
             args.update(whole)
         elif whole is not None:
             return ArgumentsArrived(call, {}, "the arguments are no object")
-        for at, value in values.items():
-            name = argument_name(at)
-            assert name is not None
-            if name in args:
-                return ArgumentsArrived(call, {}, f"the argument {name[:64]!r} came twice")
-            args[name] = value
+        named = {argument_name(at) or "": value for at, value in values.items()}
+        stream = set() if assembly.stream is None else {argument_name(assembly.stream) or ""}
+        if twice := args.keys() & (named.keys() | stream):
+            return ArgumentsArrived(call, {}, f"the argument {min(twice)[:64]!r} came twice")
+        args.update(named)
         return ArgumentsArrived(call, args)
 
     def _take_intent(self, message: Message, payload: IntentPayload, busy: str) -> Event | None:

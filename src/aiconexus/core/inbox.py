@@ -129,16 +129,19 @@ class Inbox:
         self.count(call, size)
         self.hold(call, size, 0)
 
-    def end_input(self, call: str) -> None:
-        """Take note that the stream in a request is complete.
+    def end_input(self, call: str) -> bool:
+        """Take note that the stream in a request is complete; tell whether the call is under way.
 
         Raises:
             MalformedMessageError: There is none.
         """
-        arrival = self._calls[call]
+        arrival = self._calls.get(call)
+        if arrival is None:
+            return False
         if not arrival.is_streaming:
             raise MalformedMessageError("no stream that could end", name="bad_frame", message_id=call)
         arrival.is_streaming = False
+        return True
 
     def count(self, call: str, size: int) -> None:
         """Take note of a text that needs credit.
