@@ -518,7 +518,9 @@ class Gateway:
 
     def on_link_lost(self, worker: int, records: list[tuple[int, int, int, bytes]]) -> None:
         """Another worker has gone: tell the senders of what it had not confirmed."""
-        if worker < NODE_WORKERS:
+        if worker < NODE_WORKERS and self.node.is_draining(worker):
+            self._log.info("worker left", left=worker, unconfirmed=len(records))
+        elif worker < NODE_WORKERS:
             self._log.warning("worker lost", lost=worker, unconfirmed=len(records))
         told = set()
         for kind, _, _, data in records:
@@ -894,6 +896,7 @@ class Gateway:
             on_ready: Called once connections are accepted.
         """
         loop = asyncio.get_running_loop()
+        self.node.set_draining(self.worker, False)
         loop.add_reader(self.router.fileno(), self.router.run_pass)
         tasks = [loop.create_task(self._tick(loop))]
         if self.cluster is not None:
@@ -978,6 +981,7 @@ class Gateway:
     async def _drain(self, server: asyncio.Server) -> None:
         """Send every agent away with a time to come back, spread so that they do not all come at once."""
         self._is_draining = True
+        self.node.set_draining(self.worker, True)
         deadline = time.monotonic() + self.settings.drain_seconds
         connections = self.router.open_connections()
         self._log.info("draining", connections=len(connections), seconds=self.settings.drain_seconds)
