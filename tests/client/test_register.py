@@ -107,10 +107,23 @@ async def test_audience_and_texts_leave_secrets_of_the_url_out(gateway: Scripted
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["http://localhost/ws", "localhost:8000", "ws://", ""])
-def test_url_that_is_none_is_refused_when_it_is_given(url: str, key: DIDKey) -> None:
-    with pytest.raises(ValueError, match="ws://host:port/ws"):
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://localhost/ws", "http://localhost/ws"),
+        ("localhost:8000", "localhost:8000"),
+        ("ws://", "ws://"),
+        ("", ""),
+        ("http://user:secret@localhost/ws?token=secret", "http://localhost/ws"),
+        ("user:secret@localhost/ws", "localhost/ws"),
+    ],
+)
+def test_url_that_is_none_is_refused_when_it_is_given(url: str, shown: str, key: DIDKey) -> None:
+    # By `Agent`, too, whose argument has another name.
+    with pytest.raises(ValueError, match=r"ws://host:port/ws") as caught:
         GatewayClient(url, key)
+    assert str(caught.value).startswith("the gateway's URL must")
+    assert str(caught.value).endswith(f"not {shown!r}")
 
 
 async def test_capabilities_are_checked_before_anything_is_sent(

@@ -6,6 +6,7 @@ was dialled, and its answer. Nothing is believed for where it came from: each me
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from aiconexus.protocol.errors import (
 )
 from aiconexus.protocol.limits import CAPABILITIES_MAX, CAPABILITIES_MAX_BYTES, REGISTER_CLOCK_SKEW_SECONDS
 
+_SECRETS = re.compile(r"(?<=//)[^?]*@|^[^/?]*@|\?.*", re.DOTALL)  # userinfo and query of a URL, also of one that is none
 _RESUME_TOKEN_MAX = 512  # characters; a longer one would not leave room for our REGISTER
 
 CapabilityLike: TypeAlias = Capability | str | dict[str, Any]
@@ -90,9 +92,8 @@ def audience(url: str) -> str:
     """
     parts = urlsplit(url)
     if parts.scheme not in ("ws", "wss") or not parts.hostname:
-        raise ValueError(
-            f"gateway_url must look like ws://host:port/ws or wss://host/ws, not {parts.scheme or url!r}"
-        )
+        shown = _SECRETS.sub("", url)
+        raise ValueError(f"the gateway's URL must look like ws://host:port/ws or wss://host/ws, not {shown!r}")
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
