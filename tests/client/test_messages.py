@@ -11,6 +11,7 @@ from scripted_gateway import ScriptedGateway, Visit
 from aiconexus.client import ClientState, Found, GatewayClient, directory, short_did, socket
 from aiconexus.protocol import (
     AnswerPayload,
+    DIDError,
     DIDKey,
     DiscoverPayload,
     ErrorCode,
@@ -279,6 +280,14 @@ async def test_answer_of_a_part_of_the_directory_is_told_from_a_whole_one(
             with pytest.raises(IncompleteAnswerError, match="could not ask all"):
                 await asking
         assert found == [client.did]
+
+
+@pytest.mark.parametrize("ask", [GatewayClient.discover, GatewayClient.watch])
+async def test_what_is_no_did_is_not_asked_after(
+    ask: Callable[..., object], client: GatewayClient, other: DIDKey
+) -> None:
+    with pytest.raises(DIDError, match="'bad'"):
+        ask(client, dids=[other.did, "bad"])
 
 
 async def test_watch_asks_again_when_not_everybody_could_be_asked(

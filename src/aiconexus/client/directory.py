@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
@@ -23,6 +23,7 @@ from aiconexus.protocol import (
     Message,
     MessageType,
     PresencePayload,
+    decode_did,
 )
 from aiconexus.protocol.cards import Card, verify_card
 from aiconexus.protocol.errors import IncompleteAnswerError, NotConnectedError, RemoteError
@@ -68,6 +69,21 @@ class PresenceEvent:
 
     event: Literal["join", "leave", "away", "update"]
     agent: Found
+
+
+def question(
+    capability: str | None, tag: str | None, text: str | None, dids: Sequence[str] | None
+) -> DiscoverPayload:
+    """Build the question after these agents; see `GatewayClient.discover`.
+
+    Raises:
+        DIDError: One of `dids` is no did:key: nobody would ever be found.
+    """
+    for did in dids or ():
+        decode_did(did)
+    return DiscoverPayload(
+        capability=capability, tag=tag, text=text, dids=None if dids is None else list(dids)
+    )
 
 
 def _read(client: GatewayClient, entry: dict[str, JsonValue]) -> Found | None:
