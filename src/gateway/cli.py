@@ -30,7 +30,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exce
 
 
 def _fail(text: str) -> NoReturn:
-    Console(stderr=True, highlight=False).print(
+    Console(stderr=True, highlight=False, emoji=False).print(
         f"[bold red]aiconexus-gateway:[/] {escape(text)}", soft_wrap=True
     )
     raise SystemExit(1)
@@ -68,7 +68,7 @@ def _banner(settings: Settings, key: DIDKey, port: int) -> None:
                 f"{fit:,} of {settings.max_connections:,} connections fit; raise `ulimit -n` or --workers",
             ),
         )
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, emoji=False)  # `:key:` of a DID is none
     if not console.is_terminal:
         print(f"AIConexus gateway {__version__}", *(f"{name}: {value}" for name, value in rows), sep="\n  ")  # noqa: T201
         sys.stdout.flush()

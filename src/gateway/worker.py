@@ -519,7 +519,7 @@ class Gateway:
     def on_link_lost(self, worker: int, records: list[tuple[int, int, int, bytes]]) -> None:
         """Another worker has gone: tell the senders of what it had not confirmed."""
         if worker < NODE_WORKERS and self.node.is_draining(worker):
-            self._log.info("worker left", left=worker, unconfirmed=len(records))
+            self._log.debug("worker left", left=worker, unconfirmed=len(records))
         elif worker < NODE_WORKERS:
             self._log.warning("worker lost", lost=worker, unconfirmed=len(records))
         told = set()

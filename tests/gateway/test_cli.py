@@ -149,6 +149,36 @@ runpy.run_module({module!r}, run_name="__main__")
     assert_one_sentence(run(code=code), missing, "C compiler")
 
 
+def test_a_terminal_shows_the_banner_of_the_readme_in_its_frame(tmp_path: Path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    documented = [line for line in readme.splitlines() if line.startswith("│")]
+    options = ["--port", "0", "--workers", "1", "--identity", str(tmp_path / "gateway.key")]
+    command = [sys.executable, "-m", "gateway.server", *options]
+    limited = ["sh", "-c", 'ulimit -n 1024; exec "$0" "$@"', *command]
+    ours, theirs = os.openpty()
+    with subprocess.Popen(
+        limited,
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "COLUMNS": "120", "TERM": "xterm"},
+    ) as process:
+        os.close(theirs)
+        try:
+            with open(ours, newline="") as terminal:
+                shown = []
+                for line in terminal:
+                    shown.append(re.sub(r"\x1b\[\d*m", "", line.rstrip()))
+                    if shown[-1].startswith("╰"):
+                        break
+                process.terminate()
+                assert process.wait(30) == 0
+        finally:
+            process.kill()
+    names = [line.split("  ")[0] for line in shown if line.startswith("│")]
+    assert names == [line.split("  ")[0] for line in documented]
+    assert "did:key:z6Mk" in "".join(shown)
+
+
 def test_the_banner_tells_where_agents_dial(start_gateway):
     gateway = start_gateway("--host", "127.0.0.1")
     assert re.fullmatch(r"ws://127\.0\.0\.1:\d+/ws", gateway.url)
