@@ -1,4 +1,4 @@
-"""The command `aiconexus-gateway`."""
+"""The options of the command `aiconexus-gateway`, and what it says; gateway.server starts it."""
 
 from __future__ import annotations
 
@@ -284,11 +284,3 @@ def serve(
     running = supervisor.Supervisor(settings, key, address, lambda: _banner(settings, key, port_bound))
     raise SystemExit(running.run())
 
-
-def main() -> None:
-    """Entry point of the console script."""
-    app(prog_name="aiconexus-gateway")
-
-
-if __name__ == "__main__":
-    main()
