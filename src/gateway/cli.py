@@ -283,4 +283,3 @@ def serve(
     port_bound = address.getsockname()[1]
     running = supervisor.Supervisor(settings, key, address, lambda: _banner(settings, key, port_bound))
     raise SystemExit(running.run())
-

@@ -207,6 +207,7 @@ class Gateway:
             return self._on_request(request, address)
         except Exception:
             self._log.exception("fault", address=address)
+            self._tally.fault()
             self._tally.refused("http_500")
             fault = upgrade.response(HTTPStatus.INTERNAL_SERVER_ERROR, "the gateway met a fault")
             return WSUpgradeResponseWithListener(fault, None)
@@ -742,6 +743,7 @@ class Gateway:
             except Exception:
                 # The fault with one must not keep the others from going back.
                 self._log.exception("fault", cause=name)
+                self._tally.fault()
             self._returning.popleft()
 
     def _tell_sender(self, data: bytes, name: str) -> None:
@@ -871,8 +873,21 @@ class Gateway:
             self._close(connection, 4004, keep=True)
 
     def on_fault(self, connection: Connection | None) -> None:
-        """Log a fault of this program; the connection that met it, if one did, ends."""
-        self._log.exception("fault", peer=connection.peer if connection is not None else None)
+        """Log and count a fault of this program; close the connection that met it, if one did."""
+        self._tally.fault()
+        if connection is None:
+            self._log.exception("fault")
+            return
+        session = connection.session
+        self._log.exception("fault", did=session.did if session is not None else None, peer=connection.peer)
+        if not connection.is_open:
+            connection.abort()
+            return
+        try:
+            self._close(connection, 4002, keep=True)
+        except Exception:
+            self._log.exception("fault", peer=connection.peer)
+            connection.abort()
 
     def on_closed(self, connection: Connection) -> None:
         """Clean up after a connection that is gone."""
@@ -953,7 +968,8 @@ class Gateway:
                 self.router.advance(elapsed)
             except Exception:
                 # One connection's fault must not stop the clock of all others.
-                self._log.exception("timer failed")
+                self._log.exception("fault", cause="timer")
+                self._tally.fault()
 
     def _count_sessions(self) -> None:
         self._tally.sessions(len(self.registry), self.registry.away_count)

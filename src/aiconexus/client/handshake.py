@@ -38,7 +38,9 @@ from aiconexus.protocol.errors import (
 )
 from aiconexus.protocol.limits import CAPABILITIES_MAX, CAPABILITIES_MAX_BYTES, REGISTER_CLOCK_SKEW_SECONDS
 
-_SECRETS = re.compile(r"(?<=//)[^?]*@|^[^/?]*@|\?.*", re.DOTALL)  # userinfo and query of a URL, also of one that is none
+_SECRETS = re.compile(
+    r"(?<=//)[^?]*@|^[^/?]*@|\?.*", re.DOTALL
+)  # userinfo and query of a URL, also of one that is none
 _RESUME_TOKEN_MAX = 512  # characters; a longer one would not leave room for our REGISTER
 
 CapabilityLike: TypeAlias = Capability | str | dict[str, Any]
@@ -93,7 +95,9 @@ def audience(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("ws", "wss") or not parts.hostname:
         shown = _SECRETS.sub("", url)
-        raise ValueError(f"the gateway's URL must look like ws://host:port/ws or wss://host/ws, not {shown!r}")
+        raise ValueError(
+            f"the gateway's URL must look like ws://host:port/ws or wss://host/ws, not {shown!r}"
+        )
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
