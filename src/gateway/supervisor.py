@@ -269,9 +269,7 @@ class Supervisor:
             if number in STOP_SIGNALS:
                 self._stop()
             elif number == signal.SIGHUP:
-                self._log.info(
-                    "SIGHUP", text="there is nothing to reload: options are read once, at the start"
-                )
+                self._log.info("SIGHUP", text="there is nothing to reload: options are read at the start")
         while any(worker.pid for worker in self._workers):
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:

@@ -100,6 +100,8 @@ class Gateway:
             register_timeout=settings.register_timeout,
             ping_interval=settings.ping_interval,
             away=settings.away,
+            message_rate=settings.message_rate,
+            message_burst=settings.message_burst,
             worker=worker,
         )
         self.router = Router(

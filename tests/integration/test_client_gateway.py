@@ -27,6 +27,7 @@ from aiconexus.protocol.errors import (
     RegistrationError,
     UnknownAgentError,
 )
+from aiconexus.protocol.limits import MESSAGE_BURST, MESSAGE_RATE
 
 if TYPE_CHECKING:
     from conftest import GatewayProcess
@@ -65,6 +66,7 @@ async def test_session_of_a_real_gateway(register: Register) -> None:
     assert session.resumed is False
     assert "resume" in session.features
     assert session.limits["message_max_bytes"] == 65_536
+    assert (session.limits["message_rate"], session.limits["message_burst"]) == (MESSAGE_RATE, MESSAGE_BURST)
     assert session.gateway_did.startswith("did:key:z6Mk")
     assert 0 < await client.ping() < 5
 
