@@ -253,6 +253,10 @@ class Gateway:
         self._log.info("http refused", status=503, address=address, text="too many unfinished requests")
         return False
 
+    def _on_tls(self, address: str) -> None:
+        self._tally.refused("http_400")
+        self._log.info("http refused", status=400, address=address, text="TLS is not spoken here")
+
     def _on_request_over(self, address: str) -> None:
         self.node.addresses.add(self.worker, self.node.addresses.place(address), -1)
         self._opening -= 1
@@ -921,7 +925,11 @@ class Gateway:
         server = await loop.create_server(
             # The time is for the whole request: a client that sends byte by byte gets no more.
             lambda: upgrade.RequestProtocol(
-                self.on_request, self.settings.register_timeout, self._on_accepted, self._on_request_over
+                self.on_request,
+                self.settings.register_timeout,
+                self._on_accepted,
+                self._on_tls,
+                self._on_request_over,
             ),
             sock=listener,
             backlog=BACKLOG,
