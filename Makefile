@@ -3,10 +3,11 @@
 PYTHON ?= python3
 DEV := .venv
 RELEASE := .venv-release
+SCANS := portable sse2
 EXTENSION_SOURCES := $(wildcard ext/gateway/*.pyx ext/gateway/*.pxd ext/gateway/*.h) setup.py
 SOURCES := $(EXTENSION_SOURCES) $(shell find src -name '*.py' -o -name '*.pyi') pyproject.toml
 
-.PHONY: help demo cluster test lint build pythons test-pythons test-oldest test-newest bench clean
+.PHONY: help demo cluster test test-scan lint build pythons test-pythons test-oldest test-newest bench clean
 
 help:
 	@echo "make demo          two agents meet through a gateway and work together"
@@ -26,6 +27,15 @@ cluster: $(RELEASE)/.ready
 
 test: lint
 	$(DEV)/bin/python -m pytest tests --numprocesses 2 --dist loadfile
+	$(MAKE) --no-print-directory test-scan
+
+# The scanner as machines without AVX2, or without SSE2, run it: see ext/gateway/_scan.h.
+test-scan: $(SCANS:%=build/scan/%/.ready)
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target $(SCANS:%=test-scan-%)
+
+test-scan-%:
+	AICONEXUS_SCAN=$* PYTHONPATH=build/scan/$*/lib $(DEV)/bin/python -m pytest --quiet \
+		tests/gateway/test_frames.py tests/gateway/test_frames_oracle.py
 
 lint: export PATH := $(CURDIR)/$(DEV)/bin:$(PATH)  # cython-lint calls pycodestyle
 lint: build
@@ -83,4 +93,10 @@ build/.test: $(DEV)/.ready $(EXTENSION_SOURCES)
 	AICONEXUS_EXTENSIONS=required AICONEXUS_BUILD=test $(DEV)/bin/python setup.py -q build_ext --inplace --force \
 		> build/extensions.log 2>&1 || { cat build/extensions.log; exit 1; }
 	! grep -i "performance hint" build/extensions.log
+	touch $@
+
+build/scan/%/.ready: build/.test
+	mkdir -p $(@D)
+	AICONEXUS_SCAN=$* AICONEXUS_EXTENSIONS=required AICONEXUS_BUILD=test $(DEV)/bin/python setup.py -q build \
+		--build-base $(@D) --build-lib $(@D)/lib > $(@D).log 2>&1 || { cat $(@D).log; exit 1; }
 	touch $@
