@@ -68,6 +68,9 @@ class Switchboard:
                 self.deliver(message, data)
         self.held = [(message, data) for message, data in self.held if message.from_ != sender]
 
+    async def status_of(self, did: str, timeout: float) -> str:
+        return "online" if did in self.agents else "offline"
+
     def deliver(self, message: Message, data: bytes) -> None:
         receiver = self.agents.get(message.to)
         if receiver is None:
@@ -92,6 +95,8 @@ class Local(Agent):
         self._switchboard = switchboard
         self._signaling._send = self._hand_over
         self._signaling._gateway_did = lambda: switchboard.key.did
+        self._signaling._has_gateway = lambda: True
+        self._signaling._status_of = switchboard.status_of
         switchboard.add(self)
 
     async def _hand_over(self, message: Message) -> None:

@@ -133,6 +133,8 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
             "features": ["resume", "discover"],
             "limits": {
                 "message_max_bytes": 65536,
+                "message_rate": 200,
+                "message_burst": 1000,
                 "capabilities_max": 32,
                 "capabilities_max_bytes": 8192,
                 "away_ms": 30000,

@@ -135,6 +135,8 @@ class Agent:
             self.did,
             self._client.url,
             self._gateway_did,
+            self._has_gateway,
+            self._status_of,
             self._send,
             self._new_connection,
             self._admit,
@@ -320,7 +322,7 @@ class Agent:
             UnknownAgentError: It is not online.
             PeerRefusedError: It takes no connection.
             PeerIdentityError: Somebody else answered for it.
-            PeerConnectError: No connection in time; the text says what was tried.
+            PeerConnectError: No connection in time; the text says what was tried, and what the gateway knows.
             NotConnectedError: This agent is not registered at a gateway.
         """
         decode_did(did)
@@ -451,6 +453,15 @@ class Agent:
 
     def _gateway_did(self) -> str | None:
         return self._client.session.gateway_did if self._client.session is not None else None
+
+    def _has_gateway(self) -> bool:
+        return self._client.state is ClientState.REGISTERED
+
+    async def _status_of(self, did: str, timeout: float) -> str:
+        async with aclosing(self._client.discover(dids=[did], timeout=timeout)) as agents:
+            async for found in agents:
+                return found.status
+        return "offline"
 
     async def _send(self, message: Message) -> None:
         await self._client.send(message, timeout=CONNECT_TIMEOUT_SECONDS)
