@@ -7,7 +7,7 @@ One that is an async generator streams: what it yields are the parts of its resu
 from __future__ import annotations
 
 import inspect
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+from base64 import b64decode, urlsafe_b64encode
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -145,7 +145,7 @@ class CapabilityMethod:
             InvalidArgumentsError: `args` does not fit the hints.
         """
         streams = {}
-        if self._input in args:
+        if self._input and self._input in args:
             args = dict(args)
             streams[self._input] = self._stream(args.pop(self._input))
         elif self._input:
@@ -163,7 +163,7 @@ class CapabilityMethod:
     def _stream(self, value: Any) -> AsyncIterator[bytes]:
         if isinstance(value, str):
             try:
-                value = urlsafe_b64decode(value)
+                value = b64decode(value, b"-_", validate=True)
             except ValueError as error:
                 raise InvalidArgumentsError(f"{self._input}: {error}", self.announced.name) from None
         if isinstance(value, bytes):
