@@ -669,6 +669,15 @@ def test_more_than_can_be_kept_now_is_busy(bob: Calls) -> None:
     assert isinstance(bob.receive(text), ExecutionArrived)
 
 
+def test_streams_that_could_fill_the_memory_are_busy(bob: Calls) -> None:
+    for _ in range(ATTACHMENTS_MAX_BYTES // CALL_WINDOW_BYTES):
+        _, text = request_with({"at": "/args/a", "as": "bytes"})
+        assert isinstance(bob.receive(text), ExecutionArrived)
+    _, text = request_with({"at": "/args/a", "as": "bytes"})
+    assert bob.receive(text) is None
+    assert final_status(bob) == ("error", "busy")
+
+
 def test_bytes_that_no_request_has_announced_fail_it(alice: Calls, bob: Calls) -> None:
     id_ = ask(alice, bob)
     refused = bob.receive(data_frame(id_, b"x"))

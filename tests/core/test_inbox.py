@@ -143,11 +143,11 @@ def test_closed_call_keeps_nothing_and_leaves_the_others(inbox: Inbox) -> None:
 def test_room_is_for_all_calls_together(inbox: Inbox) -> None:
     inbox.open(OTHER)
     inbox.collect(CALL, of(ATTACHMENTS_MAX_BYTES - 10))
-    assert inbox.has_room(10)
-    assert not inbox.has_room(11)
+    assert inbox.has_room(of(10))
+    assert not inbox.has_room(of(11))
     inbox.close(CALL)
-    assert inbox.has_room(ATTACHMENTS_MAX_BYTES)
-    assert not inbox.has_room(ATTACHMENTS_MAX_BYTES + 1)
+    assert inbox.has_room(of(ATTACHMENTS_MAX_BYTES))
+    assert not inbox.has_room(of(ATTACHMENTS_MAX_BYTES + 1))
 
 
 # --- credit --------------------------------------------------------------------------------------
@@ -261,6 +261,21 @@ def test_stream_begins_after_the_attachments(inbox: Inbox) -> None:
     assert inbox.is_streaming(CALL)
     assert inbox.end_input(CALL)
     assert not inbox.is_streaming(CALL)
+
+
+def test_stream_needs_the_room_of_its_window(inbox: Inbox) -> None:
+    most = ATTACHMENTS_MAX_BYTES - CALL_WINDOW_BYTES
+    assert inbox.has_room(streaming(most))
+    assert not inbox.has_room(streaming(most + 1))
+    inbox.collect(CALL, streaming(5))
+    assert inbox.kept == CALL_WINDOW_BYTES + 5
+    inbox.give_up(CALL)
+    assert inbox.kept == 0
+    inbox.collect(CALL, streaming())
+    inbox.completed(CALL)
+    inbox.end_input(CALL)
+    inbox.close(CALL)
+    assert inbox.kept == 0
 
 
 def test_stream_gets_credit_as_it_is_read(inbox: Inbox) -> None:

@@ -683,7 +683,7 @@ class Calls:
             if assembly.size > ATTACHMENTS_MAX_BYTES:
                 self.fail(id_, InvalidArgumentsError.name, too_large(assembly.size))
                 return None
-            if not self._inbox.has_room(assembly.size):
+            if not self._inbox.has_room(assembly):
                 text = f"busy: {self._inbox.kept} bytes of your calls are kept here; try again"
                 self.fail(id_, CallBusyError.name, text)
                 return None
@@ -751,7 +751,7 @@ class Calls:
         if not attachments:
             return self._take_value(asked, message, payload, payload.result, 0)
         assembly = Assembly(message, attachments)
-        if not self._inbox.has_room(assembly.size):
+        if not self._inbox.has_room(assembly):
             raise MalformedMessageError(too_large(assembly.size), name="too_large", message_id=message.id)
         self._inbox.collect(asked, assembly)
         if self._inbox.completed(asked) is None:

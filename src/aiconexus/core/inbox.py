@@ -66,23 +66,23 @@ class Inbox:
         if arrival is not None:
             self.kept -= arrival.kept
 
-    def has_room(self, size: int) -> bool:
-        """Tell whether attachments of this many bytes may come now."""
-        return self.kept + size <= ATTACHMENTS_MAX_BYTES
+    def has_room(self, assembly: Assembly) -> bool:
+        """Tell whether these attachments may come now."""
+        return self.kept + _room(assembly) <= ATTACHMENTS_MAX_BYTES
 
     def collect(self, call: str, assembly: Assembly) -> None:
         """Collect the attachments of a call's last envelope; those of an earlier one are given up."""
         arrival = self._calls[call]
         self.give_up(call)
         arrival.assembly = assembly
-        arrival.kept += assembly.size
-        self.kept += assembly.size
+        arrival.kept += _room(assembly)
+        self.kept += _room(assembly)
 
     def give_up(self, call: str) -> None:
         """Forget attachments that are not complete: another envelope has come, or this one is refused."""
         arrival = self._calls[call]
         if arrival.assembly is not None:
-            self._release(arrival, arrival.assembly.size)
+            self._release(arrival, _room(arrival.assembly))
             arrival.assembly, arrival.collected = None, 0
 
     def add(self, call: str, chunk: bytes) -> Assembly | None:
@@ -190,3 +190,8 @@ class Inbox:
     def _release(self, arrival: _Arrival, size: int) -> None:
         arrival.kept -= size
         self.kept -= size
+
+
+def _room(assembly: Assembly) -> int:
+    """Return how many bytes may have to be kept: of a stream, those that its reader has not taken."""
+    return assembly.size + (0 if assembly.stream is None else CALL_WINDOW_BYTES)
