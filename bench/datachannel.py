@@ -286,11 +286,11 @@ def rows(rounds: dict[str, list[Figures]]) -> list[list[str]]:
 def conditions(megabytes: int, rounds: Sequence[Any]) -> str:
     """Say what was measured."""
     return (
-        f"A stream of {megabytes} MB, in messages of 16 KiB over the bare channel and in parts of 256 KiB over "
-        f"the SDK, which signs, checks and bounds them; {ROUND_TRIPS} round trips of {MESSAGE_BYTES} bytes over "
-        "the bare channel, of PING and PONG and of an execution over the SDK. MiB: what the stream added to the "
-        f"peak of memory. Two processes on 127.0.0.1, asyncio; {len(rounds)} interleaved rounds. "
-        f"{machine.describe()['cpu']}, {machine.describe()['cores']} cores."
+        f"A stream of {megabytes} MB, in messages of 16 KiB over the bare channel and in parts of 256 KiB "
+        f"over the SDK, which signs, checks and bounds them; {ROUND_TRIPS} round trips of {MESSAGE_BYTES} "
+        "bytes over the bare channel, of PING and PONG and of an execution over the SDK. MiB: what the "
+        f"stream added to the peak of memory. Two processes on 127.0.0.1, asyncio; {len(rounds)} interleaved "
+        f"rounds. {machine.describe()['cpu']}, {machine.describe()['cores']} cores."
     )
 
 
