@@ -241,8 +241,9 @@ def test_text_of_an_exception_may_hold_anything(alice: Calls, bob: Calls) -> Non
 
 def test_peer_that_asks_for_too_much_is_told_busy(alice: Calls, bob: Calls) -> None:
     id_, text = execute(alice, "add", {}, 1.0)
-    assert bob.receive(text, busy="much is to be done") is None
-    (failed,) = carry(bob, alice)
+    reply = bob.receive(text, busy="much is to be done")
+    assert isinstance(reply, Reply)
+    failed = alice.receive(reply.text)
     assert isinstance(failed, Failed)
     assert failed.id == id_
     assert isinstance(failed.error, CallBusyError)
@@ -571,6 +572,17 @@ def response_with(id_: str, status: str, *entries: Any, **fields: Any) -> str:
     return encode(sign_message(made, BOB) if payload.status.is_final else made).decode()
 
 
+def turned_down(calls: Calls, text: str) -> tuple[str, str]:
+    """Return status and `ext.error.name` of the response that answers a request at once."""
+    reply = calls.receive(text)
+    assert isinstance(reply, Reply)
+    response = decode(reply.text)
+    assert isinstance(response.payload, ExecResponsePayload)
+    assert response.signature is not None
+    assert sent(calls) is None
+    return response.payload.status.value, response.ext["error"]["name"]
+
+
 def final_status(calls: Calls) -> tuple[str, str]:
     """Return status and `ext.error.name` of the response that is to be sent, and nothing after it."""
     response = decode(sent_text(calls))
@@ -625,8 +637,7 @@ def test_arguments_that_are_not_what_was_signed_have_a_fault(bob: Calls, bad: An
 )
 def test_fault_that_needs_no_bytes_ends_the_call_at_once(bob: Calls, bad: Any) -> None:
     _, text = request_with(bad)
-    assert bob.receive(text) is None
-    assert final_status(bob) == ("error", "invalid_arguments")
+    assert turned_down(bob, text) == ("error", "invalid_arguments")
 
 
 def test_argument_that_comes_twice_is_a_fault(bob: Calls) -> None:
@@ -649,8 +660,7 @@ def test_announcement_that_is_none_is_refused(bob: Calls) -> None:
 
 def test_more_than_is_ever_kept_is_refused_as_soon_as_it_is_announced(bob: Calls) -> None:
     id_, text = request_with(entry("/args/a", b"abc", size=ATTACHMENTS_MAX_BYTES + 1))
-    assert bob.receive(text) is None
-    assert final_status(bob) == ("error", "invalid_arguments")
+    assert turned_down(bob, text) == ("error", "invalid_arguments")
     assert bob.receive(data_frame(id_, b"abc")) is None  # it has crossed the end
 
 
@@ -658,8 +668,7 @@ def test_more_than_can_be_kept_now_is_busy(bob: Calls) -> None:
     first, text = request_with(entry("/args/a", b"abc", size=ATTACHMENTS_MAX_BYTES))
     assert isinstance(bob.receive(text), ExecutionArrived)
     small, text = request_with(entry("/args/a", b"x"))
-    assert bob.receive(text) is None
-    assert final_status(bob) == ("error", "busy")
+    assert turned_down(bob, text) == ("error", "busy")
     _, text = request_with(entry("/args/a", b""))
     assert isinstance(bob.receive(text), ExecutionArrived)
     bob.fail(first, "cancelled", "no")
@@ -674,8 +683,7 @@ def test_streams_that_could_fill_the_memory_are_busy(bob: Calls) -> None:
         _, text = request_with({"at": "/args/a", "as": "bytes"})
         assert isinstance(bob.receive(text), ExecutionArrived)
     _, text = request_with({"at": "/args/a", "as": "bytes"})
-    assert bob.receive(text) is None
-    assert final_status(bob) == ("error", "busy")
+    assert turned_down(bob, text) == ("error", "busy")
 
 
 def test_bytes_that_no_request_has_announced_fail_it(alice: Calls, bob: Calls) -> None:

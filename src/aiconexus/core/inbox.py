@@ -66,6 +66,11 @@ class Inbox:
         if arrival is not None:
             self.kept -= arrival.kept
 
+    @staticmethod
+    def could_have_room(assembly: Assembly) -> bool:
+        """Tell whether these attachments may come at any time."""
+        return _room(assembly) <= ATTACHMENTS_MAX_BYTES
+
     def has_room(self, assembly: Assembly) -> bool:
         """Tell whether these attachments may come now."""
         return self.kept + _room(assembly) <= ATTACHMENTS_MAX_BYTES

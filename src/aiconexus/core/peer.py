@@ -383,6 +383,9 @@ class Peer:
             self._calls.end_feed(id_)
         except Exception as error:  # whatever it is, it is the caller's own
             question.fail(error)
+        finally:
+            if isinstance(source, AsyncGenerator):
+                await source.aclose()
 
     def _late(self, timeout: float, capability: str) -> CallTimeoutError:
         return CallTimeoutError(f"no answer from {short_did(self.did)} in {timeout:g} s", capability)
