@@ -34,6 +34,7 @@ from gateway.shared_registry import (
     HEARTBEAT_SECONDS,
     LEASE_SECONDS,
     REGISTER_SECONDS,
+    STEPS_TOGETHER,
     Claim,
     Entry,
     Heartbeat,
@@ -70,6 +71,11 @@ def terms_of(session: Session) -> tuple[str, ...]:
     names = {f"cap:{offer.name}" for offer in session.offers}
     tags = {f"tag:{tag}" for offer in session.offers for tag in offer.tags}
     return ("all", *sorted(names | tags))
+
+
+def text_of(session: Session) -> str:
+    """Return what a search for a text looks at, see lua/discover.lua."""
+    return "" if session.hidden else "\n".join(offer.text for offer in session.offers)
 
 
 def offers_of(card: bytes) -> tuple[Offer, ...]:
@@ -236,6 +242,7 @@ class Cluster:
                 card=session.card,
                 hidden=session.hidden,
                 terms=terms_of(session),
+                text=text_of(session),
             ),
             deadline,
             decide,
@@ -303,6 +310,7 @@ class Cluster:
         done: Callable[[Page | None], None],
     ) -> None:
         try:
+            await registry.settle()
             done(await self._find(registry, query, cursor, limit))
         except (LineLostError, RedisError) as error:
             if not isinstance(error, LineLostError):
@@ -320,14 +328,10 @@ class Cluster:
             term = f"tag:{query.tag}"
         else:
             term = "all"
-        text = query.text or ""
-        # What JSON escapes stands on the card in another form.
-        if not text.isascii() or not text.isprintable() or set(text) & {'"', "\\"}:
-            text = ""
         found: list[tuple[str, bytes]] = []
         deadline = time.monotonic() + SEARCH_SECONDS
         while len(found) < limit and time.monotonic() < deadline:
-            cursor, agents = await registry.discover(term, cursor, limit, text)
+            cursor, agents = await registry.discover(term, cursor, limit, query.text or "")
             found.extend(
                 (did, replies.agent(did, status, card))
                 for did, status, card in agents
@@ -446,11 +450,13 @@ class Cluster:
         """Serve one connection with Redis, until it breaks."""
         client = make_client(self._url, self._moved_to)
         line = RedisLine(client, self._router.settle)
-        tasks = [asyncio.create_task(line.serve())]
+        searches = RedisLine(client, self._router.settle, STEPS_TOGETHER)
+        tasks = [asyncio.create_task(each.serve()) for each in (line, searches)]
         pubsub = client.pubsub()
         try:
             registry = SharedRegistry(
                 line,
+                searches,
                 prefix=self._prefix,
                 instance=self._instance,
                 did=self._did,

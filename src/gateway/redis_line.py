@@ -8,10 +8,12 @@ is then not known, and everybody who asked is told so.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 from collections.abc import Callable
+from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import structlog
@@ -119,25 +121,38 @@ def without_password(url: str) -> str:
     return f"{scheme}://{user}{':***' if ':' in credentials else ''}{at}{place}"
 
 
-def read_script(name: str) -> str:
-    """Return the source of one of SCRIPTS."""
-    return (resources.files("gateway") / "lua" / f"{name}.lua").read_text()
+class Script(NamedTuple):
+    """One of SCRIPTS, and the digest by which Redis knows it once it is loaded."""
+
+    source: str
+    digest: str
+
+
+@cache
+def read_script(name: str) -> Script:
+    """Return one of SCRIPTS."""
+    source = (resources.files("gateway") / "lua" / f"{name}.lua").read_text()
+    return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 
 class RedisLine:
     """Commands to one Redis, in the order in which they were given.
 
+    It takes a connection of the client when it has something to send, so several lines of one client have each
+    one of their own.
+
     Args:
         client: Of redis-py. The line uses it for commands only and does not close it.
         after: Called when the answers of a round trip have been given out.
+        together: How many commands leave together at most; 0 for all that wait. Redis does them at one go.
     """
 
-    def __init__(self, client: Redis, after: Callable[[], None]) -> None:
+    def __init__(self, client: Redis, after: Callable[[], None], together: int = 0) -> None:
         self._client = client
         self._after = after
+        self._together = together
         self._waiting: list[tuple[tuple[Any, ...], Done]] = []
         self._wanted = asyncio.Event()
-        self._digests: dict[str, str] = {}
         self._is_open = True
 
     def send(self, *command: Any, done: Done) -> None:
@@ -184,15 +199,17 @@ class RedisLine:
         batch: list[tuple[tuple[Any, ...], Done]] = []
         reason = LineLostError("the line to Redis is closed")
         try:
-            await self._load_scripts()
             while True:
                 await self._wanted.wait()
-                self._wanted.clear()
-                batch, self._waiting = self._waiting, []
+                count = self._together or len(self._waiting)
+                batch, self._waiting = self._waiting[:count], self._waiting[count:]
+                if not self._waiting:
+                    self._wanted.clear()
                 answers = await self._execute([command for command, _ in batch])
                 if any(isinstance(answer, NoScriptError) for answer in answers):
-                    # Redis was started anew behind a proxy, or another one has taken over.
-                    await self._load_scripts()
+                    # Redis is new: just met, started anew behind a proxy, or another one has taken over.
+                    for name in SCRIPTS:
+                        await self._client.script_load(read_script(name).source)
                     missing = [i for i, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
                     again = await self._execute([batch[i][0] for i in missing])
                     for i, answer in zip(missing, again, strict=True):
@@ -218,15 +235,11 @@ class RedisLine:
             # What goes wrong with one answer must not keep the others from coming.
             structlog.get_logger("gateway").exception("fault")
 
-    async def _load_scripts(self) -> None:
-        for name in SCRIPTS:
-            self._digests[name] = await self._client.script_load(read_script(name))
-
     async def _execute(self, commands: list[tuple[Any, ...]]) -> list[Any]:
         pipeline = self._client.pipeline(transaction=False)
         for command in commands:
             if command[0] == "EVALSHA":
-                pipeline.execute_command("EVALSHA", self._digests[command[1]], *command[2:])
+                pipeline.execute_command("EVALSHA", read_script(command[1]).digest, *command[2:])
             else:
                 pipeline.execute_command(*command)
         answers: list[Any] = await pipeline.execute(raise_on_error=False)
