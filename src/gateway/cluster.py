@@ -29,7 +29,7 @@ from gateway._mesh import NODE_WORKERS, source_of
 from gateway._routing import RoutingTable, TableBusyError
 from gateway.directory import Offer, Query
 from gateway.discovery import Page
-from gateway.redis_line import LineLostError, RedisLine, make_client
+from gateway.redis_line import LineLostError, RedisLine, close_client, make_client, reason_of
 from gateway.shared_registry import (
     HEARTBEAT_SECONDS,
     LEASE_SECONDS,
@@ -151,6 +151,7 @@ class Cluster:
         self._registry: SharedRegistry | None = None
         self._moved_to: tuple[str, int] | None = None
         self._has_connected = False
+        self._is_loss_told = False
         self._is_watching = False
         self._watching_changed = asyncio.Event()
         self._searches: set[asyncio.Future[None]] = set()
@@ -412,7 +413,6 @@ class Cluster:
 
     async def run(self) -> None:
         """Stay connected with Redis until cancelled."""
-        is_told = False
         while True:
             reason = ""
             try:
@@ -422,20 +422,18 @@ class Cluster:
             ) as error:  # of a Redis Cluster; all keys have one slot, so one node has them all
                 self._moved_to, reason = (error.host, error.port), str(error)
             except (LineLostError, RedisError, OSError, asyncio.TimeoutError) as error:
-                reason = str(error) or type(error).__name__
+                reason = reason_of(error)
                 self._moved_to = None
             except Exception:
                 self._log.exception("fault")
-            finally:
-                was_connected = self._registry is not None
-                if was_connected:
-                    self._go_on_alone()
-            if was_connected or not is_told:
+            if not self._is_loss_told:
                 self._log.error("Redis lost", reason=reason)
-                is_told = True
+                self._is_loss_told = True
             await asyncio.sleep(random.uniform(RETRY_MIN_SECONDS, RETRY_MAX_SECONDS))  # noqa: S311
 
     def _go_on_alone(self) -> None:
+        if self._registry is None:
+            return
         self._line = self._registry = None
         for worker in list(self._links):
             self._unlink(worker, "Redis lost")
@@ -454,6 +452,8 @@ class Cluster:
         tasks = [asyncio.create_task(each.serve()) for each in (line, searches)]
         pubsub = client.pubsub()
         try:
+            # Redis says in a sentence what it wants before a PING, such as a password; but not to a script.
+            await client.ping()
             registry = SharedRegistry(
                 line,
                 searches,
@@ -474,6 +474,7 @@ class Cluster:
                 await registry.purge(self._instance, self._worker)
                 self._has_connected = True
             self._line, self._registry = line, registry
+            self._is_loss_told = False
             self._log.info("joined", node=beat.number, term=beat.term)
             channel = registry.presence_channel
             tasks.append(asyncio.create_task(self._read(pubsub, channel.encode())))
@@ -483,9 +484,10 @@ class Cluster:
             ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             ended.pop().result()
         finally:
+            self._go_on_alone()  # first: to end a connection can take as long as to make it
             await end(tasks)
             await pubsub.aclose()  # type: ignore[no-untyped-call]
-            await client.aclose()
+            await close_client(client)
 
     async def _stay(self, registry: SharedRegistry, beat: Heartbeat) -> None:
         """Renew the lease, and look who else is there."""

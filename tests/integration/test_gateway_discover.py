@@ -8,9 +8,10 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from searches import dids, discover, found
 from wire import Agent, wait_until
 
-from aiconexus.protocol import DIDKey, DiscoverPayload, RegisterPayload
+from aiconexus.protocol import DIDKey, RegisterPayload
 from aiconexus.protocol.cards import sign_card, verify_card
 
 ADD = {"name": "add", "description": "Adds numbers.", "tags": ["math"]}
@@ -39,33 +40,6 @@ def registered(agent: Agent, *capabilities: dict[str, Any], **ext: Any) -> Agent
     agent.register_answer = answer
     agent.resume_token = answer["ext"]["resume_token"]
     return agent
-
-
-def discover(agent: Agent, correlation_id: str | None = None, **query: Any) -> str:
-    data = agent.message(agent.gateway_did, DiscoverPayload(**query), correlation_id=correlation_id)
-    agent.send(data)
-    id_: str = json.loads(data)["id"]
-    return id_
-
-
-def found(agent: Agent, **query: Any) -> list[dict[str, Any]]:
-    """All pages."""
-    agents: list[dict[str, Any]] = []
-    cursor = None
-    while True:
-        id_ = discover(agent, cursor=cursor, **query)
-        answer = agent.receive()
-        assert (answer["type"], answer["correlation_id"]) == ("PRESENCE", id_), answer
-        assert "partial" not in answer["payload"]
-        assert len(answer["payload"]["agents"]) <= query.get("limit", 50)
-        agents.extend(answer["payload"]["agents"])
-        cursor = answer["payload"].get("cursor")
-        if cursor is None:
-            return agents
-
-
-def dids(agents: list[dict[str, Any]]) -> list[str]:
-    return [agent["did"] for agent in agents]
 
 
 def event_of(agent: Agent, watch: str) -> tuple[str, dict[str, Any]]:
@@ -100,7 +74,7 @@ DESCRIBED = {
     "flash": "Un ÉCLAIR au café",
     "decomposed": "un e\u0301clair",  # the same letter in two code points is another text
     "istanbul": "İSTANBUL'da bul",
-    "odyssey": "Ο ΟΔΥΣΣΕΥΣ",
+    "odyssey": "ΟΔΥΣΣΕΥΣ",
     "file": "\ufb01le of 5 \u212aelvin",
     "quote": 'says "hi" \\o/',
     "lines": "one\ntwo\tthree\u2028four",
