@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -23,6 +24,9 @@ from network import (
 from redis_server import RedisServer, Sentinel, check_tls
 from searches import dids, found
 from wire import Agent, assert_exchange, wait_until
+
+from gateway.redis_line import RedisLine, close_client, make_client
+from gateway.tasks import end
 
 PASSWORD = "p@ss:w/rd%"  # a URL has it in another form
 
@@ -65,6 +69,25 @@ def assert_refused(run_gateway: Any, start_gateway: Any, url: str, reason: str) 
     for text in (done.stderr, node.log):
         assert PASSWORD not in text
         assert quote(PASSWORD, safe="") not in text
+
+
+async def test_a_line_sends_a_few_commands_together_if_told_so(redis_server):
+    client = make_client(redis_server.url)
+    rounds = 0
+
+    def after() -> None:
+        nonlocal rounds
+        rounds += 1
+
+    for together, expected in ((0, 1), (8, 3), (1, 20)):
+        rounds = 0
+        line = RedisLine(client, after, together)
+        serving = asyncio.create_task(line.serve())
+        answers = await asyncio.gather(*(line.ask("ECHO", number) for number in range(20)))
+        assert [int(answer) for answer in answers] == list(range(20))
+        assert rounds == expected
+        await end([serving])
+    await close_client(client)
 
 
 # --- password ----------------------------------------------------------------------------------

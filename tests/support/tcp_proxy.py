@@ -10,8 +10,8 @@ from contextlib import suppress
 class TcpProxy:
     """Listens on a port of 127.0.0.1 and passes everything on, after `delay` seconds each way.
 
-    It runs in a thread of its own. While `is_cut`, connections are ended and new ones refused. A connection on
-    which the bytes `held` come passes them and what follows on only when told to `release`.
+    It runs in a thread of its own. While `is_cut`, connections are ended and new ones refused. Where the
+    bytes `held` come, they and what follows wait for `release`.
     """
 
     def __init__(self, target: int) -> None:
