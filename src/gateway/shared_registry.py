@@ -28,10 +28,10 @@ REGISTER_SECONDS = 4.0
 # In one script: Redis does nothing else meanwhile, for about a millisecond.
 PURGE_COUNT = 200
 
-# Agents that one step of a search looks at: half a millisecond.
-LOOK_COUNT = 500
-# Steps of searches of one worker that Redis does at one go; what others want of it waits so long.
-STEPS_TOGETHER = 8
+# Agents that one step of a search looks at: about a millisecond of Redis.
+LOOK_COUNT = 250
+# Steps of all searches of one worker that Redis does at one go: what others want of it waits so long.
+STEPS_TOGETHER = 4
 
 _DID_PREFIX = "did:key:z6Mk"
 _PREFIX_SIZE = len(_DID_PREFIX)
