@@ -91,6 +91,28 @@ async def test_a_line_sends_a_few_commands_together_if_told_so(redis_server):
     await close_client(client)
 
 
+async def test_two_lines_do_not_wait_for_each_other_and_outlive_their_idle_connections(make_redis):
+    redis = make_redis("--timeout", "1")
+    client = make_client(redis.url)
+    lines = [RedisLine(client, lambda: None) for _ in range(2)]
+    serving = [asyncio.create_task(line.serve()) for line in lines]
+
+    def connections() -> int:
+        return redis.command("CLIENT LIST").count(b" cmd=") - 1  # without the one that asks
+
+    for _ in range(2):
+        long = asyncio.create_task(lines[0].ask("BLPOP", "nothing", 2))
+        await asyncio.to_thread(wait_until, lambda: b" cmd=blpop " in redis.command("CLIENT LIST"))
+        assert await lines[1].ask("PING")
+        assert not long.done()
+        assert await asyncio.to_thread(connections) == 2
+        assert await long is None
+        await asyncio.to_thread(wait_until, lambda: connections() == 0)
+    assert not any(task.done() for task in serving)
+    await end(serving)
+    await close_client(client)
+
+
 # --- password ----------------------------------------------------------------------------------
 
 OPERATIONS = Path(__file__).parents[2] / "OPERATIONS.md"
