@@ -138,8 +138,6 @@ class Sentinel(RedisServer):
 
     def knows(self, others: int, replicas: int) -> bool:
         """Whether it has met so many other Sentinels and replicas."""
-        words = self.command("SENTINEL MASTERS").split()
-        return all(
-            int(words[words.index(name) + 2]) == count
-            for name, count in ((b"num-other-sentinels", others), (b"num-slaves", replicas))
-        )
+        state = self.command("SENTINEL MASTERS")
+        counts = {"num-other-sentinels": others, "num-slaves": replicas}
+        return all(f"{name}\r\n$1\r\n{count}\r\n".encode() in state for name, count in counts.items())
