@@ -104,8 +104,9 @@ def test_redis_that_is_lost_for_half_a_minute_parts_the_nodes_and_no_more(fault,
 
         for one, other in zip(here, there, strict=True):
             exchange_soon(one, other, left())
-        exchange_soon(there[0], moved, left())
+        # Until it is closed, what comes from its node goes to the old session.
         assert roams.read_close().close_code == 4504
+        exchange_soon(there[0], moved, left())
         present = sorted(agent.did for agent in (*here, *there, moved))
         wait_until(lambda: dids(found(here[0])) == dids(found(there[0])) == present, left())
         wait_until(lambda: [ready(node) for node in nodes] == [200, 200], left())
