@@ -584,11 +584,6 @@ cdef class Connection:
         return peer_of(self.fd)
 
     @property
-    def silent_seconds(self):
-        """Seconds since anything was heard."""
-        return (self.router.timers.now - self.last_heard) / <double>TICKS_PER_SECOND
-
-    @property
     def queued_bytes(self):
         """Bytes that wait to be written."""
         return self.out_size - self.head_written

@@ -29,11 +29,12 @@ from gateway._mesh import NODE_WORKERS, source_of
 from gateway._routing import RoutingTable, TableBusyError
 from gateway.directory import Offer, Query
 from gateway.discovery import Page
-from gateway.redis_line import LineLostError, RedisLine, make_client
+from gateway.redis_line import LineLostError, RedisLine, close_client, make_client, reason_of
 from gateway.shared_registry import (
     HEARTBEAT_SECONDS,
     LEASE_SECONDS,
     REGISTER_SECONDS,
+    STEPS_TOGETHER,
     Claim,
     Entry,
     Heartbeat,
@@ -70,6 +71,11 @@ def terms_of(session: Session) -> tuple[str, ...]:
     names = {f"cap:{offer.name}" for offer in session.offers}
     tags = {f"tag:{tag}" for offer in session.offers for tag in offer.tags}
     return ("all", *sorted(names | tags))
+
+
+def text_of(session: Session) -> str:
+    """Return what a search for a text looks at, see lua/discover.lua."""
+    return "" if session.hidden else "\n".join(offer.text for offer in session.offers)
 
 
 def offers_of(card: bytes) -> tuple[Offer, ...]:
@@ -145,6 +151,7 @@ class Cluster:
         self._registry: SharedRegistry | None = None
         self._moved_to: tuple[str, int] | None = None
         self._has_connected = False
+        self._is_loss_told = False
         self._is_watching = False
         self._watching_changed = asyncio.Event()
         self._searches: set[asyncio.Future[None]] = set()
@@ -236,6 +243,7 @@ class Cluster:
                 card=session.card,
                 hidden=session.hidden,
                 terms=terms_of(session),
+                text=text_of(session),
             ),
             deadline,
             decide,
@@ -303,6 +311,7 @@ class Cluster:
         done: Callable[[Page | None], None],
     ) -> None:
         try:
+            await registry.settle()
             done(await self._find(registry, query, cursor, limit))
         except (LineLostError, RedisError) as error:
             if not isinstance(error, LineLostError):
@@ -320,14 +329,10 @@ class Cluster:
             term = f"tag:{query.tag}"
         else:
             term = "all"
-        text = query.text or ""
-        # What JSON escapes stands on the card in another form.
-        if not text.isascii() or not text.isprintable() or set(text) & {'"', "\\"}:
-            text = ""
         found: list[tuple[str, bytes]] = []
         deadline = time.monotonic() + SEARCH_SECONDS
         while len(found) < limit and time.monotonic() < deadline:
-            cursor, agents = await registry.discover(term, cursor, limit, text)
+            cursor, agents = await registry.discover(term, cursor, limit, query.text or "")
             found.extend(
                 (did, replies.agent(did, status, card))
                 for did, status, card in agents
@@ -408,7 +413,6 @@ class Cluster:
 
     async def run(self) -> None:
         """Stay connected with Redis until cancelled."""
-        is_told = False
         while True:
             reason = ""
             try:
@@ -418,20 +422,18 @@ class Cluster:
             ) as error:  # of a Redis Cluster; all keys have one slot, so one node has them all
                 self._moved_to, reason = (error.host, error.port), str(error)
             except (LineLostError, RedisError, OSError, asyncio.TimeoutError) as error:
-                reason = str(error) or type(error).__name__
+                reason = reason_of(error)
                 self._moved_to = None
             except Exception:
                 self._log.exception("fault")
-            finally:
-                was_connected = self._registry is not None
-                if was_connected:
-                    self._go_on_alone()
-            if was_connected or not is_told:
+            if not self._is_loss_told:
                 self._log.error("Redis lost", reason=reason)
-                is_told = True
+                self._is_loss_told = True
             await asyncio.sleep(random.uniform(RETRY_MIN_SECONDS, RETRY_MAX_SECONDS))  # noqa: S311
 
     def _go_on_alone(self) -> None:
+        if self._registry is None:
+            return
         self._line = self._registry = None
         for worker in list(self._links):
             self._unlink(worker, "Redis lost")
@@ -446,11 +448,15 @@ class Cluster:
         """Serve one connection with Redis, until it breaks."""
         client = make_client(self._url, self._moved_to)
         line = RedisLine(client, self._router.settle)
-        tasks = [asyncio.create_task(line.serve())]
+        searches = RedisLine(client, self._router.settle, STEPS_TOGETHER)
+        tasks = [asyncio.create_task(each.serve()) for each in (line, searches)]
         pubsub = client.pubsub()
         try:
+            # Redis says in a sentence what it wants before a PING, such as a password; but not to a script.
+            await client.ping()
             registry = SharedRegistry(
                 line,
+                searches,
                 prefix=self._prefix,
                 instance=self._instance,
                 did=self._did,
@@ -468,6 +474,7 @@ class Cluster:
                 await registry.purge(self._instance, self._worker)
                 self._has_connected = True
             self._line, self._registry = line, registry
+            self._is_loss_told = False
             self._log.info("joined", node=beat.number, term=beat.term)
             channel = registry.presence_channel
             tasks.append(asyncio.create_task(self._read(pubsub, channel.encode())))
@@ -477,9 +484,10 @@ class Cluster:
             ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             ended.pop().result()
         finally:
+            self._go_on_alone()  # first: to end a connection can take as long as to make it
             await end(tasks)
             await pubsub.aclose()  # type: ignore[no-untyped-call]
-            await client.aclose()
+            await close_client(client)
 
     async def _stay(self, registry: SharedRegistry, beat: Heartbeat) -> None:
         """Renew the lease, and look who else is there."""

@@ -40,9 +40,9 @@ def _websocket_url(url: str) -> str:
 
 
 def _redis_url(url: str) -> str:
-    from gateway.redis_line import make_client
+    from gateway.redis_line import check_url
 
-    make_client(url)  # it does not connect yet
+    check_url(url)
     return url
 
 

@@ -247,7 +247,6 @@ class Moves:
         session = move.session
         if answer["resumed"]:
             session.id = answer["session"]
-            session.connected_at = answer["connected_at"]
         move.is_answered = True
         self._admit(session, move.registration, answer["resumed"])
 
@@ -324,7 +323,7 @@ class Moves:
         waiting: list[bytes] = []
         if session is not None:
             if resumed:
-                answer.update(session=session.id, connected_at=session.connected_at)
+                answer["session"] = session.id
             connection, session.connection = session.connection, None
             if connection is not None:
                 waiting.extend(connection.take_undelivered())

@@ -1,4 +1,4 @@
-"""Presence: which DID is here, since when, with what, and what waits for it while it is away."""
+"""Presence: which DID is here, with what, and what waits for it while it is away."""
 
 from __future__ import annotations
 
@@ -43,13 +43,11 @@ class Session:
         "_ledger",
         "away_until",
         "card",
-        "connected_at",
         "connection",
         "did",
         "epoch",
         "hidden",
         "id",
-        "last_activity",
         "move",
         "offers",
         "old_path_closed",
@@ -76,8 +74,6 @@ class Session:
         self.show(shown)
         self.resume_token = resume_token
         self.proven_at = proven_at
-        self.connected_at = time.time()
-        self.last_activity = self.connected_at
         self.away_until = 0.0
         self.move: Move | None = None
         self.old_path_closed = False
@@ -115,18 +111,6 @@ class Session:
         """Return what waits, oldest first, and keep nothing."""
         shelf, self.shelf = self.shelf, None
         return shelf.take() if shelf is not None else []
-
-
-@dataclass(frozen=True, slots=True)
-class Presence:
-    """What the gateway knows of one agent. Times are seconds since the epoch; `card` is JSON or empty."""
-
-    did: str
-    session: str
-    connected_at: float
-    last_activity: float
-    card: bytes
-    away: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,23 +194,6 @@ class Registry:
         session = self._taken.get(epoch) or self._sessions.get(did)
         return session if session is not None and session.epoch == epoch else None
 
-    def presence(self, did: str) -> Presence | None:
-        """Return what is known of a DID."""
-        session = self._sessions.get(did)
-        if session is None:
-            return None
-        last_activity = session.last_activity
-        if session.connection is not None:
-            last_activity = time.time() - session.connection.silent_seconds
-        return Presence(
-            did=did,
-            session=session.id,
-            connected_at=session.connected_at,
-            last_activity=last_activity,
-            card=session.card,
-            away=session.connection is None,
-        )
-
     def register(
         self,
         did: str,
@@ -268,7 +235,6 @@ class Registry:
         resumed = resume is not None and resume == before.resume_token
         if resumed:
             session.id = before.id
-            session.connected_at = before.connected_at
         return Registered(session, resumed, before.view, replaced, held, None)
 
     def show(self, session: Session, shown: Shown) -> None:
@@ -324,7 +290,6 @@ class Registry:
             self._unlist(session)
             self._take_away(session)
             return True
-        session.last_activity = time.time() - session.connection.silent_seconds
         session.connection = None
         session.away_until = time.monotonic() + self._away
         self._dropped[session.did] = session

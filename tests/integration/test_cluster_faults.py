@@ -4,103 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-import select
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from datetime import datetime
 
 import pytest
 from flock import Flock
+from network import (
+    LOST,
+    RECOVERY_SECONDS,
+    STALE_SECONDS,
+    assert_unreachable,
+    entries,
+    exchange_soon,
+    redis_state,
+    wait_until_confirmed,
+)
 from redis_server import RedisServer
-from tcp_proxy import TcpProxy
 from wire import Agent, assert_exchange, wait_until
-
-LOST = ("Redis lost",)
-# "After recovery both nodes agree within 10 s", "no stale presence after 15 s".
-RECOVERY_SECONDS = 10.0
-STALE_SECONDS = 15.0
-
-
-@pytest.fixture
-def own_redis(tmp_path) -> Iterator[RedisServer]:
-    """A Redis that the test may kill."""
-    server = RedisServer(tmp_path)
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def make_proxy() -> Iterator[Callable[[int], TcpProxy]]:
-    proxies: list[TcpProxy] = []
-
-    def make(target: int) -> TcpProxy:
-        proxies.append(TcpProxy(target))
-        return proxies[-1]
-
-    yield make
-    for proxy in proxies:
-        proxy.stop()
-
-
-def redis_state(node) -> str:
-    return str(node.health()["cluster"]["redis"])
-
-
-def entries(redis: RedisServer) -> int:
-    """How many agents the registry has."""
-    listed = redis.command("EVAL \"return #redis.call('KEYS', '*:agent:*')\" 0")
-    return int(listed.strip(b":\r\n"))
-
-
-def assert_unreachable(sender: Agent, did: str, *causes: str) -> None:
-    data = sender.offer(did)
-    sender.send(data)
-    answer = sender.receive()
-    assert answer["correlation_id"] == json.loads(data)["id"]
-    details = answer["payload"]["details"]
-    assert details["name"] in causes
-    assert details["temporary"]
-
-
-def exchange_soon(one: Agent, other: Agent, seconds: float = RECOVERY_SECONDS) -> None:
-    """Wait until two agents reach each other; refusals on the way are temporary."""
-    deadline = time.monotonic() + seconds
-    for sender, receiver in ((one, other), (other, one)):
-        sent = [sender.offer(receiver.did)]
-        sender.send(sent[-1])
-        while True:
-            agent, got = first_of([sender, receiver])
-            if agent is receiver:
-                assert got in sent
-                if got == sent[-1]:
-                    break
-                continue  # it was given back as unconfirmed, and has arrived
-            error = json.loads(got)
-            assert error["payload"]["details"]["temporary"], error
-            assert time.monotonic() < deadline, error
-            if error["correlation_id"] == json.loads(sent[-1])["id"]:
-                time.sleep(0.05)
-                sent.append(sender.offer(receiver.did))
-                sender.send(sent[-1])
-
-
-def wait_until_confirmed(*nodes) -> None:
-    """What was delivered is known to have been, so that it does not come back when something fails."""
-    wait_until(lambda: all(node.health()["unconfirmed_bytes"] == 0 for node in nodes))
-
-
-def first_of(agents: list[Agent]) -> tuple[Agent, bytes]:
-    """Return who gets the next message, and the message."""
-    for agent in agents:
-        if agent.buffer:
-            return agent, agent.read_text()
-    ready, _, _ = select.select([agent.socket for agent in agents], [], [], 10)
-    assert ready, "nobody got anything"
-    agent = next(agent for agent in agents if agent.socket is ready[0])
-    return agent, agent.read_text()
-
 
 # --- Redis -------------------------------------------------------------------------------------
 
