@@ -23,6 +23,7 @@ from aiconexus.client.directory import Found, PresenceEvent
 from aiconexus.client.socket import ClientState, GatewayClient, short_did
 from aiconexus.core.capabilities import CapabilityMethod, capabilities_of
 from aiconexus.core.channel import Channel
+from aiconexus.core.gathering import read_ice_servers
 from aiconexus.core.intents import Intent, Quote
 from aiconexus.core.peer import Peer, PeerState
 from aiconexus.core.peer_connection import PeerConnection
@@ -78,6 +79,7 @@ class Agent:
         host_addresses: Addresses of this machine that others may connect to; None for all but loopback.
         ice_servers: STUN and TURN servers as W3C RTCIceServer (`urls`, `username`, `credential`); None for
             those that the gateway names, if any.
+        relay_only: Whether no other agent may learn an address of this machine: all goes over a TURN server.
         gateway_did: The DID that the gateway must prove.
         ssl: For a `wss` gateway; the system's certificates if None.
         backoff: When to come back to a gateway that was lost.
@@ -97,6 +99,7 @@ class Agent:
         passphrase: str | None = None,
         host_addresses: Sequence[str] | None = None,
         ice_servers: Iterable[RTCIceServer | Mapping[str, Any]] | None = None,
+        relay_only: bool = False,
         gateway_did: str | None = None,
         ssl: tls.SSLContext | None = None,
         backoff: Backoff | None = None,
@@ -114,6 +117,8 @@ class Agent:
         self._gateway = gateway
         self._host_addresses = None if host_addresses is None else tuple(host_addresses)
         self._ice_servers = None if ice_servers is None else tuple(ice_servers)
+        read_ice_servers(self._ice_servers or ())
+        self._relay_only = relay_only
         self._capabilities: dict[str, CapabilityMethod] = capabilities_of(self)
         self._client = GatewayClient(gateway, self._key, gateway_did=gateway_did, ssl=ssl, backoff=backoff)
         self._peers_max = peers_max
@@ -340,7 +345,9 @@ class Agent:
         if servers is None:
             session = self._client.session
             servers = () if session is None else tuple(session.ice_servers)
-        return PeerConnection(host_addresses=self._host_addresses, ice_servers=servers)
+        return PeerConnection(
+            host_addresses=self._host_addresses, ice_servers=servers, relay_only=self._relay_only
+        )
 
     async def _admit(self, did: str) -> str | None:
         # One that is connected already was started anew: it replaces its connection.
