@@ -562,6 +562,7 @@ LIMITS = (
     ("PEER_PING_INTERVAL_SECONDS", "s", "of silence on the DataChannel before a PING"),
     ("PEER_PONG_TIMEOUT_SECONDS", "s", "after that PING without any packet until the peer counts as dead"),
     ("PEER_STALL_SECONDS", "s", "a peer may take nothing of what waits for it"),
+    ("PEER_IDLE_SECONDS", "s", "without a call until an agent lets a connection go that nothing holds"),
     ("TURN_TTL_SECONDS", "s", "TURN credentials can be used, unless the operator says otherwise"),
     ("GATHER_TIMEOUT_SECONDS", "s", "STUN and TURN servers have to answer"),
     ("CONNECT_TIMEOUT_SECONDS", "s", "from OFFER to an open DataChannel"),

@@ -45,6 +45,7 @@ REQUEST_TIMEOUT_SECONDS: Final = 10.0  # an answer from the gateway
 PEER_PING_INTERVAL_SECONDS: Final = 5.0  # aiortc notices a dead peer only after 63
 PEER_PONG_TIMEOUT_SECONDS: Final = 10.0
 PEER_STALL_SECONDS: Final = 60.0  # the largest message, over 35 kbit/s
+PEER_IDLE_SECONDS: Final = 300.0  # without a call; to connect anew takes a tenth of a second
 GATHER_TIMEOUT_SECONDS: Final = (
     5.0  # for STUN and TURN servers to answer: three tries (RFC 8489 section 6.2.1)
 )
