@@ -22,6 +22,7 @@ from aiconexus.protocol import (
 )
 from aiconexus.protocol.cards import sign_card
 from gateway.handshake import Handshake, Registrar
+from gateway.ice import IceServers
 from gateway.registry import Shown
 
 GATEWAY = DIDKey.from_seed(b"g" * 32)
@@ -110,6 +111,21 @@ def test_a_proof_is_accepted_and_answered(handshake):
         "ice_servers": [],
         "resumed": True,
     }
+
+
+def test_every_answer_names_the_ice_servers_with_new_credentials(handshake):
+    ice = IceServers(("stun:a",), ("turn:b",), "north", 60)
+    gateway = Registrar(GATEWAY, register_timeout=10, ping_interval=25, away=30, ice=ice)
+    registration = gateway.check(handshake, register(handshake))
+    for answer in (
+        gateway.accept(registration, session="s", resume_token="t", resumed=False),
+        gateway.note(registration.message),
+    ):
+        ext = decode(answer).ext
+        assert ext["ice_servers_ttl_ms"] == 60_000
+        stun, turn = ext["ice_servers"]
+        assert (stun, turn["urls"]) == ({"urls": ["stun:a"]}, ["turn:b"])
+        assert turn["username"].endswith(f":{AGENT.did}")
 
 
 def test_card_and_resume_may_be_left_out(handshake):

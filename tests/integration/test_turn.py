@@ -36,7 +36,8 @@ class Worker(Agent):
 async def test_two_agents_work_together_over_a_relay(
     start_gateway: Callable[..., GatewayProcess], turn_server: TurnServer
 ) -> None:
-    gateway = start_gateway(*turn_server.gateway_options, "--turn-url", turn_server.tcp_url)
+    more = "--turn-url", turn_server.tcp_url, "--log-level", "debug"
+    gateway = start_gateway(*turn_server.gateway_options, *more)
     async with Worker(gateway.url) as one, Worker(gateway.url) as two:
         (found,) = [found async for found in one.discover(tag="arithmetic", dids=[two.did])]
         async with one.connect(found.did, timeout=SECONDS) as peer:
@@ -47,6 +48,7 @@ async def test_two_agents_work_together_over_a_relay(
             assert two.peers[one.did].path.kind == "relay"
     for agent in (one, two):  # whoever runs the TURN server sees who used it
         assert f":{agent.did}" in turn_server.log
+    assert one.did in gateway.log
     assert SECRET not in gateway.log
 
 
