@@ -98,8 +98,11 @@ async def test_relay_only_goes_over_the_turn_server_and_shows_nothing_else(
     await opened(one, two)
     assert one.path is not None
     assert one.path.kind == "relay"
-    (candidate,) = candidates(one._pc.localDescription.sdp)
-    assert candidate.endswith(" typ relay raddr 0.0.0.0 rport 9")
+    assert one.path.local.startswith("127.0.0.2:")
+    for sdp in (one._pc.localDescription.sdp, two._pc.localDescription.sdp):
+        (candidate,) = candidates(sdp)
+        assert candidate.endswith(" typ relay raddr 0.0.0.0 rport 9")
+        assert "127.0.0.1" not in sdp
 
 
 async def test_relay_only_is_reached_by_one_that_shows_its_addresses(
@@ -157,6 +160,21 @@ async def test_servers_that_fail_delay_nothing_while_another_works(
     kinds = {line.split(" typ ")[1].split()[0] for line in candidates(offer)}
     assert kinds == {"host", "srflx", "relay"}
     assert one._gathering.faults == []  # those that had no time to answer are not blamed
+
+
+async def test_one_relay_is_enough(turn_server: TurnServer, connection: Make) -> None:
+    offer = await connection(turn_server.url, turn_server.tcp_url).create_offer()
+    assert len(candidates(offer)) == 1
+
+
+async def test_next_turn_server_is_asked_as_soon_as_one_has_failed(
+    turn_server: TurnServer, connection: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aiconexus.core.gathering.TURN_DELAY_SECONDS", SECONDS)
+    refusing = f"{DISCARD}?transport=tcp"
+    one = connection(refusing, turn_server.url)
+    assert len(candidates(await asyncio.wait_for(one.create_offer(), 2.5))) == 1
+    assert one._gathering.faults == [f"{refusing} cannot be reached: Connection refused"]
 
 
 async def test_failing_turn_server_is_a_warning_where_there_are_other_paths(

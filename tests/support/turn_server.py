@@ -65,7 +65,8 @@ class TurnServer:
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        where = ["--listening-ip=127.0.0.1", "--relay-ip=127.0.0.1", f"--listening-port={self.port}"]
+        # No agent has the address of the relays.
+        where = ["--listening-ip=127.0.0.1", "--relay-ip=127.0.0.2", f"--listening-port={self.port}"]
         auth = ["--use-auth-secret", f"--static-auth-secret={SECRET}", "--realm=test"]
         alone = ["-n", "--no-tls", "--no-dtls", "--no-cli", "--allow-loopback-peers", "--relay-threads=1"]
         files = [f"--userdb={self._folder / 'turndb'}", f"--pidfile={self._folder / 'pid'}"]

@@ -1,8 +1,9 @@
 """Gather ICE candidates (RFC 8445 section 5.1.1), and say which STUN and TURN servers failed, and how.
 
 aioice would do it, but asks one STUN and one TURN server, waits 5 s for whichever does not answer, and keeps
-its answer to itself. Here all are asked at once and the first that answers counts: one that is broken delays
-nothing while another works. Relay-only is done here, too: aiortc before 1.16, as on Python 3.10, cannot.
+its answer to itself. Here each that is named gets its turn and the first that answers counts: one that is
+broken delays little while another works. Relay-only is done here, too: aiortc before 1.16 cannot, and Python
+3.10 has no other.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import errno
 import logging
 import os
 import ssl
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from socket import SO_RCVBUF, SOL_SOCKET
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -39,6 +42,9 @@ from aiconexus.protocol.limits import GATHER_TIMEOUT_SECONDS
 if TYPE_CHECKING:
     from aioice import Connection
 
+TURN_DELAY_SECONDS: Final = (
+    0.25  # for one server to answer before the next is asked, too (RFC 8305 section 8)
+)
 STUN_GRACE_SECONDS: Final = 0.5  # for the other addresses of this machine, once one has its reflexive one
 TURN_GOODBYE_SECONDS: Final = 1.0  # for the server to confirm that a relay is given up; aioice waits for 63
 
@@ -138,17 +144,18 @@ class Gathering:
             return candidate
 
         attempts = [
-            (server, ask(protocol, server.where))
+            (server, partial(ask, protocol, server.where))
             for server in self.servers
             if not server.where.is_turn
             for protocol in hosts
         ]
-        found = await self._first(attempts, STUN_GRACE_SECONDS)
+        found = await self._first(attempts, delay=0.0, grace=STUN_GRACE_SECONDS)
         return list({(candidate.host, candidate.port): candidate for candidate in found}.values())
 
     async def _relayed(self, connection: Connection) -> list[Candidate]:
-        attempts = [(server, _allocate(connection, server)) for server in self.turn_servers]
-        protocols = await self._first(attempts, 0.0)
+        # Not at once: a relay that comes too late would count against the agent's quota until it expires.
+        attempts = [(server, partial(_allocate, connection, server)) for server in self.turn_servers]
+        protocols = await self._first(attempts, delay=TURN_DELAY_SECONDS, grace=0.0)
         for protocol in protocols:
             connection._protocols.append(protocol)
             if self.relay_only:
@@ -157,34 +164,51 @@ class Gathering:
                 candidate.related_address, candidate.related_port = _HIDDEN[6 if ":" in candidate.host else 4]
         return [protocol.local_candidate for protocol in protocols]
 
-    async def _first(self, attempts: Sequence[tuple[IceServer, Awaitable[T]]], grace: float) -> list[T]:
-        """Wait for the first that succeeds, and `grace` seconds more for others; note who failed."""
-        if not attempts:
-            return []
-        tasks = {asyncio.ensure_future(attempt): server for server, attempt in attempts}
-        deadline = asyncio.get_running_loop().time() + GATHER_TIMEOUT_SECONDS
-        waiting = set(tasks)
+    async def _first(
+        self, attempts: Sequence[tuple[IceServer, Callable[[], Awaitable[T]]]], *, delay: float, grace: float
+    ) -> list[T]:
+        """Attempt one after the other until one succeeds; note who failed.
+
+        Args:
+            attempts: In the order of preference.
+            delay: Seconds after which the next begins beside those that have not answered.
+            grace: Seconds to wait for others when the first has succeeded.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + GATHER_TIMEOUT_SECONDS
+        upcoming = deque(attempts)
+        next_at = loop.time()
+        tasks: dict[asyncio.Task[T], IceServer] = {}
+        waiting: set[asyncio.Task[T]] = set()
         found: list[asyncio.Task[T]] = []
         try:
-            while waiting:
-                left = max(0.0, deadline - asyncio.get_running_loop().time())
-                first = asyncio.FIRST_COMPLETED
-                done, waiting = await asyncio.wait(waiting, timeout=left, return_when=first)
-                if not done:
-                    break
-                if any(task.exception() is None for task in done) and not found:
-                    deadline = min(deadline, asyncio.get_running_loop().time() + grace)
-                found += [task for task in done if task.exception() is None]
+            while (waiting or upcoming) and loop.time() < deadline:
+                while upcoming and loop.time() >= next_at:
+                    server, begin = upcoming.popleft()
+                    task = asyncio.ensure_future(begin())
+                    tasks[task] = server
+                    waiting.add(task)
+                    next_at += delay
+                until = min(deadline, next_at) if upcoming else deadline
+                left = max(0.0, until - loop.time())
+                done, waiting = await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                succeeded = [task for task in done if task.exception() is None]
+                if succeeded and not found:
+                    deadline = min(deadline, loop.time() + grace)
+                elif not waiting:
+                    next_at = loop.time()
+                found += succeeded
         finally:
             for task in waiting:
                 task.cancel()
-            await asyncio.wait(tasks)
-        works = {tasks[task] for task in found}
+            if tasks:
+                await asyncio.wait(tasks)
+        told = {tasks[task] for task in found}
         for task, server in tasks.items():
+            fault = f"{server.url} {_reason(task)}"
             # One that was still waiting when another had answered has not failed.
-            if server not in works and not (found and task.cancelled()):
-                works.add(server)
-                fault = f"{server.url} {_reason(task)}"
+            if server not in told and not (found and task.cancelled()):
+                told.add(server)
                 _log.warning("%s", fault)
                 self.faults.append(fault)
         return [task.result() for task in found]
