@@ -30,7 +30,7 @@ AGENT = DIDKey.from_seed(b"a" * 32)
 OTHER = DIDKey.from_seed(b"o" * 32)
 
 
-def registrar(*public_urls: str) -> Registrar:
+def registrar(*public_urls: str, ice: IceServers | None = None) -> Registrar:
     return Registrar(
         GATEWAY,
         public_urls=public_urls,
@@ -39,6 +39,7 @@ def registrar(*public_urls: str) -> Registrar:
         away=30,
         message_rate=50,
         message_burst=300,
+        ice=ice,
     )
 
 
@@ -114,8 +115,7 @@ def test_a_proof_is_accepted_and_answered(handshake):
 
 
 def test_every_answer_names_the_ice_servers_with_new_credentials(handshake):
-    ice = IceServers(("stun:a",), ("turn:b",), "north", 60)
-    gateway = Registrar(GATEWAY, register_timeout=10, ping_interval=25, away=30, ice=ice)
+    gateway = registrar(ice=IceServers(("stun:a",), ("turn:b",), "north", 60))
     registration = gateway.check(handshake, register(handshake))
     for answer in (
         gateway.accept(registration, session="s", resume_token="t", resumed=False),
