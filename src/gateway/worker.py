@@ -43,6 +43,7 @@ from gateway.config import Settings
 from gateway.directory import Query, View
 from gateway.discovery import Discovery, Page
 from gateway.handshake import Handshake, Registrar, Registration, read_shown
+from gateway.ice import IceServers
 from gateway.kinds import ANSWER, ASK, CHANGED, MESSAGE_KINDS, WATCHING
 from gateway.locations import Locations, Waiting
 from gateway.moves import Moves, is_lasting
@@ -102,6 +103,12 @@ class Gateway:
             away=settings.away,
             message_rate=settings.message_rate,
             message_burst=settings.message_burst,
+            ice=IceServers(
+                settings.stun_url,
+                settings.turn_url,
+                settings.turn_secret.get_secret_value() if settings.turn_secret is not None else "",
+                settings.turn_ttl,
+            ),
             worker=worker,
         )
         self.router = Router(
@@ -363,6 +370,8 @@ class Gateway:
         elif isinstance(payload, RegisterPayload):
             shown = read_shown(message)
             self._send(connection, self._registrar.note(message))
+            if (session.card, session.hidden) == (shown.card, shown.hidden):
+                return  # it wanted new TURN credentials: nobody sees anything else
             before = session.view
             self.registry.show(session, shown)
             if self.cluster is not None:
