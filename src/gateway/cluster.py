@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -106,6 +106,8 @@ class Cluster:
             nodes that may look for it there.
         on_change: Called with what happens to agents of all nodes, while somebody here watches.
         on_doubt: Called when something of that may have been missed.
+        on_members: Called with every heartbeat: numbers of the other nodes by their instance, and whether those
+            that are not there are gone; just back from Redis, they may only not be back yet.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class Cluster:
         on_replaced: Callable[[Session, Claim], None],
         on_change: Callable[[Change], None],
         on_doubt: Callable[[], None],
+        on_members: Callable[[Mapping[str, int], bool], None],
     ) -> None:
         self._url = url
         self._prefix = prefix
@@ -140,6 +143,7 @@ class Cluster:
         self._on_replaced = on_replaced
         self._on_change = on_change
         self._on_doubt = on_doubt
+        self._on_members = on_members
         self._log = structlog.get_logger("gateway.cluster").bind(worker=worker)
         self._line: RedisLine | None = None
         self._registry: SharedRegistry | None = None
@@ -174,6 +178,11 @@ class Cluster:
     def members(self) -> Iterable[Member]:
         """The other nodes that are alive."""
         return self._members.values()
+
+    def instance_of(self, number: int) -> str | None:
+        """Return the instance of another node; None if it is not there."""
+        member = self._members.get(number)
+        return member.instance if member is not None else None
 
     def name_of(self, worker: int) -> int:
         """Return the number by which other nodes know a worker."""
@@ -364,6 +373,12 @@ class Cluster:
         self._links[worker] = (0, 0)
         return True
 
+    def begin_anew(self, worker: int) -> None:
+        """Begin another stream to a worker of another node, if there is one."""
+        if worker in self._links:
+            self._links[worker] = (0, 0)
+            self._router.begin_anew(worker)
+
     def _publish(self, worker: int, piece: bytes) -> None:
         if self._line is not None and self._registry is not None:
             channel = self._registry.channel(worker)
@@ -401,7 +416,7 @@ class Cluster:
                 self._log.error("not a piece of a stream", channel=message["channel"], size=len(piece))
             elif self.reach(source) and not self._router.take(source, piece):
                 self._log.info("stream begins anew", node=source // NODE_WORKERS, to=source % NODE_WORKERS)
-                self._router.begin_anew(source)
+                self.begin_anew(source)
                 self._router.settle()
 
     # --- life ----------------------------------------------------------------------------------
@@ -483,10 +498,16 @@ class Cluster:
 
     async def _stay(self, registry: SharedRegistry, beat: Heartbeat) -> None:
         """Renew the lease, and look who else is there."""
+        joined_at = time.monotonic()
         while True:
             self._clock_offset = beat.time - time.monotonic() * 1000
             self._meet(beat.members)
             self._look_after_links()
+            self._on_members(
+                {member.instance: member.number for member in self._members.values()},
+                time.monotonic() - joined_at > LEASE_SECONDS,
+            )
+            self._router.settle()
             self._beat = beat
             self._has_beaten.set()
             await asyncio.sleep(HEARTBEAT_SECONDS * random.uniform(0.9, 1.1))  # noqa: S311
@@ -597,13 +618,16 @@ class Cluster:
                 self._log.warning(
                     "not confirmed", node=worker // NODE_WORKERS, to=worker % NODE_WORKERS, bytes=waiting
                 )
-                self._router.begin_anew(worker)
-                self._links[worker] = (0, 0)
+                self.begin_anew(worker)
         self._router.settle()
 
     async def close(self) -> None:
-        """Wait until Redis knows which agents have gone."""
+        """Wait until Redis knows which agents have gone, and has what other nodes are told."""
+        self._router.settle()
         if self._pending and self._registry is not None:
             self._settled = asyncio.Event()
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._settled.wait(), CLOSE_SECONDS)
+        if self._line is not None:
+            with suppress(LineLostError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._line.ask("PING"), CLOSE_SECONDS)

@@ -8,7 +8,7 @@ import random
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
@@ -40,10 +40,11 @@ from gateway._mesh import NODE_WORKERS, ROUTED_KIND
 from gateway._routing import TableBusyError, TableFullError
 from gateway.cluster import Cluster, offers_of
 from gateway.config import Settings
+from gateway.custody import Custody
 from gateway.directory import Query, View
 from gateway.discovery import Discovery, Page
 from gateway.handshake import Handshake, Registrar, Registration, read_shown
-from gateway.kinds import ANSWER, ASK, CHANGED, MESSAGE_KINDS, WATCHING
+from gateway.kinds import ANSWER, ASK, CHANGED, CUSTODY_KINDS, MESSAGE_KINDS, WATCHING
 from gateway.locations import Locations, Waiting
 from gateway.moves import Moves, is_lasting
 from gateway.node import Node, Tally
@@ -122,7 +123,15 @@ class Gateway:
         self.registry = Registry(node.table, node.ledger, worker, settings.away, self._on_away, self._on_gone)
         self.cluster = self._make_cluster(settings, node, worker)
         self.locations = None
+        self.custody = None
         if self.cluster is not None:
+            self.custody = Custody(
+                node.instance,
+                self.router,
+                node.ledger,
+                self.cluster,
+                answer=partial(self._answer_sender, name="unconfirmed"),
+            )
             self.locations = Locations(
                 self.cluster,
                 node.table,
@@ -155,6 +164,8 @@ class Gateway:
             node.ledger,
             cluster=self.cluster,
             tell=self._tell,
+            pass_on=self._pass_on,
+            origin_of=self.custody.origin_of if self.custody is not None else lambda _: None,
             admit=self._admit,
             give=self._give,
             give_back=self._return,
@@ -192,6 +203,7 @@ class Gateway:
             on_replaced=self._on_replaced,
             on_change=lambda change: self.watches.take(change, is_ordered=True),
             on_doubt=self._doubt,
+            on_members=self._on_members,
         )
 
     # --- HTTP ----------------------------------------------------------------------------------
@@ -306,6 +318,7 @@ class Gateway:
             "away": total("away"),
             "routes": len(self.node.table),
             "waiting": total("waiting"),
+            "waiting_elsewhere": total("waiting_elsewhere"),
             "unconfirmed_bytes": total("unconfirmed_bytes"),
             **({} if self.cluster is None else {"cluster": self._cluster_health()}),
             "counters": self.node.totals(),
@@ -477,6 +490,12 @@ class Gateway:
             return False
         return self.router.tell(worker, kind, origin, epoch, data)
 
+    def _pass_on(self, worker: int, kind: int, origin: int, epoch: int, data: bytes) -> bool:
+        """Send a message on to another worker, see `_tell`; until it is there, this one answers for it."""
+        if worker >= NODE_WORKERS and (self.cluster is None or not self.cluster.reach(worker)):
+            return False
+        return self.router.pass_on(worker, kind, origin, epoch, data)
+
     # --- other workers -------------------------------------------------------------------------
 
     def on_moving(self, target: Connection, origin: int, data: bytes) -> None:
@@ -512,9 +531,50 @@ class Gateway:
             self.watches.on_watching(worker, data)
         elif kind == CHANGED:
             self.watches.on_changed(data)
+        elif kind in CUSTODY_KINDS:
+            assert self.custody is not None
+            self.custody.on_record(worker, kind, data)
+            self._count_waiting_elsewhere()
+        elif kind in MESSAGE_KINDS and self.custody is not None:
+            self._take_passed_on(worker, kind, origin, epoch, data)
         else:
             self.moves.on_record(worker, kind, origin, epoch, data)
             self._count_sessions()
+
+    def _take_passed_on(self, worker: int, kind: int, origin: int, epoch: int, data: bytes) -> None:
+        """Take a message that another worker had; who answers for it may be a third."""
+        assert self.custody is not None
+        ledger = self.node.ledger
+        before, source = ledger.source, self.custody.source_of(origin, worker)
+        if source == before:
+            self.moves.on_record(worker, kind, origin, epoch, data)
+            return
+        # What is queued is written down with its source only when it turns out to wait.
+        self.router.flush()
+        ledger.source = source
+        try:
+            self.moves.on_record(worker, kind, origin, epoch, data)
+            self.router.flush()
+        finally:
+            ledger.source = before
+
+    def on_stream(self, worker: int, is_new: bool) -> None:
+        """A stream to a worker of another node begins."""
+        assert self.custody is not None
+        self.custody.on_stream(worker, is_new)
+
+    def on_news(self, kept: list[tuple[int, bytes]], freed: list[tuple[int, bytes]]) -> None:
+        """Messages from other nodes wait, or do no longer."""
+        assert self.custody is not None
+        self.custody.on_news(kept, freed)
+
+    def _on_members(self, alive: Mapping[str, int], is_sure: bool) -> None:
+        assert self.custody is not None
+        self.custody.look_after(alive, is_sure)
+
+    def _count_waiting_elsewhere(self) -> None:
+        assert self.custody is not None
+        self.node.counters.set(self.worker, "waiting_elsewhere", len(self.custody))
 
     def on_link_lost(self, worker: int, records: list[tuple[int, int, int, bytes]]) -> None:
         """Another worker has gone: tell the senders of what it had not confirmed."""
@@ -531,11 +591,15 @@ class Gateway:
         if worker >= NODE_WORKERS:
             return
         self.watches.on_link_lost(worker)
-        # What it had confirmed, and kept for agents that were away or slow. One of the workers that are left
-        # answers senders at other nodes.
+        # What it had confirmed, and kept for agents that were away or slow. For what came from another node, that
+        # node answers. One of the workers that are left answers senders that have gone to another one.
         is_first = self.cluster is not None and self.worker < min(self._siblings(), default=NODE_WORKERS)
-        for sender, target, message_id in self.node.ledger.read(worker, self._generations.pop(worker, 0)):
-            if message_id not in told and (sender in self.registry or (is_first and self._is_afar(sender))):
+        for sender, target, message_id, source in self.node.ledger.read(
+            worker, self._generations.pop(worker, 0)
+        ):
+            if source or message_id in told:
+                continue
+            if sender in self.registry or (is_first and self._is_afar(sender)):
                 self._answer_sender(sender, target, message_id, "unconfirmed")
 
     # --- sessions ------------------------------------------------------------------------------
@@ -943,6 +1007,9 @@ class Gateway:
                 self.moves.expire()
                 self.discovery.expire()
                 self.watches.catch_up()
+                if self.custody is not None:
+                    self.custody.answer_some()
+                    self._count_waiting_elsewhere()
                 # After a stall, what other workers have to say of their sessions is not read yet.
                 if self.node.workers > 1 and now - last_run < STALL_SECONDS:
                     self._look_for_taken_sessions()
