@@ -169,8 +169,9 @@ class Custody:
             for source, entry in news:
                 by_source.setdefault(source, []).append(entry)
             for source, entries in by_source.items():
-                peer = self._by_source[source]
-                if peer.link is not None and not self._tell(peer.link, kind, entries):
+                peer = self._by_source.get(source)
+                # Without a stream to it, it is told with the next one.
+                if peer is not None and peer.link is not None and not self._tell(peer.link, kind, entries):
                     # It confirms nothing. What is told when the stream begins anew is all there is.
                     self._cluster.begin_anew(peer.link)
 

@@ -656,7 +656,7 @@ class Gateway:
             claim: What the others had; None if that is not known.
         """
         if self.registry.get(session.did) is not session:
-            self._return_all(done.held, "away_expired")
+            self._return_all(done.held.take(), "away_expired")
             return  # it was replaced meanwhile, and its REGISTER answered
         if claim is not None and claim.outcome == "late" and self.cluster is not None:
             # Redis took long. Whoever is still here has not gone elsewhere.
@@ -672,15 +672,16 @@ class Gateway:
         if elsewhere is None or elsewhere[0] >= NODE_WORKERS:
             self._publish_arrival(session.did, session.epoch, done.before, session.view)
         if elsewhere is None:
+            held = done.held.take()
             if not done.resumed:
-                self._return_all(done.held, "away_expired")
+                self._return_all(held, "away_expired")
             self.moves.end(
                 session,
                 resumed=done.resumed,
-                held=[message for message in done.held if done.resumed and is_lasting(message)],
+                held=[message for message in held if done.resumed and is_lasting(message)],
             )
         else:
-            self._return_all(done.held, "away_expired")
+            self._return_all(done.held.take(), "away_expired")
             self.moves.begin(session, registration, *elsewhere, remote)
 
     def _last_place(

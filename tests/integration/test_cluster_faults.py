@@ -9,6 +9,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import datetime
 
 import pytest
@@ -297,6 +298,40 @@ def test_nodes_whose_clocks_are_five_minutes_apart_work_together(own_redis, star
     assert not {"node gone"} & {line["event"] for node in (first, second) for line in node.log_lines()}
 
 
+def test_a_worker_that_starts_again_with_a_clock_set_back_is_heard_at_once(own_redis, start_node, tmp_path):
+    faketime = pytest.importorskip("libfaketime", reason="needs another clock: `pip install libfaketime`")
+    _, environment = faketime.get_reload_information()
+    clock = tmp_path / "clock"
+    clock.write_text("+0s")
+    environment.update(
+        FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1", FAKETIME_DONT_FAKE_MONOTONIC="1"
+    )
+    first = start_node(url=own_redis.url)
+    second = start_node(url=own_redis.url, environment=environment)
+    with Agent(first.port) as one:
+        with Agent(second.port) as agent:
+            assert_exchange(one, agent)
+            wait_until_confirmed(first, second)
+            number = agent.register_answer["ext"]["worker"]
+            clock.write_text("-300s")
+            second.kill_worker(second.worker_pids[number])
+        wait_until(lambda: len(second.worker_pids) == 2)
+        behind = None
+        while behind is None or behind.register_answer["ext"]["worker"] != number:
+            if behind is not None:
+                behind.drop()
+            with suppress(ConnectionError, EOFError):  # the listener of the one that has died
+                behind = Agent(second.port, clock=-300)
+        with behind:
+            told = datetime.fromisoformat(behind.hello["timestamp"].replace("Z", "+00:00"))
+            assert -310 < told.timestamp() - time.time() < -290
+            # What was sent to the last process with that number may come back; after that, nothing does.
+            exchange_soon(one, behind)
+            for _ in range(3):
+                assert_exchange(one, behind)
+                wait_until_confirmed(first, second)
+
+
 def test_in_a_redis_cluster_a_node_goes_where_the_keys_are(tmp_path, start_gateway):
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
@@ -533,16 +568,20 @@ def test_what_waits_at_the_only_worker_of_a_node_comes_back_if_that_is_killed(ow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("fault", ["none", "redis killed", "redis stopped", "node killed"])
 async def test_nodes_under_load_lose_no_message_in_silence(fault, own_redis, start_node):
-    """2,000 agents at two nodes of two workers; every one may come back to the other node."""
+    """2,000 agents at two nodes of two workers, some of them away; each may come back to the other node."""
     nodes = [start_node(url=own_redis.url) for _ in range(2)]
     for node in nodes:
         node.forgive(*LOST)
+    alive = list(nodes)
     flock = Flock([node.port for node in nodes], 2_000, seed=7)
     await flock.start()
     total: Counter[str] = Counter()
+    waited = 0
     for turn in range(6):
         sent = []
         for step in range(4_000):
+            if step == 2_000:
+                waited += sum(node.health()["waiting_elsewhere"] for node in alive)
             if step == 2_000 and turn == 2:
                 if fault == "redis killed":
                     await asyncio.to_thread(own_redis.kill)
@@ -551,8 +590,11 @@ async def test_nodes_under_load_lose_no_message_in_silence(fault, own_redis, sta
                 elif fault == "node killed":
                     await asyncio.to_thread(nodes[1].kill)
                     flock.ports.remove(nodes[1].port)
+                    alive.remove(nodes[1])
             if step % 100 == 50 and turn not in (2, 3):
                 flock.roam()
+            if step % 20 == 0:
+                flock.rest(2.0)
             message = flock.send()
             if message is not None:
                 sent.append(message)
@@ -564,7 +606,7 @@ async def test_nodes_under_load_lose_no_message_in_silence(fault, own_redis, sta
         if turn == 3 and fault == "redis stopped":
             own_redis.signal(signal.SIGCONT)
     assert total["delivered"] > 10_000
-    alive = nodes[:1] if fault == "node killed" else nodes
+    assert waited > 0
     deadline = time.monotonic() + STALE_SECONDS
     while entries(own_redis) != 2_000 or sum(node.health()["sessions"] for node in alive) != 2_000:
         assert time.monotonic() < deadline, (entries(own_redis), [node.health() for node in alive])
