@@ -307,7 +307,10 @@ cdef class Router:
                     connection.end()
                 except Exception:
                     self.handler.on_fault(connection)
-            if self.dirty_size or self.broken or (self.ledger.has_news() and self.tell_news()):
+            if self.dirty_size or self.broken:
+                continue
+            if self.ledger.has_news():
+                self.tell_news()
                 continue
             unconfirmed = 0
             for link in self.open_links:
@@ -320,13 +323,13 @@ cdef class Router:
             if not self.dirty_size and not self.broken:
                 return 0
 
-    cdef bint tell_news(self) except -1:
-        """Tell other nodes what of theirs waits here: before that is confirmed, or nobody would answer for it."""
+    cdef int tell_news(self) except -1:
+        """Tell other nodes what of theirs waits here: before it is confirmed, for then they forget it."""
         try:
             self.handler.on_news(*self.ledger.take_news())
         except Exception:
             self.handler.on_fault(None)
-        return True
+        return 0
 
     cdef int write_link(self, Link link, bint confirm_now) except -1:
         cdef bint was_blocked = link.is_blocked

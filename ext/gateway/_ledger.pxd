@@ -3,8 +3,8 @@
 A worker confirms a batch once its messages have left it, or wait in it for an agent that is away, on its way
 or slow. For those that wait it writes down who sent what to whom, and strikes it out when they have left.
 
-What came from another node is answerable for elsewhere, too: if this whole node dies, nobody can read its memory.
-So the ledger remembers from where each message came and what is new in it, see gateway.custody.
+What came from another node is answerable for elsewhere, too: if this whole node dies, nobody can read its
+memory. So the ledger remembers from where each message came and what is new in it, see gateway.custody.
 """
 
 from cpython.list cimport PyList_GET_SIZE
@@ -42,8 +42,8 @@ cdef class Ledger:
         list leaving      # numbers that are struck out at the next `settle`
         size_t waiting_bytes
         char did[56]      # of the gateway; zeros: not known
-        # Number of the worker of another node (see gateway.custody) from which comes what is being dealt with;
-        # 0: from this node.
+        # The worker of another node from which comes what is being dealt with, by its number in
+        # gateway.custody; 0: this node.
         public uint32_t source
         dict sources      # of what came from other nodes: sender and id -> (source, number)
         list kept         # numbers of those that wait since the last `take_news`

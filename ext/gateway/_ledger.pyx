@@ -95,7 +95,7 @@ cdef class Ledger:
         memcpy(record.target, envelope.to.data, 56)
         memcpy(record.id, envelope.id.data, 36)
         if source or self.sources:
-            # One that has waited here before, and waits elsewhere in this process now, comes from where it came.
+            # One that has waited already, elsewhere in this process, still comes from where it came.
             key = key_of(record.sender, record.id)
             source = self.sources.get(key, (source,))[0]
         record.source = source

@@ -9,9 +9,9 @@ of 8. Numbers are in the byte order of the machine; nodes of another order do no
 `RemoteHead.magic` says so.
 
 Between nodes each published piece of the stream says where in it it belongs (RemoteHead). A receiver that
-misses something says so, and the stream begins anew: what was not confirmed goes back to its senders. The number
-of a stream is that of the life of the process, which is random, and of the stream in it, which grows: what is left
-of an older stream is known as such, whatever the clocks say.
+misses something says so, and the stream begins anew: what was not confirmed goes back to its senders. The
+number of a stream is that of the life of the process, which is random, and of the stream in it, which
+grows: what is left of an older stream is known as such, whatever the clocks say.
 
 A message that is passed on to another worker, and was confirmed to whoever sent it here, stays in the ledger
 until the other worker has confirmed it.

@@ -106,8 +106,7 @@ class Cluster:
             nodes that may look for it there.
         on_change: Called with what happens to agents of all nodes, while somebody here watches.
         on_doubt: Called when something of that may have been missed.
-        on_members: Called with every heartbeat: numbers of the other nodes by their instance, and whether those
-            that are not there are gone; just back from Redis, they may only not be back yet.
+        on_members: Called with every heartbeat: numbers of the other nodes by their instance.
     """
 
     def __init__(
@@ -127,7 +126,7 @@ class Cluster:
         on_replaced: Callable[[Session, Claim], None],
         on_change: Callable[[Change], None],
         on_doubt: Callable[[], None],
-        on_members: Callable[[Mapping[str, int], bool], None],
+        on_members: Callable[[Mapping[str, int]], None],
     ) -> None:
         self._url = url
         self._prefix = prefix
@@ -156,6 +155,7 @@ class Cluster:
         # By worker of another node: what it had confirmed at the last heartbeat, and for how many of them.
         self._links: dict[int, tuple[int, int]] = {}
         self._deaf: set[int] = set()  # workers of other nodes that did not listen since the last heartbeat
+        self._joined_at = 0.0
         self._clock_offset = 0.0  # time of Redis minus the monotonic one, in ms
         self._beat: Heartbeat | None = None  # the last one
         self._has_beaten = asyncio.Event()
@@ -168,6 +168,11 @@ class Cluster:
     def is_connected(self) -> bool:
         """Whether Redis answers, and the node has joined."""
         return self._registry is not None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether who is not there is gone: just after Redis is back, others may only not be back yet."""
+        return self.is_connected and time.monotonic() - self._joined_at > LEASE_SECONDS
 
     @property
     def number(self) -> int:
@@ -483,6 +488,7 @@ class Cluster:
                 await registry.purge(self._instance, self._worker)
                 self._has_connected = True
             self._line, self._registry = line, registry
+            self._joined_at = time.monotonic()
             self._log.info("joined", node=beat.number, term=beat.term)
             channel = registry.presence_channel
             tasks.append(asyncio.create_task(self._read(pubsub, channel.encode())))
@@ -498,15 +504,11 @@ class Cluster:
 
     async def _stay(self, registry: SharedRegistry, beat: Heartbeat) -> None:
         """Renew the lease, and look who else is there."""
-        joined_at = time.monotonic()
         while True:
             self._clock_offset = beat.time - time.monotonic() * 1000
             self._meet(beat.members)
             self._look_after_links()
-            self._on_members(
-                {member.instance: member.number for member in self._members.values()},
-                time.monotonic() - joined_at > LEASE_SECONDS,
-            )
+            self._on_members({member.instance: member.number for member in self._members.values()})
             self._router.settle()
             self._beat = beat
             self._has_beaten.set()
@@ -517,7 +519,6 @@ class Cluster:
 
     async def _repair(self, registry: SharedRegistry) -> None:
         """Put right what Redis has wrong. With many agents it takes longer than a lease lives."""
-        joined_at = time.monotonic()
         term, doubts = 0, 0
         while True:
             await self._has_beaten.wait()
@@ -529,8 +530,7 @@ class Cluster:
             if beat.term != term or doubts > DOUBTS_MAX:
                 term, doubts = beat.term, 0
                 await self._announce(registry)
-            # Just back, this node cannot tell those that are dead from those that are not back yet.
-            if time.monotonic() - joined_at > LEASE_SECONDS:
+            if self.is_settled:
                 await self._bury(registry, beat.members)
 
     def _meet(self, members: Iterable[Member]) -> None:

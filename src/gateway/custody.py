@@ -1,10 +1,11 @@
 """Who answers for a message that waits at another node: the worker that sent it there, if that node dies.
 
-A worker that keeps a message for an agent that is away, on its way or slow confirms it, and writes it down for its
-siblings to read (ext/gateway/_ledger.pxd). The memory of the node dies with the node. So the worker of another node
-from which the message came is told of it, before it is told that it is confirmed, and told again when the message
-has left: delivered, passed on or given back. It remembers what waits elsewhere, and when the process that keeps it
-is gone it tells each sender "unconfirmed". Siblings answer for messages of this node's own agents only.
+A worker that keeps a message for an agent that is away, on its way or slow confirms it, and writes it down
+for its siblings to read (ext/gateway/_ledger.pxd). That memory dies with the node. So the worker of another
+node from which the message came is told of it, before it is told that it is confirmed, and told again when
+the message has left: delivered, passed on or given back. It notes what waits elsewhere, and when the
+process that keeps it is gone it tells each sender "unconfirmed". Siblings answer only for messages of this
+node's own agents.
 
 What two workers tell each other, as records of the stream between them::
 
@@ -13,10 +14,11 @@ What two workers tell each other, as records of the stream between them::
     KEPT     this waits here, too. Nothing: are you there?
     FREED    and this does no longer
 
-A process that has died says nothing, but the next one with its number says HELLO with another life. It does so to
-whoever says something to it, so those who have noted something ask now and then. A node that is gone has no lease.
+A process that has died says nothing, but the next one with its number says HELLO with another life. It does
+so to whoever says something to it, so those who have noted something ask with every heartbeat. A node that
+is gone has no lease.
 
-Peers are known by instance and worker, not by number, for numbers of nodes may change when Redis has lost them.
+Peers are known by instance and worker, not by number: nodes may get other numbers when Redis has lost all.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class Peer:
         source: By which the ledger knows it.
         life: Of the process that was heard last; 0: none was.
         link: Its number for this node, while there is a stream to it; None if that is not known.
-        patience: Heartbeats without its node after which that is gone. One that was never met may just be coming.
+        patience: Heartbeats without its node, after which that is gone. One that was never met may be coming.
         noted: What waits there of this worker's messages, by number: sender, target and id.
     """
 

@@ -342,9 +342,7 @@ class Moves:
                 self._give_back(message, "away_expired")
             elif is_lasting(message):
                 origin = self._origin_of(message)
-                if not self._send_on(
-                    new, HELD, self._worker if origin is None else origin, epoch, message
-                ):
+                if not self._send_on(new, HELD, self._worker if origin is None else origin, epoch, message):
                     self._give_back(message, "overloaded")
         self._tell(new, MARK, self._worker, epoch, b"")
 

@@ -31,7 +31,14 @@ _HTTP_REFUSALS = (
     HTTPStatus.SERVICE_UNAVAILABLE,
 )
 _REFUSED = (*CAUSES, *_FRAME_FAULTS, *(f"http_{status.value}" for status in _HTTP_REFUSALS))
-_COUNTED = ("messages_received", "messages_routed", "bytes_routed", "messages_crossed", "pings_sent")
+_COUNTED = (
+    "messages_received",
+    "messages_routed",
+    "bytes_routed",
+    "messages_crossed",
+    "pings_sent",
+    "errors_dropped",
+)
 # A client may close with any number; those that mean nothing to us are counted together.
 _OTHER_CODE = "other"
 
@@ -56,6 +63,7 @@ class Node:
             counters=Counters(
                 workers,
                 (
+                    "errors_dropped",
                     *(f"refused:{name}" for name in _REFUSED),
                     *(f"closed:{name}" for name in (*CLOSE_CODES, _OTHER_CODE)),
                 ),

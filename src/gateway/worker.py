@@ -41,6 +41,7 @@ from gateway._routing import TableBusyError, TableFullError
 from gateway.cluster import Cluster, offers_of
 from gateway.config import Settings
 from gateway.custody import Custody
+from gateway.debts import Debts
 from gateway.directory import Query, View
 from gateway.discovery import Discovery, Page
 from gateway.handshake import Handshake, Registrar, Registration, read_shown
@@ -72,6 +73,8 @@ BACKLOG = 4096
 _FOR_US = frozenset({"PING", "PONG", "UNREGISTER", "DISCOVER", "REGISTER"})
 _ROUTED = frozenset({"OFFER", "ANSWER", "ICE_CANDIDATE", "ERROR"})
 _DATA_PLANE = frozenset({"INTENT", "EXEC_REQUEST", "EXEC_RESPONSE"})
+# Why an agent that is there cannot be reached for now.
+_PASSING = frozenset({"unreachable", "unconfirmed", "overloaded"})
 # Of a refusal on a registered session: all others leave it alive.
 _CLOSE_AFTER = {"binary_frame": 1003, "invalid_utf8": 1007, "too_large": 1009}
 
@@ -138,6 +141,7 @@ class Gateway:
                 deliver=self._deliver_found,
                 refuse=lambda _, waiting, cause: self._return(waiting.data, cause),
             )
+        self._debts = Debts(self._send_error, on_dropped=lambda: node.counters.add(worker, "errors_dropped"))
         self.discovery = Discovery(
             worker,
             self.registry.directory,
@@ -568,9 +572,12 @@ class Gateway:
         assert self.custody is not None
         self.custody.on_news(kept, freed)
 
-    def _on_members(self, alive: Mapping[str, int], is_sure: bool) -> None:
+    def _on_members(self, alive: Mapping[str, int]) -> None:
+        assert self.cluster is not None
         assert self.custody is not None
-        self.custody.look_after(alive, is_sure)
+        self.custody.look_after(alive, self.cluster.is_settled)
+        if self.cluster.is_settled:
+            self._debts.settle()
 
     def _count_waiting_elsewhere(self) -> None:
         assert self.custody is not None
@@ -591,8 +598,8 @@ class Gateway:
         if worker >= NODE_WORKERS:
             return
         self.watches.on_link_lost(worker)
-        # What it had confirmed, and kept for agents that were away or slow. For what came from another node, that
-        # node answers. One of the workers that are left answers senders that have gone to another one.
+        # What it had confirmed, and kept for agents that were away or slow. What came from another node is
+        # answered for there, and senders that have gone to another node by one of the workers that are left.
         is_first = self.cluster is not None and self.worker < min(self._siblings(), default=NODE_WORKERS)
         for sender, target, message_id, source in self.node.ledger.read(
             worker, self._generations.pop(worker, 0)
@@ -809,9 +816,10 @@ class Gateway:
 
     def _tell_sender(self, data: bytes, name: str) -> None:
         found = scan(data)
-        if found.from_ is None or found.from_ == self.did:
-            return
-        self._answer_sender(found.from_, found.to, found.id, name)
+        if found.from_ == self.did and found.to is not None:
+            self._keep_error(found.to, data, name)
+        elif found.from_ is not None:
+            self._answer_sender(found.from_, found.to, found.id, name)
 
     def _is_afar(self, did: str) -> bool:
         """Tell whether an agent is at no worker of this node."""
@@ -822,9 +830,22 @@ class Gateway:
         self._tally.refused(name)
         self._log.info("undelivered", cause=name, id=message_id, did=did, to=to)
         answer = replies.error(self.did, did, name, field="to", correlation_id=message_id)
+        self._send_error(did, answer)
+
+    def _send_error(self, did: str, data: bytes) -> None:
         sender = self.registry.get(did)
-        if self._deliver(did, answer, None) == "slow_consumer" and sender is not None:
-            sender.hold(answer)
+        cause = self._deliver(did, data, None)
+        if cause == "slow_consumer" and sender is not None:
+            sender.hold(data)
+        elif cause is not None:
+            self._keep_error(did, data, cause)
+
+    def _keep_error(self, did: str, data: bytes, cause: str) -> None:
+        """Keep an ERROR that could not be delivered, unless nobody is there who waits for it."""
+        if self.cluster is not None and (
+            cause in _PASSING or (cause == "not_online" and not self.cluster.is_settled)
+        ):
+            self._debts.owe(did, data)
 
     # --- refusals ------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Who answers for what waits at another node: the notes of two workers, with stand-ins for what lies between."""
+"""Who answers for what waits at another node: the notes of two workers, with a stand-in for their streams."""
 
 from __future__ import annotations
 

@@ -522,6 +522,30 @@ def test_what_waits_at_a_node_that_dies_while_redis_is_lost_comes_back_when_redi
         sender.ping()
 
 
+def test_what_comes_back_while_redis_is_lost_reaches_its_sender_when_redis_is_back(own_redis, start_node):
+    first, second = (start_node("--away", "2", url=own_redis.url) for _ in range(2))
+    for node in (first, second):
+        node.forgive(*LOST)
+    with Agent(first.port) as sender, Agent(second.port) as agent:
+        assert_exchange(sender, agent)
+        wait_until_confirmed(first, second)
+        agent.drop()
+        wait_until(lambda: second.health()["away"] == 1)
+        sent = [sender.candidate(agent.did, number) for number in range(3)]
+        sender.send(*sent)
+        wait_until(lambda: first.health()["waiting_elsewhere"] == 3)
+        wait_until_confirmed(first, second)
+        own_redis.kill()
+        wait_until(lambda: second.health()["away"] == 0)
+        own_redis.start()
+        deadline = time.monotonic() + 2 * RECOVERY_SECONDS
+        answers = [json.loads(first_of([sender], deadline - time.monotonic())[1]) for _ in sent]
+        assert [answer["correlation_id"] for answer in answers] == [json.loads(data)["id"] for data in sent]
+        assert {answer["payload"]["details"]["name"] for answer in answers} == {"away_expired"}
+        sender.ping()
+        wait_until(lambda: first.health()["waiting_elsewhere"] == 0)
+
+
 def test_what_waits_is_answered_for_after_redis_came_back_empty(own_redis, start_node):
     first, second = start_node(url=own_redis.url), start_node(url=own_redis.url)
     for node in (first, second):
@@ -593,7 +617,8 @@ async def test_nodes_under_load_lose_no_message_in_silence(fault, own_redis, sta
                     alive.remove(nodes[1])
             if step % 100 == 50 and turn not in (2, 3):
                 flock.roam()
-            if step % 20 == 0:
+            # Nobody hears what becomes of what waits elsewhere while Redis is lost.
+            if step % 20 == 0 and (turn not in (2, 3) or fault == "node killed"):
                 flock.rest(2.0)
             message = flock.send()
             if message is not None:

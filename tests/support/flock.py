@@ -93,7 +93,7 @@ class Flock:
         It reads up to the end of its connection: what was written to that has not been lost.
         """
         agent = self.rng.choice(self.agents)
-        if self._is_settled(agent) and agent.writer is not None and not agent.writer.is_closing():
+        if self._is_settled(agent) and agent.writer is not None and not agent.is_reset():
             self.resting[agent] = seconds
             agent.writer.write_eof()
 
