@@ -50,7 +50,7 @@ cdef struct BatchHead:
     uint64_t confirmed   # bytes of the opposite stream
 
 cdef enum:
-    STREAM_BITS = 24    # of a number of a stream; the others are the life
+    STREAM_BITS = 24    # of the number of a stream; the others are the life
 
 cdef enum RemoteKind:
     PIECE = 1  # batches follow
@@ -81,7 +81,7 @@ cdef class Link:
         size_t batch             # where the open batch begins; == out_size: none is open
         uint64_t base
         uint64_t asked           # where the last batch with records ends: up to there it is to be confirmed
-        Ledger ledger            # None: nothing is passed on
+        Ledger ledger            # where what is passed on is written down
         list passed              # (end in the stream, number in the ledger) of what is, and is not confirmed
         # What it said to us.
         char* held               # owned: the beginning of a batch whose rest is not here yet

@@ -629,5 +629,5 @@ class Cluster:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._settled.wait(), CLOSE_SECONDS)
         if self._line is not None:
-            with suppress(LineLostError, asyncio.TimeoutError):
+            with suppress(LineLostError, RedisError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._line.ask("PING"), CLOSE_SECONDS)

@@ -16,6 +16,10 @@ NEW holds back what a worker sends directly until that worker's MARK has come. W
 another thus arrives in the order in which it was sent. If OLD does not answer in time, NEW goes on without
 it, and what comes through OLD later goes back to its senders: never out of order, never in silence.
 
+OLD answers for what it passes on (HELD, FORWARDED) until NEW has confirmed it: it stays in the ledger so
+long. If it came from a third node, NEW tells that one that it is here now, and OLD that it has left
+(gateway.custody).
+
 The words in capitals are kinds of records (gateway.kinds); the epoch in a record is that of the
 session at NEW. Numbers of workers in what is said are those that other nodes use.
 """

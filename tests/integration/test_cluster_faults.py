@@ -370,19 +370,52 @@ def test_a_worker_that_is_killed_is_forgotten_at_the_other_node(pair):
             agent.drop()
 
 
-def test_what_waits_for_an_agent_of_a_worker_that_is_killed_comes_back_from_the_other_node(pair):
+def test_what_waits_at_a_worker_that_is_killed_comes_back_once_to_senders_here_and_there(pair):
     first, second = pair
-    with Agent(first.port) as sender:
-        agent = Agent(second.port)
+    agent = Agent(second.port)
+    number = agent.register_answer["ext"]["worker"]
+    near = Agent(second.port)
+    while near.register_answer["ext"]["worker"] == number:
+        near.close()
+        near = Agent(second.port)
+    with Agent(first.port) as far, near:
+        sent = {}
+        for sender in (far, near):
+            assert_exchange(sender, agent)
+        agent.drop()
+        wait_until(lambda: second.health()["away"] == 1)
+        for sender in (far, near):
+            sent[sender] = [sender.candidate(agent.did, number) for number in range(20)]
+            sender.send(*sent[sender])
+        wait_until(lambda: second.health()["waiting"] == 40)
+        wait_until(lambda: first.health()["waiting_elsewhere"] == 20)
+        wait_until_confirmed(first, second)
+        second.kill_worker(second.worker_pids[number])
+        for sender, messages in sent.items():
+            answers = [sender.receive() for _ in messages]
+            assert {answer["payload"]["details"]["name"] for answer in answers} == {"unconfirmed"}
+            assert {answer["correlation_id"] for answer in answers} == ids(messages)
+        wait_until(lambda: first.health()["waiting_elsewhere"] == 0)
+        for sender in sent:
+            sender.ping()
+
+
+def test_a_sender_that_has_moved_on_is_told_where_it_is_now(own_redis, start_node):
+    first, second, third = (start_node(url=own_redis.url) for _ in range(3))
+    with Agent(first.port) as sender, Agent(second.port) as agent:
         assert_exchange(sender, agent)
         agent.drop()
         wait_until(lambda: second.health()["away"] == 1)
         data = sender.offer(agent.did)
         sender.send(data)
-        wait_until(lambda: second.health()["waiting"] == 1)
-        wait_until_confirmed(first, second)
-        second.kill_worker(second.worker_pids[agent.register_answer["ext"]["worker"]])
-        sender.receive_error("unconfirmed", json.loads(data)["id"])
+        wait_until(lambda: first.health()["waiting_elsewhere"] == 1)
+        with Agent(third.port, sender.key, resume=sender.resume_token) as moved:
+            assert moved.resumed
+            wait_until_confirmed(first, second, third)
+            second.kill()
+            wait_until(lambda: first.health()["waiting_elsewhere"] == 0, STALE_SECONDS)
+            moved.receive_error("unconfirmed", json.loads(data)["id"])
+            moved.ping()
 
 
 def fill(sender: Agent, slow: Agent, node, count: int) -> list[bytes]:
