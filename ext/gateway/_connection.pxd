@@ -80,7 +80,7 @@ cdef class Router:
     cdef int lose(self, Link link) except -1
     cdef Link link_to(self, uint16_t worker)
     cdef uint64_t next_stream(self) noexcept
-    cdef int tell_news(self) except -1
+    cdef int tell_news(self, bint with_freed) except -1
     cdef int unblock(self, Link link) except -1
     cdef int write_link(self, Link link, bint confirm_now) except -1
 

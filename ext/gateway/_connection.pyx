@@ -309,8 +309,8 @@ cdef class Router:
                     self.handler.on_fault(connection)
             if self.dirty_size or self.broken:
                 continue
-            if self.ledger.has_news():
-                self.tell_news()
+            if self.ledger.has_news(confirm_now):
+                self.tell_news(confirm_now)
                 continue
             unconfirmed = 0
             for link in self.open_links:
@@ -323,10 +323,13 @@ cdef class Router:
             if not self.dirty_size and not self.broken:
                 return 0
 
-    cdef int tell_news(self) except -1:
-        """Tell other nodes what of theirs waits here: before it is confirmed, for then they forget it."""
+    cdef int tell_news(self, bint with_freed) except -1:
+        """Tell other nodes what of theirs waits here: before it is confirmed, for then they forget it.
+
+        What does no longer is told with the next tick, for an ERROR may still be looking for its receiver.
+        """
         try:
-            self.handler.on_news(*self.ledger.take_news())
+            self.handler.on_news(*self.ledger.take_news(with_freed))
         except Exception:
             self.handler.on_fault(None)
         return 0
@@ -551,9 +554,13 @@ cdef class Router:
         """Talk to a worker of another node no more."""
         self.lose(self.links[worker])
 
-    def settle(self):
-        """End a pass that did not begin here: what was queued is written."""
-        self.end_pass(False)
+    def settle(self, bint confirm_now=False):
+        """End a pass that did not begin here: what was queued is written.
+
+        Args:
+            confirm_now: Say, too, what would wait for the next tick.
+        """
+        self.end_pass(confirm_now)
 
     cdef Link link_to(self, uint16_t worker):
         """Return the link to another worker; None if there is none."""

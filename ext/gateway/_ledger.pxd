@@ -47,10 +47,11 @@ cdef class Ledger:
         public uint32_t source
         dict sources      # of what came from other nodes: sender and id -> (source, number)
         list kept         # numbers of those that wait since the last `take_news`
-        list freed        # ... and that do no longer
+        list freed        # ... and of those that do no longer
 
-    cdef inline bint has_news(self) noexcept:
-        return PyList_GET_SIZE(self.kept) > 0 or PyList_GET_SIZE(self.freed) > 0
+    # Whether `take_news` has something to tell.
+    cdef inline bint has_news(self, bint with_freed) noexcept:
+        return PyList_GET_SIZE(self.kept) > 0 or (with_freed and PyList_GET_SIZE(self.freed) > 0)
 
     cdef int write(self, const char* data, Py_ssize_t size) except -3
     cpdef int strike(self, int number) except -1

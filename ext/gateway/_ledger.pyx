@@ -142,8 +142,11 @@ cdef class Ledger:
             + PyBytes_FromStringAndSize(self.own[number].sender, ENTRY_BYTES - 4)
         )
 
-    def take_news(self):
+    def take_news(self, bint with_freed):
         """Return what came from other nodes and waits, and what does no longer, since the last time.
+
+        Args:
+            with_freed: Tell the latter now. That may be late, but must be before `settle`.
 
         Returns:
             Two lists of (source, entry). Of one that does not wait any more the entry is its number only.
@@ -154,11 +157,13 @@ cdef class Ledger:
         for number in self.kept:
             if number not in both:
                 kept.append((self.own[number].source, self.entry(number)))
-        for number in self.freed:
-            if number not in both:
-                freed.append((self.own[number].source, self.entry(number)[:4]))
         self.kept.clear()
-        self.freed.clear()
+        if both:
+            self.freed = [each for each in self.freed if each not in both]
+        if with_freed:
+            for number in self.freed:
+                freed.append((self.own[number].source, self.entry(number)[:4]))
+            self.freed.clear()
         return kept, freed
 
     def waiting_from(self, uint32_t source):

@@ -623,7 +623,7 @@ class Cluster:
 
     async def close(self) -> None:
         """Wait until Redis knows which agents have gone, and has what other nodes are told."""
-        self._router.settle()
+        self._router.settle(confirm_now=True)
         if self._pending and self._registry is not None:
             self._settled = asyncio.Event()
             with suppress(asyncio.TimeoutError):

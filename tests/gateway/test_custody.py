@@ -105,13 +105,13 @@ class Worker:
         self.ledger.source = self.router.known[other.number]
         places = [self.ledger.add(message(number)) for number in numbers]
         self.ledger.source = 0
-        self.custody.on_news(*self.ledger.take_news())
+        self.custody.on_news(*self.ledger.take_news(True))
         return places
 
     def free(self, *places: int) -> None:
         for place in places:
             self.ledger.strike(place)
-        self.custody.on_news(*self.ledger.take_news())
+        self.custody.on_news(*self.ledger.take_news(True))
         self.ledger.settle()
 
     def tick(self) -> None:
@@ -290,7 +290,7 @@ def test_what_moves_to_a_third_node_is_answered_for_by_the_first(pair):
     assert origin == sender.number
     third.ledger.source = third.custody.source_of(origin, keeper.number)
     third.ledger.add(message(1))
-    third.custody.on_news(*third.ledger.take_news())
+    third.custody.on_news(*third.ledger.take_news(True))
     keeper.free(*places)
     talk(sender, keeper, third)
     assert keeper.custody.origin_of(message(1)) is None

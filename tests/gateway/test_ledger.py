@@ -137,21 +137,21 @@ def test_what_the_gateway_itself_sends_takes_no_record(ledger):
 
 
 def test_what_came_from_another_node_is_told_once_when_it_waits_and_once_when_it_does_no_longer(ledger):
-    assert ledger.take_news() == ([], [])
+    assert ledger.take_news(True) == ([], [])
     ledger.add(message(1))
-    assert ledger.take_news() == ([], [])  # from here
+    assert ledger.take_news(True) == ([], [])  # from here
     ledger.source = 7
     number = ledger.add(message(2))
     ledger.source = 0
     assert ledger.read(0, 0) == [record(1), record(2, source=7)]
-    assert ledger.take_news() == ([(7, entry(1, 2))], [])
+    assert ledger.take_news(True) == ([(7, entry(1, 2))], [])
     assert len(entry(1, 2)) == LEDGER_ENTRY_BYTES
     assert ledger.waiting_from(7) == [entry(1, 2)]
     assert ledger.waiting_from(8) == []
     ledger.strike(number)
     assert ledger.waiting_from(7) == []
-    assert ledger.take_news() == ([], [(7, entry(1, 2)[:4])])
-    assert ledger.take_news() == ([], [])
+    assert ledger.take_news(True) == ([], [(7, entry(1, 2)[:4])])
+    assert ledger.take_news(True) == ([], [])
     assert ledger.knows(7)
     ledger.settle()
     assert not ledger.knows(7)
@@ -160,21 +160,33 @@ def test_what_came_from_another_node_is_told_once_when_it_waits_and_once_when_it
 def test_what_waits_for_less_than_a_pass_is_no_news(ledger):
     ledger.source = 7
     ledger.strike(ledger.add(message(1)))
-    assert ledger.take_news() == ([], [])
+    assert ledger.take_news(True) == ([], [])
+
+
+def test_what_does_no_longer_wait_may_be_told_later(ledger):
+    ledger.source = 7
+    first = ledger.add(message(1))
+    assert ledger.take_news(False) == ([(7, entry(first, 1))], [])
+    ledger.strike(first)
+    second = ledger.add(message(2))
+    third = ledger.add(message(3))
+    ledger.strike(third)
+    assert ledger.take_news(False) == ([(7, entry(second, 2))], [])
+    assert ledger.take_news(True) == ([], [(7, entry(first, 1)[:4])])
 
 
 def test_what_waits_elsewhere_in_the_process_comes_from_where_it_came(ledger):
     """It leaves the queue of a connection, say, for the shelf of a session that is away."""
     ledger.source = 7
     first = ledger.add(message(1))
-    ledger.take_news()
+    ledger.take_news(True)
     ledger.source = 0
     assert ledger.source_of(message(1)) == 7
     assert ledger.source_of(message(2)) == 0
     ledger.strike(first)
     second = ledger.add(message(1))
     ledger.settle()
-    assert ledger.take_news() == ([(7, entry(second, 1))], [(7, entry(first, 1)[:4])])
+    assert ledger.take_news(True) == ([(7, entry(second, 1))], [(7, entry(first, 1)[:4])])
     assert ledger.waiting_from(7) == [entry(second, 1)]
     ledger.strike(second)
     ledger.settle()
