@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -112,6 +112,7 @@ class Cluster:
             nodes that may look for it there.
         on_change: Called with what happens to agents of all nodes, while somebody here watches.
         on_doubt: Called when something of that may have been missed.
+        on_members: Called with every heartbeat: numbers of the other nodes by their instance.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class Cluster:
         on_replaced: Callable[[Session, Claim], None],
         on_change: Callable[[Change], None],
         on_doubt: Callable[[], None],
+        on_members: Callable[[Mapping[str, int]], None],
     ) -> None:
         self._url = url
         self._prefix = prefix
@@ -146,6 +148,7 @@ class Cluster:
         self._on_replaced = on_replaced
         self._on_change = on_change
         self._on_doubt = on_doubt
+        self._on_members = on_members
         self._log = structlog.get_logger("gateway.cluster").bind(worker=worker)
         self._line: RedisLine | None = None
         self._registry: SharedRegistry | None = None
@@ -159,6 +162,7 @@ class Cluster:
         # By worker of another node: what it had confirmed at the last heartbeat, and for how many of them.
         self._links: dict[int, tuple[int, int]] = {}
         self._deaf: set[int] = set()  # workers of other nodes that did not listen since the last heartbeat
+        self._joined_at = 0.0
         self._clock_offset = 0.0  # time of Redis minus the monotonic one, in ms
         self._beat: Heartbeat | None = None  # the last one
         self._has_beaten = asyncio.Event()
@@ -173,6 +177,11 @@ class Cluster:
         return self._registry is not None
 
     @property
+    def is_settled(self) -> bool:
+        """Whether who is not there is gone: just after Redis is back, others may only not be back yet."""
+        return self.is_connected and time.monotonic() - self._joined_at > LEASE_SECONDS
+
+    @property
     def number(self) -> int:
         """The number of this node; 0 if it has not joined."""
         return self._registry.number if self._registry is not None else 0
@@ -181,6 +190,11 @@ class Cluster:
     def members(self) -> Iterable[Member]:
         """The other nodes that are alive."""
         return self._members.values()
+
+    def instance_of(self, number: int) -> str | None:
+        """Return the instance of another node; None if it is not there."""
+        member = self._members.get(number)
+        return member.instance if member is not None else None
 
     def name_of(self, worker: int) -> int:
         """Return the number by which other nodes know a worker."""
@@ -369,6 +383,12 @@ class Cluster:
         self._links[worker] = (0, 0)
         return True
 
+    def begin_anew(self, worker: int) -> None:
+        """Begin another stream to a worker of another node, if there is one."""
+        if worker in self._links:
+            self._links[worker] = (0, 0)
+            self._router.begin_anew(worker)
+
     def _publish(self, worker: int, piece: bytes) -> None:
         if self._line is not None and self._registry is not None:
             channel = self._registry.channel(worker)
@@ -406,7 +426,7 @@ class Cluster:
                 self._log.error("not a piece of a stream", channel=message["channel"], size=len(piece))
             elif self.reach(source) and not self._router.take(source, piece):
                 self._log.info("stream begins anew", node=source // NODE_WORKERS, to=source % NODE_WORKERS)
-                self._router.begin_anew(source)
+                self.begin_anew(source)
                 self._router.settle()
 
     # --- life ----------------------------------------------------------------------------------
@@ -475,6 +495,7 @@ class Cluster:
                 self._has_connected = True
             self._line, self._registry = line, registry
             self._is_loss_told = False
+            self._joined_at = time.monotonic()
             self._log.info("joined", node=beat.number, term=beat.term)
             channel = registry.presence_channel
             tasks.append(asyncio.create_task(self._read(pubsub, channel.encode())))
@@ -495,6 +516,8 @@ class Cluster:
             self._clock_offset = beat.time - time.monotonic() * 1000
             self._meet(beat.members)
             self._look_after_links()
+            self._on_members({member.instance: member.number for member in self._members.values()})
+            self._router.settle()
             self._beat = beat
             self._has_beaten.set()
             await asyncio.sleep(HEARTBEAT_SECONDS * random.uniform(0.9, 1.1))  # noqa: S311
@@ -504,7 +527,6 @@ class Cluster:
 
     async def _repair(self, registry: SharedRegistry) -> None:
         """Put right what Redis has wrong. With many agents it takes longer than a lease lives."""
-        joined_at = time.monotonic()
         term, doubts = 0, 0
         while True:
             await self._has_beaten.wait()
@@ -516,8 +538,7 @@ class Cluster:
             if beat.term != term or doubts > DOUBTS_MAX:
                 term, doubts = beat.term, 0
                 await self._announce(registry)
-            # Just back, this node cannot tell those that are dead from those that are not back yet.
-            if time.monotonic() - joined_at > LEASE_SECONDS:
+            if self.is_settled:
                 await self._bury(registry, beat.members)
 
     def _meet(self, members: Iterable[Member]) -> None:
@@ -605,13 +626,16 @@ class Cluster:
                 self._log.warning(
                     "not confirmed", node=worker // NODE_WORKERS, to=worker % NODE_WORKERS, bytes=waiting
                 )
-                self._router.begin_anew(worker)
-                self._links[worker] = (0, 0)
+                self.begin_anew(worker)
         self._router.settle()
 
     async def close(self) -> None:
-        """Wait until Redis knows which agents have gone."""
+        """Wait until Redis knows which agents have gone, and has what other nodes are told."""
+        self._router.settle(confirm_now=True)
         if self._pending and self._registry is not None:
             self._settled = asyncio.Event()
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._settled.wait(), CLOSE_SECONDS)
+        if self._line is not None:
+            with suppress(LineLostError, RedisError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._line.ask("PING"), CLOSE_SECONDS)

@@ -122,7 +122,7 @@ class Registered:
         resumed: Whether it continues the one before.
         before: What could be seen of it at this worker, here or away; None if it was not.
         replaced: A connection of the same DID at this worker that is still open and must be closed with 4504.
-        held: What waited here, to be sent on if resumed, else to go back to its senders.
+        held: What waited here, to be sent on if resumed, else to go back to its senders; until then it waits.
         elsewhere: Worker and epoch of the session before, if another worker has it.
     """
 
@@ -130,7 +130,7 @@ class Registered:
     resumed: bool
     before: View | None
     replaced: Connection | None
-    held: deque[bytes]
+    held: Shelf
     elsewhere: tuple[int, int] | None
 
 
@@ -222,14 +222,14 @@ class Registry:
             # It was at another worker meanwhile, which will come for what was here.
             self._take_away(before)
             before = None
+        held = Shelf(self._ledger, AWAY_MAX_MESSAGES, AWAY_MAX_BYTES)
         if before is None:
             elsewhere = (owner[0], owner[2]) if owner is not None and owner[0] != self._worker else None
-            return Registered(session, False, None, None, deque(), elsewhere)
-        held: deque[bytes] = deque()
+            return Registered(session, False, None, None, held, elsewhere)
         replaced = before.connection
-        if replaced is not None:
-            held.extend(replaced.take_undelivered())
-        held.extend(before.release())
+        undelivered = replaced.take_undelivered() if replaced is not None else []
+        for message in (*undelivered, *before.release()):
+            held.carry(message)
         before.connection = None
         self._dropped.pop(did, None)
         resumed = resume is not None and resume == before.resume_token

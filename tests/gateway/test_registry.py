@@ -56,7 +56,7 @@ def test_the_newest_registration_wins_and_returns_the_connection_it_replaced(reg
     first = register(registry, connection=old).session
     done = register(registry, connection=FakeConnection(2), token="other")
     assert done.replaced is old
-    assert list(done.held) == [b"one", b"two"]
+    assert done.held.take() == [b"one", b"two"]
     assert not done.resumed
     assert done.session.id != first.id
     assert done.session.epoch > first.epoch
@@ -90,7 +90,7 @@ def test_a_resume_with_the_token_continues_the_session(registry):
     done = register(registry, token="second", resume="first")
     assert done.resumed
     assert done.replaced is None
-    assert list(done.held) == [b"waits"]
+    assert done.held.take() == [b"waits"]
     assert done.session.id == first.id
     assert done.session.epoch > first.epoch
     assert registry.away_count == 0
@@ -103,7 +103,7 @@ def test_another_token_begins_a_new_session(registry, resume):
     first.hold(b"waits")
     done = register(registry, token="second", resume=resume)
     assert not done.resumed
-    assert list(done.held) == [b"waits"]
+    assert done.held.take() == [b"waits"]
     assert done.session.id != first.id
 
 
@@ -182,7 +182,7 @@ def test_a_session_that_is_at_another_worker_is_named_not_taken(registry, table)
     theirs, _ = table.bind(A.encode(), 3, 9)
     done = register(registry)
     assert done.elsewhere == (3, theirs)
-    assert (done.resumed, done.replaced, list(done.held)) == (False, None, [])
+    assert (done.resumed, done.replaced, done.held.take()) == (False, None, [])
     assert table.get(A.encode()) == (0, 1, done.session.epoch)
 
 

@@ -64,12 +64,12 @@ def wait_until_confirmed(*nodes: Any) -> None:
     wait_until(lambda: all(node.health()["unconfirmed_bytes"] == 0 for node in nodes))
 
 
-def first_of(agents: list[Agent]) -> tuple[Agent, bytes]:
+def first_of(agents: list[Agent], seconds: float = 10.0) -> tuple[Agent, bytes]:
     """Return who gets the next message, and the message."""
     for agent in agents:
         if agent.buffer:
             return agent, agent.read_text()
-    ready, _, _ = select.select([agent.socket for agent in agents], [], [], 10)
+    ready, _, _ = select.select([agent.socket for agent in agents], [], [], seconds)
     assert ready, "nobody got anything"
     agent = next(agent for agent in agents if agent.socket is ready[0])
     return agent, agent.read_text()
