@@ -178,7 +178,7 @@ async def test_bytes_are_bytes_whatever_the_hint_says(peer: Peer) -> None:
     assert await peer.execute("echo", value=b"\x00\xff") == b"\x00\xff"
     with pytest.raises(InvalidArgumentsError, match="a: Input should be a valid integer"):
         await peer.execute("add", a=b"1")
-    with pytest.raises(InvalidArgumentsError, match="more: takes no bytes"):
+    with pytest.raises(InvalidArgumentsError, match="more: Unexpected keyword argument"):
         await peer.execute("add", a=1, more=b"1")
 
 

@@ -173,7 +173,7 @@ class CapabilityMethod:
         """Check an argument that did not come as JSON."""
         parameters = inspect.signature(self._method).parameters
         if name not in parameters:
-            raise InvalidArgumentsError(f"{name}: takes no bytes", self.announced.name)
+            raise InvalidArgumentsError(f"{name}: Unexpected keyword argument", self.announced.name)
         try:
             adapter: TypeAdapter[Any] = TypeAdapter(
                 self._hints.get(name, Any), config=ConfigDict(strict=True)
