@@ -351,6 +351,34 @@ async def test_source_that_fails_cancels_the_call(pair: Pair, peer: Peer) -> Non
     assert await peer.execute("add", a=1) == 2
 
 
+async def test_source_is_asked_for_no_more_when_the_peer_goes(pair: Pair, peer: Peer) -> None:
+    given = 0
+
+    async def never_waits() -> AsyncIterator[bytes]:
+        nonlocal given
+        while given < 10_000:  # an endless one would never come back
+            given += 1
+            yield bytes(65_536)
+
+    task = asyncio.ensure_future(peer.execute("leave_it", data=never_waits()))
+    await asyncio.wait_for(pair[1].started.wait(), 10)
+    await pair[1].peers[pair[0].did].close("out of paper")
+    with pytest.raises(PeerLostError, match="out of paper"):
+        await task
+    assert given * 65_536 <= CALL_WINDOW_BYTES + 8 * 65_536
+
+
+async def test_source_that_is_too_late_is_no_late_answer(peer: Peer) -> None:
+    async def late() -> AsyncIterator[bytes]:
+        yield b"x"
+        raise asyncio.TimeoutError("the disk is asleep")
+
+    with pytest.raises(asyncio.TimeoutError, match="the disk is asleep"):
+        await peer.execute("measure", data=late(), unit="kB")
+    with pytest.raises(asyncio.TimeoutError, match="the disk is asleep"):
+        await collected(peer.stream("flip", data=late()))
+
+
 async def numbers() -> AsyncIterator[Any]:
     yield 1
 

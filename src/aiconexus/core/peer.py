@@ -313,17 +313,15 @@ class Peer:
         id_ = self._begin(
             question, lambda: self._calls.execute(capability, args, seconds, is_stream=True), args
         )
+        late = self._late(seconds, capability)
         count = 0
         try:
-            while (part := await question.next_part(deadline - self._loop.time())) is not None:
-                self._calls.took(id_)
+            while (part := await self._next_part(id_, question, deadline, late)) is not None:
                 count += 1
                 yield part[0]
             answered: Answered = question.answer.result()
             if not answered.is_streamed and not count:
                 yield answered.value
-        except asyncio.TimeoutError:
-            raise self._late(seconds, capability) from None
         finally:
             self._end_question(id_)
 
@@ -354,15 +352,13 @@ class Peer:
     ) -> Any:
         deadline = self._loop.time() + timeout
         id_ = self._begin(question, begin, args)
+        late = self._late(timeout, capability)
         parts: list[Value] = []
         try:
-            while (part := await question.next_part(deadline - self._loop.time())) is not None:
-                self._calls.took(id_)
+            while (part := await self._next_part(id_, question, deadline, late)) is not None:
                 parts.append(part[0])
             answered: Answered = question.answer.result()
             return join_parts(parts) if answered.is_streamed else answered.value
-        except asyncio.TimeoutError:
-            raise self._late(timeout, capability) from None
         finally:
             self._end_question(id_)
 
@@ -382,7 +378,9 @@ class Peer:
             async for chunk in source:
                 if not isinstance(chunk, bytes | bytearray | memoryview):
                     raise TypeError(f"a stream among the arguments has bytes, not {type(chunk).__name__}")
-                if not self._calls.feed(id_, bytes(chunk)):
+                # The answer may be there, or the connection gone, before whoever waits for it has run: then
+                # nothing is in the way of a source that never waits, and nobody else would ever run again.
+                if question.answer.done() or not self._calls.feed(id_, bytes(chunk)):
                     return
                 await self._sent(id_)
             self._calls.end_feed(id_)
@@ -391,6 +389,18 @@ class Peer:
         finally:
             if isinstance(source, AsyncGenerator):
                 await source.aclose()
+
+    async def _next_part(
+        self, id_: str, question: Question, deadline: float, late: CallTimeoutError
+    ) -> tuple[Value] | None:
+        """Take the next part of an answer as `Question.next_part` does, or raise `late`."""
+        try:
+            part = await question.next_part(deadline - self._loop.time())
+        except asyncio.TimeoutError:
+            raise late from None
+        if part is not None:
+            self._calls.took(id_)
+        return part
 
     def _late(self, timeout: float, capability: str) -> CallTimeoutError:
         return CallTimeoutError(f"no answer from {short_did(self.did)} in {timeout:g} s", capability)
