@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from switchboard import Switchboard, Workshop
 
-from aiconexus.core import Peer, current_call
+from aiconexus.core import Peer, collection, current_call
 from aiconexus.core import capability as as_capability
 from aiconexus.protocol import Receipt
 from aiconexus.protocol.errors import (
@@ -63,6 +63,19 @@ async def test_parts_are_collected_for_who_executes(peer: Peer) -> None:
     assert await peer.execute("numbers", until=5) == [0, 1, 2, 3, 4]
     assert await peer.execute("numbers", until=5, on_progress=seen.append) == [0, 1, 2, 3, 4]
     assert await peer.execute("blocks", count=3, size=4) == bytes([0] * 4 + [1] * 4 + [2] * 4)
+
+
+@pytest.mark.parametrize("wants_progress", [False, True])  # they are collected there, or here
+async def test_result_without_end_is_not_collected(
+    pair: Pair, peer: Peer, monkeypatch: pytest.MonkeyPatch, wants_progress: bool
+) -> None:
+    monkeypatch.setattr(collection, "ATTACHMENTS_MAX_BYTES", 1_000_000)
+    on_progress = (lambda _: None) if wants_progress else None
+    with pytest.raises(CapabilityError, match="1000000 bytes: ask for them with `stream`"):
+        await peer.execute("blocks", count=10**9, size=100_000, on_progress=on_progress)
+    there = pair[1].peers[pair[0].did]
+    await asyncio.wait_for(asyncio.gather(*there._serving), 10)
+    assert await peer.execute("add", a=1) == 2
 
 
 async def test_failure_comes_after_the_parts_before_it(peer: Peer) -> None:

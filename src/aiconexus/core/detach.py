@@ -102,8 +102,15 @@ def _check_size(size: int) -> None:
         raise MalformedMessageError(too_large(size), name="too_large")
 
 
-def _is_long(value: Any) -> bool:
+def size_of(value: Any) -> int:
+    """Return how many bytes a value travels in, without its envelope."""
+    if isinstance(value, bytes):
+        return len(value)
     try:
-        return len(orjson.dumps(value)) > INLINE_MAX_BYTES - ENVELOPE_BYTES
+        return len(orjson.dumps(value))
     except TypeError:
-        return False  # whoever writes it in canonical form says what is wrong with it
+        return 0  # whoever writes it in canonical form says what is wrong with it
+
+
+def _is_long(value: Any) -> bool:
+    return size_of(value) > INLINE_MAX_BYTES - ENVELOPE_BYTES

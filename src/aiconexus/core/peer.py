@@ -33,6 +33,7 @@ from aiconexus.core.answers import Answers
 from aiconexus.core.call import Call, time_left
 from aiconexus.core.calls import Calls
 from aiconexus.core.channel import Channel
+from aiconexus.core.collection import Collection
 from aiconexus.core.events import (
     Answered,
     ArgumentsArrived,
@@ -55,7 +56,7 @@ from aiconexus.core.intents import Intent, Quote
 from aiconexus.core.keepalive import KeepAlive, Verdict
 from aiconexus.core.peer_connection import Path, PeerConnection
 from aiconexus.core.question import Question
-from aiconexus.protocol.attachments import Value, join_parts
+from aiconexus.protocol.attachments import Value
 from aiconexus.protocol.errors import (
     CallCancelledError,
     CallError,
@@ -83,7 +84,6 @@ GOODBYE_SECONDS: Final = 1.0  # for the other side to close its end too; a round
 GRACE_SECONDS: Final = 1.0  # for what is cancelled to end by itself, before its caller has its answer
 RUNNING_MAX: Final = 256  # calls of one peer at a time; more would only share the same core
 ACCEPTED_MAX: Final = 4_096  # calls of one peer that run or wait for that
-PARTS_MAX: Final = 65_536  # of a result that is collected for a caller who wants no stream
 UNSENT_MAX_BYTES: Final = 4_194_304  # of texts for one peer: 16 of the largest; what runs may add its answers
 
 _NO_ARGS: Final[Mapping[str, Any]] = MappingProxyType({})
@@ -263,7 +263,7 @@ class Peer:
         Raises:
             UnknownCapabilityError: The other agent has none of this name.
             InvalidArgumentsError: They do not fit, or cannot be sent.
-            CapabilityError: It raised; the text tells what.
+            CapabilityError: It raised, or streams more than can be collected; the text tells what.
             CallTimeoutError: No result in time.
             CallCancelledError: The other agent cancelled it.
             CallBusyError: The other agent takes no more at present.
@@ -353,12 +353,12 @@ class Peer:
         deadline = self._loop.time() + timeout
         id_ = self._begin(question, begin, args)
         late = self._late(timeout, capability)
-        parts: list[Value] = []
+        parts = Collection()
         try:
             while (part := await self._next_part(id_, question, deadline, late)) is not None:
-                parts.append(part[0])
+                parts.add(part[0])
             answered: Answered = question.answer.result()
-            return join_parts(parts) if answered.is_streamed else answered.value
+            return parts.join() if answered.is_streamed else answered.value
         finally:
             self._end_question(id_)
 
@@ -773,10 +773,7 @@ class Peer:
 
 
 async def _collect(parts: AsyncGenerator[Value, None]) -> Value:
-    """Return all parts as one value."""
-    collected = []
+    collection = Collection()
     async for part in parts:
-        collected.append(part)
-        if len(collected) > PARTS_MAX:
-            raise CapabilityError(f"more than {PARTS_MAX} parts: ask for them with `stream`")
-    return join_parts(collected)
+        collection.add(part)
+    return collection.join()
