@@ -186,8 +186,10 @@ class LossyCalls(RuleBasedStateMachine):
                 calls.fail(id_, "cancelled", "cancelled")
             case Answered(id_) | Failed(id_):
                 self.ends[side][id_] += 1
-            case PartArrived(id_) | InputArrived(id_):
+            case PartArrived(id_):
                 calls.took(id_)
+            case InputArrived(id_, chunk):
+                calls.took_input(id_, len(chunk))
             case InputEnded(id_, fault):
                 if not fault:
                     calls.has_read_input(id_)

@@ -777,7 +777,7 @@ def feed(alice: Calls, bob: Calls, *chunks: bytes, **args: Any) -> str:
     for chunk in chunks:
         assert alice.feed(id_, chunk)
         assert carry(alice, bob) == [InputArrived(id_, chunk)]
-        bob.took(id_)
+        bob.took_input(id_, len(chunk))
     return id_
 
 
@@ -840,8 +840,7 @@ def test_stream_waits_for_its_reader(alice: Calls, bob: Calls) -> None:
     assert len(came) == CALL_WINDOW_BYTES // CHUNK_MAX_BYTES
     assert carry(bob, alice) == []
     assert carry(alice, bob) == []
-    for _ in came:
-        bob.took(id_)
+    bob.took_input(id_, CALL_WINDOW_BYTES)
     carry(bob, alice)
     assert len(carry(alice, bob)) == CALL_WINDOW_BYTES // CHUNK_MAX_BYTES
 

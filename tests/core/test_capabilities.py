@@ -228,7 +228,7 @@ class Scale:
 
 
 def stream_of(*chunks: bytes) -> Input:
-    stream = Input(lambda: None, lambda: None)
+    stream = Input(lambda _: None, lambda: None)
     for chunk in chunks:
         stream.add(chunk)
     stream.end()

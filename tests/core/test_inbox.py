@@ -284,9 +284,12 @@ def test_stream_gets_credit_as_it_is_read(inbox: Inbox) -> None:
     for _ in range(2 * CALL_CREDIT_BYTES // CHUNK_MAX_BYTES):
         inbox.hold_input(CALL, CHUNK_MAX_BYTES)
     assert granted(inbox) is None
-    for _ in range(CALL_CREDIT_BYTES // CHUNK_MAX_BYTES):
-        inbox.took(CALL)
+    inbox.took_input(CALL, CALL_CREDIT_BYTES - 1)
+    assert granted(inbox) is None
+    inbox.took_input(CALL, 1)
     assert granted(inbox) == CALL_CREDIT_BYTES
+    inbox.close(CALL)
+    inbox.took_input(CALL, CALL_CREDIT_BYTES)  # what was read after the end
 
 
 def test_stream_that_ignores_the_window_is_refused(inbox: Inbox) -> None:

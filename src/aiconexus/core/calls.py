@@ -306,7 +306,7 @@ class Calls:
         return self._sign(self._message(IntentPayload(status="cancel"), correlation_id=id_))
 
     def took(self, id_: str) -> None:
-        """Take note that the reader has taken the next part of a stream, in or out."""
+        """Take note that the reader has taken the next part of a stream."""
         self._inbox.took(id_)
         self._grant(id_)
 
@@ -320,6 +320,11 @@ class Calls:
         """Take note that a call of the peer begins to run."""
         if (served := self._served.get(id_)) is not None:
             served.state = CallState.RUNNING
+
+    def took_input(self, id_: str, size: int) -> None:
+        """Take note that a running execution has taken so many bytes of the stream in its request."""
+        self._inbox.took_input(id_, size)
+        self._grant(id_)
 
     def has_read_input(self, id_: str) -> None:
         """Take note that a running execution has read the stream in its request to the end."""

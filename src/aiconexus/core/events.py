@@ -56,7 +56,7 @@ class ArgumentsArrived:
 
 @dataclass(frozen=True)
 class InputArrived:
-    """The next bytes of the stream in the request `id`; `Calls.took` tells when they were taken."""
+    """The next bytes of the stream in the request `id`; `Calls.took_input` tells when they were taken."""
 
     id: str
     chunk: bytes

@@ -25,7 +25,7 @@ class _Arrival:
         granted: For how many of them the sender was given credit.
         collected: How many of them belong to the assembly.
         parts: Bytes of each part that its reader has not taken.
-        held: All of these together.
+        held: All of these together, and the bytes of a stream in a request that its reader has not taken.
         kept: How many bytes of attachments are in memory, or announced.
     """
 
@@ -132,7 +132,13 @@ class Inbox:
             MalformedMessageError: There is no credit for them.
         """
         self.count(call, size)
-        self.hold(call, size, 0)
+        self._calls[call].held += size
+
+    def took_input(self, call: str, size: int) -> None:
+        """Take note that the reader of a stream in a request has taken so many bytes."""
+        arrival = self._calls.get(call)
+        if arrival is not None:
+            arrival.held -= size
 
     def end_input(self, call: str) -> bool:
         """Take note that the stream in a request is complete; tell whether the call is under way.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from aiconexus.protocol.errors import InvalidArgumentsError
+
+
+PIECE_MAX_BYTES: Final = 65_536  # handed to the reader at a time: four frames, so that credit flows meanwhile
 
 
 class BrokenInputError(InvalidArgumentsError):
@@ -17,21 +19,24 @@ class BrokenInputError(InvalidArgumentsError):
 class Input(AsyncIterator[bytes]):
     """The bytes that a caller sends while the capability runs; whoever reads slowly slows the caller down.
 
+    What waits is one piece of memory: a frame may carry a single byte, and an object for each would cost a
+    hundred times what the window allows.
+
     Args:
-        taken: Called when the next bytes were taken.
+        taken: Called with how many bytes were taken.
         ended: Called when all of them were, up to the end.
     """
 
-    def __init__(self, taken: Callable[[], None], ended: Callable[[], None]) -> None:
+    def __init__(self, taken: Callable[[int], None], ended: Callable[[], None]) -> None:
         self._taken: Final = taken
         self._ended: Final = ended
-        self._chunks: deque[bytes] = deque()
+        self._waiting = bytearray()
         self._end: str | None = None
         self._arrived: asyncio.Future[None] | None = None  # while somebody waits
 
     def add(self, chunk: bytes) -> None:
         """Take the next bytes from the connection."""
-        self._chunks.append(chunk)
+        self._waiting += chunk
         self._wake()
 
     def end(self, fault: str = "") -> None:
@@ -41,18 +46,19 @@ class Input(AsyncIterator[bytes]):
             self._wake()
 
     async def __anext__(self) -> bytes:
-        """Return the next bytes.
+        """Return the next bytes, at most 64 KiB.
 
         Raises:
             BrokenInputError: What came is not what was sent.
         """
-        while not self._chunks and self._end is None:
+        while not self._waiting and self._end is None:
             self._arrived = asyncio.get_running_loop().create_future()
             await self._arrived
-        if self._chunks:
-            chunk = self._chunks.popleft()
-            self._taken()
-            return chunk
+        if self._waiting:
+            piece = bytes(self._waiting[:PIECE_MAX_BYTES])
+            del self._waiting[:PIECE_MAX_BYTES]
+            self._taken(len(piece))
+            return piece
         if self._end:
             raise BrokenInputError(self._end)
         self._ended()

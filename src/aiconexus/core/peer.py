@@ -23,6 +23,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from enum import Enum
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -598,7 +599,7 @@ class Peer:
         stream = asked.input
         if stream is not None:
             execution.input = Input(
-                lambda: self._calls.took(asked.id), lambda: self._calls.has_read_input(asked.id)
+                partial(self._calls.took_input, asked.id), partial(self._calls.has_read_input, asked.id)
             )
 
         async def run() -> Any:
