@@ -47,7 +47,7 @@ def counted(outbox: Outbox, call: str) -> int:
 
 def test_nothing_waits_at_first(outbox: Outbox) -> None:
     assert outbox.take() is None
-    assert (outbox.texts, outbox.attached) == (0, 0)
+    assert outbox.size(A) == 0
 
 
 def test_messages_of_a_call_keep_their_order(outbox: Outbox) -> None:
@@ -92,17 +92,20 @@ def test_blocked_call_holds_up_nobody(outbox: Outbox) -> None:
 
 
 def test_what_waits_is_counted(outbox: Outbox) -> None:
-    outbox.put(A, "four", [bytes(CHUNK_MAX_BYTES), b"xx"])
-    assert (outbox.texts, outbox.attached) == (4, CHUNK_MAX_BYTES + 2)
-    outbox.take()
-    assert (outbox.texts, outbox.attached) == (0, CHUNK_MAX_BYTES + 2)
-    outbox.take()
-    assert outbox.attached == 2
+    outbox.put(A, "fünf", [bytes(CHUNK_MAX_BYTES), b"xx"])
+    outbox.put_data(A, b"yyy")
+    outbox.put_end(A, bytes(49))
     outbox.put(B, "b", [b"y"])
+    assert (outbox.size(A), outbox.size(B)) == (5 + CHUNK_MAX_BYTES + 2 + 3 + 49, 2)
+    outbox.take()
+    assert outbox.size(A) == CHUNK_MAX_BYTES + 2 + 3 + 49
+    outbox.take()
+    outbox.take()
+    assert (outbox.size(A), outbox.size(B)) == (2 + 3 + 49, 1)
     outbox.drop(A)
-    assert (outbox.texts, outbox.attached) == (1, 1)
+    assert (outbox.size(A), outbox.size(B)) == (0, 1)
     outbox.clear()
-    assert (outbox.texts, outbox.attached) == (0, 0)
+    assert outbox.size(B) == 0
 
 
 def test_ready_is_called_when_something_can_be_taken(outbox: Outbox) -> None:
@@ -145,7 +148,7 @@ def test_window_lets_so_much_through(outbox: Outbox) -> None:
     assert counted(outbox, A) == CHUNK_MAX_BYTES
     outbox.credit(A, CALL_WINDOW_BYTES + 2 * CHUNK_MAX_BYTES)
     assert counted(outbox, A) == CALL_WINDOW_BYTES
-    assert outbox.attached == CALL_WINDOW_BYTES - 2 * CHUNK_MAX_BYTES
+    assert outbox.size(A) == CALL_WINDOW_BYTES - 2 * CHUNK_MAX_BYTES
 
 
 @pytest.mark.parametrize("taken", [0, CALL_WINDOW_BYTES + 1, 2**53 - 1])
@@ -202,9 +205,8 @@ def test_latest_progress_takes_the_place_of_the_one_that_waits(outbox: Outbox) -
     progress(outbox, A, "10 %")
     progress(outbox, B, "x")
     progress(outbox, A, "100 %")
-    assert outbox.texts == len("100 %") + 1
+    assert outbox.size(A) == len("100 %")
     assert drain(outbox) == ["100 %", "x"]
-    assert outbox.texts == 0
 
 
 def test_progress_never_overtakes_a_part(outbox: Outbox) -> None:
@@ -295,7 +297,7 @@ def test_cut_leaves_the_final_response_without_what_is_attached(outbox: Outbox) 
     outbox.put(A, "final", [b"y"])
     outbox.end(A)
     outbox.cut(A)
-    assert (outbox.texts, outbox.attached) == (5, 0)
+    assert outbox.size(A) == len("final")
     assert drain(outbox) == ["final"]
     assert not outbox._lanes
 
@@ -334,12 +336,11 @@ def test_stream_follows_its_request_and_counts(outbox: Outbox) -> None:
     outbox.put(A, "request", [b"x"])
     outbox.put_data(A, bytes(CALL_WINDOW_BYTES + 1))
     outbox.put_end(A, end)
-    assert outbox.attached == CALL_WINDOW_BYTES + 2
     assert counted(outbox, A) == CALL_WINDOW_BYTES + 1  # a frame more than the one byte left was begun
     outbox.credit(A, CALL_WINDOW_BYTES)
     assert outbox.take() == data_frame(A, bytes(1))
     assert outbox.take() == end
-    assert (outbox.texts, outbox.attached) == (0, 0)
+    assert outbox.size(A) == 0
 
 
 def test_end_of_a_stream_is_no_request_that_waits(outbox: Outbox) -> None:
@@ -404,4 +405,4 @@ def test_everything_comes_once_in_order_within_the_window(
             assert open_bytes[call] < CALL_WINDOW_BYTES
         open_bytes[call] += size
     assert came == expected
-    assert (outbox.texts, outbox.attached) == (0, 0)
+    assert not any(map(outbox.size, expected))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import re
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from datetime import date
 from typing import Any
 
@@ -323,7 +325,7 @@ async def test_answers_that_are_not_read_count_as_running(
 async def test_bytes_that_wait_for_a_peer_are_bounded(
     pair: Pair, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peer_module, "UNSENT_MAX_BYTES", 300_000)
+    monkeypatch.setattr(peer_module, "UNREAD_MAX_BYTES", 300_000)
     there = pair[1].peers[pair[0].did]
     resume = stall(there)
     calls = []
@@ -331,10 +333,77 @@ async def test_bytes_that_wait_for_a_peer_are_bounded(
         arrived, _ = count_requests(there, 1)
         calls.append(asyncio.ensure_future(peer.execute("echo", value="x" * 15_000)))
         await arrived.wait()
-    assert there._calls.outbox.texts < 400_000
+    assert there._unread < 400_000
     await resume()
     *_, last = await asyncio.gather(*calls, return_exceptions=True)
     assert re.match(r"busy: \d+ bytes of answers wait for you", str(last))
+
+
+async def test_what_this_side_asks_makes_it_busy_for_nobody(
+    pair: Pair, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_module, "UNREAD_MAX_BYTES", 0)
+    there = pair[1].peers[pair[0].did]
+    resume = stall(peer)
+    calls = [asyncio.ensure_future(peer.execute("echo", value="x" * 15_000)) for _ in range(20)]
+    calls.append(asyncio.ensure_future(peer.execute("reverse", data=bytes(1_000_000))))
+    arrived, _ = count_requests(peer, 1)
+    asked = asyncio.ensure_future(there.execute("add", a=1))
+    await arrived.wait()
+    await resume()
+    assert await asked == 2
+    monkeypatch.undo()
+    for call in calls:
+        call.cancel()
+
+
+async def test_calls_with_long_envelopes_are_bounded(
+    pair: Pair, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_module, "ACCEPTED_MAX_BYTES", 100_000)
+    monkeypatch.setattr(detach, "INLINE_MAX_BYTES", DATA_MESSAGE_MAX_BYTES)  # so does another implementation
+    there = pair[1].peers[pair[0].did]
+    there._room = asyncio.Semaphore(0)
+    arrived, _ = count_requests(there, 3)
+    waiting = [asyncio.ensure_future(peer.execute("echo", value="x" * 60_000)) for _ in range(3)]
+    await arrived.wait()
+    with pytest.raises(CallBusyError, match=r"busy: 12\d\d\d\d bytes of calls of yours run or wait"):
+        await waiting[2]
+    there._room.release()
+    assert await asyncio.gather(*waiting[:2]) == ["x" * 60_000] * 2
+    assert there._calls.accepted_bytes == 0
+    assert await peer.execute("add", a=1) == 2
+
+
+async def test_arguments_are_not_kept_while_the_answer_waits(pair: Pair, peer: Peer) -> None:
+    there = pair[1].peers[pair[0].did]
+    kept: list[weakref.ref[object]] = []
+
+    class Watched(dict[str, Any]):
+        pass
+
+    async def execute(name: str, args: dict[str, Any]) -> bytes:
+        return bytes(2_000_000)
+
+    take_args = there._take_args
+
+    def watch(execution: Any, args: dict[str, Any], fault: str) -> None:
+        args = Watched(args)
+        kept.append(weakref.ref(args))
+        take_args(execution, args, fault)
+
+    there._on_execute = execute
+    there._take_args = watch  # type: ignore[method-assign]
+    async with aclosing(peer.stream("any", data=b"large")) as parts:
+        peer._calls._grant = lambda call: None  # type: ignore[method-assign]  # it reads the answer slowly
+        waiting = asyncio.ensure_future(anext(parts))
+        while not kept or not there._unread:  # noqa: ASYNC110 -- loop passes until the answer waits
+            await asyncio.sleep(0)
+        gc.collect()
+        assert [each() for each in kept] == [None]
+        assert there._executions
+        waiting.cancel()
+        await asyncio.wait({waiting})
 
 
 async def test_congested_peer_still_answers_pings(pair: Pair, peer: Peer) -> None:

@@ -219,7 +219,7 @@ async def test_cancelled_upload_is_over_and_harms_nobody(pair: Pair, peer: Peer)
         await asyncio.sleep(0)
     task.cancel()
     await asyncio.wait({task})
-    assert peer._calls.outbox.attached == 0
+    assert not peer._calls.outbox._lanes
     await asyncio.wait_for(asyncio.wait(set(there._serving)), 10)
     assert await peer.execute("reverse", data=b"ab") == b"ba"
     assert there._calls._inbox.kept == 0

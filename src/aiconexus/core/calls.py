@@ -142,6 +142,7 @@ class _Served:
         answer: What the same request is answered when it comes again; an INTENT has none.
         args: Those that came in the envelope, while others are on their way.
         input: What has come of the stream in its request.
+        size: Bytes of its envelope.
         has_read_input: Whether the capability has read that to its end.
     """
 
@@ -152,6 +153,7 @@ class _Served:
     answer: Answer | None = None
     args: dict[str, Value] = field(default_factory=dict)
     input: InputDigest = field(default_factory=InputDigest)
+    size: int = 0
     has_read_input: bool = False
 
 
@@ -182,6 +184,7 @@ class Calls:
     Attributes:
         peer: DID of the agent at the other end.
         outbox: What is to be sent.
+        accepted_bytes: Of the envelopes of the peer's calls that have no answer yet.
     """
 
     def __init__(
@@ -204,6 +207,7 @@ class Calls:
         """
         self.peer: Final = peer
         self.outbox: Final = Outbox()
+        self.accepted_bytes = 0
         self._key = key
         self._limit = limit
         # One for each connection: a peer that floods it shuts nobody else out.
@@ -470,6 +474,7 @@ class Calls:
     def _close_served(self, id_: str, text: str | None) -> None:
         """Take a call of the peer for over; the same request is answered by `text` from now on."""
         served = self._served.pop(id_)
+        self.accepted_bytes -= served.size
         self._inbox.close(id_)
         if served.answer is not None:
             self._answers.end(served.answer, text)
@@ -537,10 +542,10 @@ class Calls:
             else:
                 text = f"the answer of {self.peer} cannot be used: {error}"
                 failed = Failed(asked, CallError(text, entry.capability))
-        if cancelled is not None and (served := self._served.pop(cancelled, None)) is not None:
-            self._over(cancelled)
-            if served.answer is not None:
-                self._answers.end(served.answer, None)
+        if cancelled is not None and cancelled in self._served:
+            self.outbox.drop(cancelled)
+            self.outbox.end(cancelled)
+            self._close_served(cancelled, None)
         else:
             cancelled = None
         if envelope.get("type") == MessageType.ERROR.value:
@@ -715,7 +720,8 @@ class Calls:
         id_ = message.id.lower()
         if id_ in self._open:  # frames of the one would pass for frames of the other
             raise ReplayedMessageError("the id is that of a call of this side", message_id=message.id)
-        served = self._served[id_] = _Served(message.type)
+        served = self._served[id_] = _Served(message.type, size=len(message.wire or b""))
+        self.accepted_bytes += served.size
         if message.type is MessageType.EXEC_REQUEST and not busy:
             served.answer = self._answers.begin(id_, message.signature or "", self._clock())
         return self._turn_down(id_, CallBusyError.name, f"busy: {busy}; try again") if busy else None

@@ -8,7 +8,6 @@ from typing import Final
 
 from aiconexus.protocol.errors import InvalidArgumentsError
 
-
 PIECE_MAX_BYTES: Final = 65_536  # handed to the reader at a time: four frames, so that credit flows meanwhile
 
 

@@ -35,6 +35,12 @@ class _Item:
     is_progress: bool = False
     sent: Callable[[], None] = _NOBODY
 
+    @property
+    def size(self) -> int:
+        """How many bytes of it wait."""
+        text = self.text.encode() if isinstance(self.text, str) else self.text or b""
+        return len(text) + sum(map(len, self.attached))
+
 
 class _Lane:
     """What waits of one call, in its order.
@@ -65,8 +71,6 @@ class Outbox:
     """The messages of all calls of one connection that were not handed to its channel yet.
 
     Attributes:
-        texts: How many characters of envelopes wait.
-        attached: How many bytes of attachments wait.
         ready: Called when there is something to take.
     """
 
@@ -76,8 +80,6 @@ class Outbox:
         self._turns: OrderedDict[str, _Lane] = OrderedDict()
         self._lanes: dict[str, _Lane] = {}
         self._grants: dict[str, bytes] = {}  # CREDIT; a later one of a call takes the place of an earlier one
-        self.texts = 0
-        self.attached = 0
 
     def put(
         self,
@@ -99,13 +101,10 @@ class Outbox:
         """
         lane = self._lanes.setdefault(call, _Lane())
         if is_progress and lane.items and lane.items[-1].is_progress and lane.items[-1].text is not None:
-            self.texts += len(text) - len(lane.items[-1].text)
             lane.items[-1].text = text
             return
         views = deque(memoryview(data) for data in attached if data)
         lane.items.append(_Item(text, views, is_counted, is_progress))
-        self.texts += len(text)
-        self.attached += sum(map(len, views))
         self._give_turn(call, lane)
         self.ready()
 
@@ -113,7 +112,6 @@ class Outbox:
         """Add the next bytes of the stream in a request."""
         lane = self._lanes.setdefault(call, _Lane())
         lane.items.append(_Item(None, deque([memoryview(data)])))
-        self.attached += len(data)
         self._give_turn(call, lane)
         self.ready()
 
@@ -121,7 +119,6 @@ class Outbox:
         """Add the END frame of the stream in a request."""
         lane = self._lanes.setdefault(call, _Lane())
         lane.items.append(_Item(frame, deque()))
-        self.texts += len(frame)
         self._give_turn(call, lane)
         self.ready()
 
@@ -136,13 +133,11 @@ class Outbox:
         message: str | bytes
         if item.text is not None:
             message, item.text = item.text, None
-            self.texts -= len(message)
             lane.counted += len(message.encode()) if item.is_counted and isinstance(message, str) else 0
         else:
             view = item.attached[0]
             chunk = view[:CHUNK_MAX_BYTES]
             message = data_frame(call, chunk)
-            self.attached -= len(chunk)
             lane.counted += len(chunk)
             if len(chunk) == len(view):
                 item.attached.popleft()
@@ -176,6 +171,11 @@ class Outbox:
         else:
             lane.items[-1].sent = callback
 
+    def size(self, call: str) -> int:
+        """Return how many bytes wait of a call."""
+        lane = self._lanes.get(call)
+        return 0 if lane is None else sum(item.size for item in lane.items)
+
     def holds(self, call: str) -> bool:
         """Tell whether anything waits of a call."""
         lane = self._lanes.get(call)
@@ -194,8 +194,6 @@ class Outbox:
         self._turns.pop(call, None)
         items, lane.items = lane.items, deque()
         for item in items:
-            self.texts -= 0 if item.text is None else len(item.text)
-            self.attached -= sum(map(len, item.attached))
             item.sent()
         self._forget_ended(call, lane)
 

@@ -71,6 +71,7 @@ from aiconexus.protocol.errors import (
 from aiconexus.protocol.limits import (
     ATTACHMENTS_MAX_BYTES,
     CALL_TIMEOUT_SECONDS,
+    INLINE_MAX_BYTES,
     PEER_IDLE_SECONDS,
     PEER_PING_INTERVAL_SECONDS,
     PEER_PONG_TIMEOUT_SECONDS,
@@ -85,7 +86,9 @@ GOODBYE_SECONDS: Final = 1.0  # for the other side to close its end too; a round
 GRACE_SECONDS: Final = 1.0  # for what is cancelled to end by itself, before its caller has its answer
 RUNNING_MAX: Final = 256  # calls of one peer at a time; more would only share the same core
 ACCEPTED_MAX: Final = 4_096  # calls of one peer that run or wait for that
-UNSENT_MAX_BYTES: Final = 4_194_304  # of texts for one peer: 16 of the largest; what runs may add its answers
+ACCEPTED_MAX_BYTES: Final = ACCEPTED_MAX * INLINE_MAX_BYTES  # of their envelopes: what is longer is attached
+UNREAD_MAX_BYTES: Final = ATTACHMENTS_MAX_BYTES  # of answers and parts; what runs may add its own
+UNSENT_MAX_BYTES: Final = 4_194_304  # of short replies: 16 of the largest messages wait before them
 
 _NO_ARGS: Final[Mapping[str, Any]] = MappingProxyType({})
 _STREAMED: Final = object()  # the result of an execution whose parts have gone out
@@ -119,6 +122,13 @@ class _Execution:
         self.args: asyncio.Future[dict[str, Value]] = loop.create_future()
         self.input: Input | None = None
         self.cancelled: asyncio.Future[str] = loop.create_future()
+
+    def drop_args(self) -> None:
+        """Keep them no longer: the answer may wait for its reader, and they do not count any more."""
+        if not self.args.cancel() and not self.args.cancelled():
+            self.args.exception()  # taken note of, also where nobody has waited for it
+        self.args = self.args.get_loop().create_future()
+        self.args.cancel()
 
     def end(self, reason: str) -> None:
         """Cancel it; the first reason counts."""
@@ -161,6 +171,7 @@ class Peer:
         self._executions: dict[str, _Execution] = {}
         self._room = asyncio.Semaphore(RUNNING_MAX)
         self._serving: set[asyncio.Task[None]] = set()
+        self._unread = 0  # bytes of answers and parts that wait for the peer
         self._is_pumping = False
         self._pinging: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
@@ -505,8 +516,10 @@ class Peer:
     def _busy(self) -> str:
         if len(self._executions) >= ACCEPTED_MAX:
             return f"{ACCEPTED_MAX} calls of yours run or wait, or their answers wait to be read"
-        if self._outbox.texts > UNSENT_MAX_BYTES or self._outbox.attached > ATTACHMENTS_MAX_BYTES:
-            return f"{self._outbox.texts + self._outbox.attached} bytes of answers wait for you to read them"
+        if self._calls.accepted_bytes > ACCEPTED_MAX_BYTES:
+            return f"{self._calls.accepted_bytes} bytes of calls of yours run or wait"
+        if self._unread > UNREAD_MAX_BYTES:
+            return f"{self._unread} bytes of answers wait for you to read them"
         return ""
 
     def _handle(self, event: Event) -> None:  # noqa: PLR0912  # one for each event
@@ -581,25 +594,26 @@ class Peer:
 
     def _serve_intent(self, asked: IntentArrived) -> None:
         execution = _Execution(self._loop.time() + asked.timeout)
+        id_ = asked.id
 
         async def run() -> Quote:
             async with self._room:
-                self._enter(asked.id, execution)
+                self._enter(id_, execution)
                 return await self._on_intent(asked.intent)
 
         def answer(quote: Quote, _: float) -> None:
-            self._calls.quote(asked.id, quote)
+            self._calls.quote(id_, quote)
 
-        self._serve(asked.id, execution, run(), asked.timeout, answer)
+        self._serve(id_, execution, run(), asked.timeout, answer)
 
     def _serve_execution(self, asked: ExecutionArrived) -> None:
         execution = _Execution(self._loop.time() + asked.timeout)
         if asked.args is not None:
             execution.args.set_result(asked.args)
-        stream = asked.input
+        id_, stream = asked.id, asked.input
         if stream is not None:
             execution.input = Input(
-                partial(self._calls.took_input, asked.id), partial(self._calls.has_read_input, asked.id)
+                partial(self._calls.took_input, id_), partial(self._calls.has_read_input, id_)
             )
 
         async def run() -> Any:
@@ -607,20 +621,20 @@ class Peer:
             if stream is not None:
                 args = {**args, stream: execution.input}
             async with self._room:
-                self._enter(asked.id, execution)
+                self._enter(id_, execution)
                 work = self._on_execute(asked.capability, args)
                 if not isinstance(work, AsyncGenerator):
                     return await work
                 async with aclosing(work):
-                    return await (self._stream(asked.id, work) if asked.is_stream else _collect(work))
+                    return await (self._stream(id_, work) if asked.is_stream else _collect(work))
 
         def answer(result: Any, seconds: float) -> None:
             if result is _STREAMED:
-                self._calls.finish(asked.id, seconds)
+                self._calls.finish(id_, seconds)
             else:
-                self._calls.succeed(asked.id, result, seconds)
+                self._calls.succeed(id_, result, seconds)
 
-        self._serve(asked.id, execution, run(), asked.timeout, answer)
+        self._serve(id_, execution, run(), asked.timeout, answer)
 
     def _input_of(self, id_: str) -> Input:
         stream = self._executions[id_].input
@@ -647,8 +661,17 @@ class Peer:
         """Send one part after the other; the next is made when the last has gone to the channel."""
         async for part in parts:
             if self._calls.part(id_, part):
-                await self._sent(id_)
+                await self._delivered(id_)
         return _STREAMED
+
+    async def _delivered(self, id_: str) -> None:
+        """Wait as `_sent` does, for what is to be read by the peer: so much of it is enough."""
+        size = self._outbox.size(id_)
+        self._unread += size
+        try:
+            await self._sent(id_)
+        finally:
+            self._unread -= size
 
     async def _sent(self, id_: str) -> None:
         """Wait until all that waits of a call was handed to the channel, or is dropped."""
@@ -692,12 +715,12 @@ class Peer:
         else:
             name = error.name if isinstance(error, CallError) else CapabilityError.name
             self._calls.fail(id_, name, str(error), seconds)
-        await self._sent(id_)
+        execution.drop_args()
+        await self._delivered(id_)
         if not task.done():
             await asyncio.wait({task})
         if not task.cancelled():
             task.exception()  # taken note of, also where the answer did not wait for it
-        execution.args.cancel()
         if execution.input is not None:
             execution.input.end("the call is over")
         del self._executions[id_]
