@@ -33,7 +33,7 @@ from aiconexus.protocol.models import Capability
 _MARK: Final = "__aiconexus_capability__"
 _DESCRIPTION_MAX: Final = 1_024  # characters; protocol.models.Capability refuses more
 _RESERVED: Final = frozenset({"timeout", "on_progress", "on_receipt"})  # Peer.execute takes them itself
-ADAPTERS_MAX: Final = 16  # of a method: one for each set of arguments that came as bytes
+ADAPTERS_MAX: Final = 16  # of a method: one for each argument that came as bytes, and for each set of them
 _STREAMS: Final = (AsyncGenerator, AsyncIterator, AsyncIterable)
 
 Method = TypeVar("Method", bound=Callable[..., Coroutine[Any, Any, Any] | AsyncIterator[Any]])
@@ -123,6 +123,8 @@ class CapabilityMethod:
             self._method = method
             self._hints = get_type_hints(method, include_extras=True)
             self._input = _input_of(method, self._hints)
+            self._parameters = inspect.signature(method).parameters
+            self._bytes_adapter = lru_cache(ADAPTERS_MAX)(self._new_bytes_adapter)
             self._arguments_without = lru_cache(ADAPTERS_MAX)(partial(_arguments, method))
             arguments = self._arguments_without(frozenset({self._input} if self._input else ()))
             hint = self._hints.get("return", Any)
@@ -171,19 +173,18 @@ class CapabilityMethod:
 
     def _check_bytes(self, name: str, value: bytes) -> Any:
         """Check an argument that did not come as JSON."""
-        parameters = inspect.signature(self._method).parameters
-        if name not in parameters:
+        if name not in self._parameters:
             raise InvalidArgumentsError(f"{name}: Unexpected keyword argument", self.announced.name)
         try:
-            adapter: TypeAdapter[Any] = TypeAdapter(
-                self._hints.get(name, Any), config=ConfigDict(strict=True)
-            )
-        except PydanticUserError:  # a model has its own configuration
-            adapter = TypeAdapter(self._hints[name])
-        try:
-            return adapter.validate_python(value)
+            return self._bytes_adapter(name).validate_python(value)
         except ValidationError as error:
             raise InvalidArgumentsError(f"{name}: {_explain(error)}", self.announced.name) from None
+
+    def _new_bytes_adapter(self, name: str) -> TypeAdapter[Any]:
+        try:
+            return TypeAdapter(self._hints.get(name, Any), config=ConfigDict(strict=True))
+        except PydanticUserError:  # a model has its own configuration
+            return TypeAdapter(self._hints[name])
 
     def _stream(self, value: Any) -> AsyncIterator[bytes]:
         if isinstance(value, str):
