@@ -14,6 +14,7 @@ from switchboard import Switchboard, Workshop
 
 from aiconexus.core import Peer, collection, current_call
 from aiconexus.core import capability as as_capability
+from aiconexus.core.call import time_left
 from aiconexus.protocol import Receipt
 from aiconexus.protocol.errors import (
     CallCancelledError,
@@ -264,6 +265,24 @@ async def test_deadline_is_inherited_by_what_is_called_on_the_way(
         await asyncio.wait_for(third.cancelled.wait(), 10)
         with pytest.raises((CallTimeoutError, CapabilityError)):
             await peer.execute("ask_on", did=third.did, capability="wait", seconds=50.0, timeout=0.5)
+
+
+async def test_deadline_does_not_bind_what_outlives_the_call(switchboard: Switchboard) -> None:
+    class Starter(Workshop):
+        @as_capability
+        async def begin(self) -> float:
+            self.job = asyncio.ensure_future(self.go_on())
+            return time_left(None, 1_000.0)
+
+        async def go_on(self) -> float:
+            await self.release.wait()
+            return time_left(None, 1_000.0)
+
+    other = Workshop(switchboard)
+    async with Starter(switchboard) as starter, other, other.connect(starter.did) as peer:
+        assert await peer.execute("begin", timeout=30) <= 30
+        starter.release.set()
+        assert await starter.job == 1_000.0
 
 
 async def test_receipt_of_a_call_can_be_verified_by_anybody(pair: Pair, peer: Peer) -> None:

@@ -25,10 +25,14 @@ class Call:
     caller: str
     deadline: float
     _progress: Callable[[Any], None]
+    _is_over: Callable[[], bool]
 
     @property
     def remaining(self) -> float:
-        """Seconds until the deadline; 0 if it has passed. What it calls itself has no more time."""
+        """Seconds until the deadline; 0 if it has passed. What it calls itself has no more time.
+
+        Tasks that it started and that outlive it are bound by it no longer.
+        """
         return max(0.0, self.deadline - asyncio.get_running_loop().time())
 
     def progress(self, value: Any) -> None:
@@ -66,7 +70,8 @@ def time_left(timeout: float | None, default: float) -> float:
         default: Where nobody says anything, not even the call that this code runs for.
     """
     call = _current.get()
-    if call is None:
+    # A task, a connection or a timer that began in a call and outlives it still finds it here.
+    if call is None or call._is_over():
         return default if timeout is None else timeout
     # Not 0, which is no timeout: what is too late fails by itself.
     remaining = max(0.001, call.remaining)

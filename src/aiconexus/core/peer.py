@@ -655,7 +655,7 @@ class Peer:
         def progress(value: Any) -> None:
             self._calls.progress(id_, value)
 
-        Call(id_, self.did, execution.deadline, progress).enter()
+        Call(id_, self.did, execution.deadline, progress, execution.task.done).enter()
 
     async def _stream(self, id_: str, parts: AsyncGenerator[Value, None]) -> object:
         """Send one part after the other; the next is made when the last has gone to the channel."""
