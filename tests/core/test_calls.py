@@ -816,10 +816,11 @@ def test_stream_that_is_not_what_was_sent_has_a_fault(alice: Calls, bob: Calls) 
     assert ended == InputEnded(id_, "what came of the stream is not what was sent")
 
 
-def test_callee_that_has_read_something_else_is_not_believed(alice: Calls, bob: Calls) -> None:
+@pytest.mark.parametrize("status", ["success", "error", "cancelled"])
+def test_callee_that_has_read_something_else_is_not_believed(alice: Calls, bob: Calls, status: str) -> None:
     id_ = feed(alice, bob, b"abc")
     said = {"size": 3, "sha256": sha256(b"abd").hexdigest()}
-    failed = alice.receive(response_with(id_, "success", ext={"input": said}))
+    failed = alice.receive(response_with(id_, status, ext={"input": said}))
     assert isinstance(failed, Failed)
     assert isinstance(failed.error, PeerIdentityError)
 

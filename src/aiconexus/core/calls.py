@@ -60,6 +60,7 @@ from aiconexus.protocol.attachments import (
     Detached,
     InputDigest,
     StreamDigest,
+    StreamSummary,
     Value,
     argument_name,
     attachments_of,
@@ -793,8 +794,17 @@ class Calls:
         del self._open[asked]
         self._over(asked)
         receipt = Receipt(entry.request, message.wire.decode())
+        try:
+            streamed = stream_summary_of(message)
+            read = input_summary_of(message)
+        except MalformedMessageError as error:
+            text = f"the answer of {self.peer} cannot be used: {error}"
+            return Failed(asked, CallError(text, entry.capability), receipt)
+        if read is not None and read != entry.input.summary():
+            text = f"what {self.peer} has read is not the stream that was sent"
+            return Failed(asked, PeerIdentityError(text, self.peer), receipt)
         if payload.status is ExecStatus.SUCCESS:
-            return self._succeeded(asked, entry, message, value, receipt)
+            return self._succeeded(asked, entry, streamed, value, receipt)
         if payload.status is ExecStatus.CANCELLED:
             text = payload.error or f"{entry.capability} was cancelled"
             return Failed(asked, CallCancelledError(text, entry.capability), receipt)
@@ -804,17 +814,10 @@ class Calls:
         text = payload.error or f"{entry.capability} failed without saying why"
         return Failed(asked, kind(text, entry.capability), receipt)
 
-    def _succeeded(self, asked: str, entry: _Open, message: Message, value: Value, receipt: Receipt) -> Event:
+    def _succeeded(
+        self, asked: str, entry: _Open, said: StreamSummary | None, value: Value, receipt: Receipt
+    ) -> Event:
         came = entry.digest.summary()
-        try:
-            said = stream_summary_of(message)
-            read = input_summary_of(message)
-        except MalformedMessageError as error:
-            text = f"the answer of {self.peer} cannot be used: {error}"
-            return Failed(asked, CallError(text, entry.capability), receipt)
-        if read is not None and read != entry.input.summary():
-            text = f"what {self.peer} has read is not the stream that was sent"
-            return Failed(asked, PeerIdentityError(text, self.peer), receipt)
         if said is None and not came.parts:
             return Answered(asked, value, receipt=receipt)
         if said != came:
