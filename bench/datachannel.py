@@ -73,27 +73,20 @@ async def timed(ask: Callable[[], Awaitable[object]]) -> float:
 
 async def connect_bare(pipe: Connection, *, offers: bool) -> Any:
     """Return an open RTCDataChannel and its RTCPeerConnection."""
-    from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
+    from bench import bare
 
-    from aiconexus.core.candidates import choose_host_addresses
+    async def exchange(sdp: str) -> str:
+        pipe.send(sdp)
+        answer: str = pipe.recv()
+        return answer
 
-    pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
-    opened: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     if offers:
-        channel = pc.createDataChannel("bare")
-        channel.on("open", lambda: opened.set_result(channel))
-        offer = await pc.createOffer()
-        choose_host_addresses(pc, ["127.0.0.1"])
-        await pc.setLocalDescription(offer)
-        pipe.send(pc.localDescription.sdp)
-        await pc.setRemoteDescription(RTCSessionDescription(pipe.recv(), "answer"))
-    else:
-        pc.on("datachannel", opened.set_result)
-        await pc.setRemoteDescription(RTCSessionDescription(pipe.recv(), "offer"))
-        answer = await pc.createAnswer()
-        choose_host_addresses(pc, ["127.0.0.1"])
-        await pc.setLocalDescription(answer)
-        pipe.send(pc.localDescription.sdp)
+        pc, channel = await bare.offer(exchange)
+        return channel, pc
+    opened: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    pc, sdp = await bare.answer(pipe.recv())
+    pc.on("datachannel", opened.set_result)
+    pipe.send(sdp)
     return await opened, pc
 
 
