@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aiconexus.core.question import Question
+from aiconexus.core.question import LateError, Question
 from aiconexus.protocol.receipts import Receipt
 
 RECEIPT = Receipt("{}", "{}")
@@ -49,7 +49,7 @@ async def test_who_waits_is_woken(how: str) -> None:
 @pytest.mark.parametrize("seconds", [0.01, 0.0, -1.0])
 async def test_wait_has_an_end(seconds: float) -> None:
     question = Question()
-    with pytest.raises(asyncio.TimeoutError):
+    with pytest.raises(LateError):
         await question.next_part(seconds)
     question.add(1)
     assert await question.next_part(seconds) == (1,)  # what is there is taken, however late

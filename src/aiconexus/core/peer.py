@@ -56,7 +56,7 @@ from aiconexus.core.input import Input
 from aiconexus.core.intents import Intent, Quote
 from aiconexus.core.keepalive import KeepAlive, Verdict
 from aiconexus.core.peer_connection import Path, PeerConnection
-from aiconexus.core.question import Question
+from aiconexus.core.question import LateError, Question
 from aiconexus.protocol.attachments import Value
 from aiconexus.protocol.errors import (
     CallCancelledError,
@@ -325,15 +325,17 @@ class Peer:
         id_ = self._begin(
             question, lambda: self._calls.execute(capability, args, seconds, is_stream=True), args
         )
-        late = self._late(seconds, capability)
         count = 0
         try:
-            while (part := await self._next_part(id_, question, deadline, late)) is not None:
+            while (part := await question.next_part(deadline - self._loop.time())) is not None:
+                self._calls.took(id_)
                 count += 1
                 yield part[0]
             answered: Answered = question.answer.result()
             if not answered.is_streamed and not count:
                 yield answered.value
+        except LateError:
+            raise self._late(seconds, capability) from None
         finally:
             self._end_question(id_)
 
@@ -364,13 +366,15 @@ class Peer:
     ) -> Any:
         deadline = self._loop.time() + timeout
         id_ = self._begin(question, begin, args)
-        late = self._late(timeout, capability)
         parts = Collection()
         try:
-            while (part := await self._next_part(id_, question, deadline, late)) is not None:
+            while (part := await question.next_part(deadline - self._loop.time())) is not None:
+                self._calls.took(id_)
                 parts.add(part[0])
             answered: Answered = question.answer.result()
             return parts.join() if answered.is_streamed else answered.value
+        except LateError:
+            raise self._late(timeout, capability) from None
         finally:
             self._end_question(id_)
 
@@ -401,18 +405,6 @@ class Peer:
         finally:
             if isinstance(source, AsyncGenerator):
                 await source.aclose()
-
-    async def _next_part(
-        self, id_: str, question: Question, deadline: float, late: CallTimeoutError
-    ) -> tuple[Value] | None:
-        """Take the next part of an answer as `Question.next_part` does, or raise `late`."""
-        try:
-            part = await question.next_part(deadline - self._loop.time())
-        except asyncio.TimeoutError:
-            raise late from None
-        if part is not None:
-            self._calls.took(id_)
-        return part
 
     def _late(self, timeout: float, capability: str) -> CallTimeoutError:
         return CallTimeoutError(f"no answer from {short_did(self.did)} in {timeout:g} s", capability)

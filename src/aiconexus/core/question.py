@@ -14,6 +14,10 @@ from aiconexus.protocol.receipts import Receipt
 _log: Final = logging.getLogger("aiconexus.core")
 
 
+class LateError(Exception):
+    """Nothing came in time. Not a TimeoutError: the source of a stream among the arguments may raise one."""
+
+
 class Question:
     """A PING, an INTENT or an execution that waits for its answer, and for the parts before it.
 
@@ -63,7 +67,7 @@ class Question:
         """Return the next part, alone in a tuple; None if only the answer is left.
 
         Raises:
-            asyncio.TimeoutError: There was neither in that time.
+            LateError: There was neither in that time.
         """
         if not self._parts and not self.answer.done():
             self._arrived = asyncio.get_running_loop().create_future()
@@ -72,7 +76,7 @@ class Question:
         if self._parts:
             return (self._parts.popleft(),)
         if not self.answer.done():
-            raise asyncio.TimeoutError
+            raise LateError
         return None
 
     def close(self) -> None:
