@@ -26,6 +26,7 @@ class Channel:
         self._channel = channel
         self._early: list[str | bytes] = []
         self._handed_over = 0
+        self._is_closing = False
         self._receiver: Callable[[str | bytes], None] = self._early.append
         self._writable: Callable[[], None] = lambda: None
         self.closed: Final[asyncio.Future[None]] = asyncio.get_running_loop().create_future()
@@ -48,7 +49,7 @@ class Channel:
     @property
     def is_open(self) -> bool:
         """Whether messages can be sent."""
-        return self._channel.readyState == "open"
+        return not self._is_closing and self._channel.readyState == "open"
 
     @property
     def is_congested(self) -> bool:
@@ -79,14 +80,24 @@ class Channel:
         self._handed_over += self.buffered - before
 
     def close(self) -> None:
-        """Close the channel after what waits has been sent (RFC 8831 section 6.7)."""
-        self._channel.close()
+        """Close the channel after what waits has been sent (RFC 8831 section 6.7); nothing more is taken."""
+        self._is_closing = True
+        # aiortc before 1.16, the last one for Python 3.10, would reset the stream before it.
+        self._channel.bufferedAmountLowThreshold = 0
+        self._close_if_empty()
 
     def _message(self, data: str | bytes) -> None:
         self._receiver(data)
 
+    def _close_if_empty(self) -> None:
+        if self.buffered == 0:
+            self._channel.close()
+
     def _became_writable(self) -> None:
-        self._writable()
+        if self._is_closing:
+            self._close_if_empty()
+        else:
+            self._writable()
 
     def _closed(self) -> None:
         if not self.closed.done():
