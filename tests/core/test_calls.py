@@ -951,6 +951,19 @@ def test_response_with_more_than_can_be_kept_fails_the_call(alice: Calls, bob: C
     assert carry(alice, bob) == [CancelArrived(id_)]
 
 
+def test_response_for_which_others_leave_no_room_says_so(alice: Calls, bob: Calls) -> None:
+    first, second = ask(alice, bob), ask(alice, bob)
+    assert (
+        alice.receive(response_with(first, "success", entry("/result", b"", size=ATTACHMENTS_MAX_BYTES)))
+        is None
+    )
+    refused = alice.receive(response_with(second, "success", entry("/result", b"", size=2)))
+    assert isinstance(refused, Refused)
+    assert refused.failed is not None
+    assert refused.failed.id == second
+    assert "2 bytes are attached, and 268435456 bytes of other calls are kept" in str(refused.failed.error)
+
+
 def test_envelope_ends_what_is_not_complete_before_it(alice: Calls, bob: Calls) -> None:
     id_ = stream(alice, bob)
     half = response_with(id_, "partial", entry("/result", bytes(ATTACHMENTS_MAX_BYTES // 4)))

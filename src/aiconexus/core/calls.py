@@ -769,7 +769,11 @@ class Calls:
             return self._take_value(asked, message, payload, payload.result, 0)
         assembly = Assembly(message, attachments)
         if not self._inbox.has_room(assembly):
-            raise MalformedMessageError(too_large(assembly.size), name="too_large", message_id=message.id)
+            text = too_large(assembly.size)
+            if self._inbox.could_have_room(assembly):
+                kept = f"{self._inbox.kept} bytes of other calls are kept here"
+                text = f"{assembly.size} bytes are attached, and {kept}: make fewer at a time"
+            raise MalformedMessageError(text, name="too_large", message_id=message.id)
         self._inbox.collect(asked, assembly)
         if self._inbox.completed(asked) is None:
             return None
