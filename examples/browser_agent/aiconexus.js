@@ -2266,7 +2266,7 @@ class Outbox {
   constructor(channel) {
     this.#channel = channel;
     channel.bufferedAmountLowThreshold = LOW_WATER_BYTES;
-    channel.onbufferedamountlow = () => this.pump();
+    channel.addEventListener("bufferedamountlow", () => this.pump());
   }
 
   get isCongested() {
