@@ -158,10 +158,10 @@ async def _deadline(self: object, timeout: float) -> None: ...
 @pytest.mark.parametrize(
     ("method", "text"),
     [
-        (_sync, "not an async method"),
+        (_sync, "neither an async method nor an async generator"),
         (_positional, "arguments travel by name"),
         (_variadic, "arguments travel by name"),
-        (_deadline, "is the deadline of Peer.execute"),
+        (_deadline, "Peer.execute takes `timeout` itself"),
     ],
 )
 def test_method_that_others_could_not_call_is_refused(method: Callable[..., Any], text: str) -> None:

@@ -15,11 +15,13 @@ import pytest
 from switchboard import Switchboard, Workshop
 
 from aiconexus.core import Peer, PeerState
+from aiconexus.core import calls as calls_module
 from aiconexus.core import peer as peer_module
 from aiconexus.core.calls import Calls
 from aiconexus.core.keepalive import KeepAlive
-from aiconexus.core.peer import EXECUTIONS_MAX
+from aiconexus.core.peer import ACCEPTED_MAX, RUNNING_MAX
 from aiconexus.protocol.errors import (
+    CallBusyError,
     CallError,
     CallTimeoutError,
     CapabilityError,
@@ -52,6 +54,14 @@ async def raw_reply(peer: Peer, text: str | bytes) -> dict[str, Any]:
     finally:
         peer._channel.receive(peer._receive)
     return message
+
+
+def execute(calls: Calls, capability: str, args: dict[str, Any], timeout: float) -> tuple[str, str]:
+    """Return the id of an EXEC_REQUEST, and its text."""
+    id_ = calls.execute(capability, args, timeout)
+    text = calls.outbox.take()
+    assert isinstance(text, str)
+    return id_, text
 
 
 def stall(peer: Peer) -> Callable[[], Awaitable[None]]:
@@ -132,11 +142,14 @@ async def test_both_sides_call_at_once(pair: Pair, peer: Peer) -> None:
     assert results == [number + 1 for number in range(20) for _ in range(2)]
 
 
-async def test_largest_message_passes_and_a_larger_one_is_an_error_here(peer: Peer) -> None:
-    fits = "x" * (DATA_MESSAGE_MAX_BYTES - 1_024)
+async def test_what_is_too_large_is_an_error_here(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls_module, "ATTACHMENTS_MAX_BYTES", 1_000_000)
+    fits = "x" * 999_000
     assert await peer.execute("echo", value=fits) == fits
-    with pytest.raises(InvalidArgumentsError, match="at most 262144 can be sent"):
-        await peer.execute("echo", value="x" * DATA_MESSAGE_MAX_BYTES)
+    with pytest.raises(InvalidArgumentsError, match="at most 1000000 are kept: stream them in parts"):
+        await peer.execute("echo", value="x" * 1_000_000)
+    with pytest.raises(CapabilityError, match="at most 1000000 are kept: stream them in parts"):
+        await peer.execute("blocks", count=1, size=1_000_001)
     with pytest.raises(MalformedMessageError, match="at most 262144 can be sent"):
         await peer.intent("x" * DATA_MESSAGE_MAX_BYTES)
     assert await peer.execute("add", a=1) == 2
@@ -201,7 +214,7 @@ async def test_timeout_cancels_there_too(pair: Pair, peer: Peer) -> None:
 
 async def test_callee_enforces_the_deadline_by_itself(pair: Pair, peer: Peer) -> None:
     calls = Calls(pair[0]._key, pair[1].did)
-    _, request = calls.execute("wait", {}, 0.1)
+    _, request = execute(calls, "wait", {}, 0.1)
     response = await raw_reply(peer, request)
     assert response["payload"]["status"] == "error"
     assert response["payload"]["error"] == "no result in 0.1 s"
@@ -222,7 +235,7 @@ async def test_cancelling_the_caller_cancels_there_too(pair: Pair, peer: Peer) -
 async def test_cancel_that_comes_with_its_request_is_answered(pair: Pair, peer: Peer) -> None:
     # Before the capability has run a single step.
     calls = Calls(pair[0]._key, pair[1].did)
-    id_, request = calls.execute("wait", {}, 10.0)
+    id_, request = execute(calls, "wait", {}, 10.0)
     cancel = calls.abandon(id_)
     assert cancel is not None
     there = pair[1].peers[pair[0].did]
@@ -234,13 +247,52 @@ async def test_cancel_that_comes_with_its_request_is_answered(pair: Pair, peer: 
     assert not pair[1].started.is_set()
 
 
-async def test_busy_peer_says_so(pair: Pair, peer: Peer) -> None:
-    running = [asyncio.ensure_future(peer.execute("wait")) for _ in range(EXECUTIONS_MAX)]
-    with pytest.raises(CallError, match=f"busy: {EXECUTIONS_MAX} calls of yours run"):
-        await asyncio.ensure_future(peer.execute("add", a=1))  # a task, too: it comes behind the others
+async def test_calls_beyond_what_runs_at_once_wait_and_complete(pair: Pair, peer: Peer) -> None:
+    running = [asyncio.ensure_future(peer.execute("wait")) for _ in range(RUNNING_MAX)]
+    await pair[1].started.wait()
+    late = asyncio.ensure_future(peer.execute("add", a=1))  # a task, too: it comes behind the others
+    await peer.ping()
+    there = pair[1].peers[pair[0].did]
+    assert len(there._executions) == RUNNING_MAX + 1
+    assert not late.done()
     pair[1].release.set()
-    assert await asyncio.gather(*running) == ["released"] * EXECUTIONS_MAX
+    assert await asyncio.gather(*running) == ["released"] * RUNNING_MAX
+    assert await late == 2
+
+
+async def test_call_that_waits_to_run_is_cancelled_and_times_out(
+    pair: Pair, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = pair[1].peers[pair[0].did]
+    there._room = asyncio.Semaphore(1)
+    first = asyncio.ensure_future(peer.execute("wait"))
+    await pair[1].started.wait()
+    with pytest.raises(CallTimeoutError):
+        await peer.execute("add", a=1, timeout=0.1)
+    second = asyncio.ensure_future(peer.execute("add", a=1))
+    await peer.ping()
+    second.cancel()
+    await asyncio.wait({second})
+    pair[1].release.set()
+    assert await first == "released"
+    await asyncio.wait(set(there._serving) or {asyncio.ensure_future(asyncio.sleep(0))})
+    assert not there._executions
+
+
+async def test_thousand_calls_at_once_complete(peer: Peer) -> None:
+    results = await asyncio.gather(*(peer.execute("add", a=number) for number in range(1_000)))
+    assert results == list(range(1, 1_001))
+
+
+async def test_busy_peer_says_so(pair: Pair, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_module, "ACCEPTED_MAX", 4)
+    running = [asyncio.ensure_future(peer.execute("wait")) for _ in range(4)]
+    with pytest.raises(CallBusyError, match="busy: 4 calls of yours run or wait"):
+        await asyncio.ensure_future(peer.execute("add", a=1))
+    pair[1].release.set()
+    assert await asyncio.gather(*running) == ["released"] * 4
     assert await peer.execute("add", a=1) == 2
+    assert ACCEPTED_MAX > RUNNING_MAX
 
 
 # --- what a peer can cost --------------------------------------------------------------------------
@@ -249,19 +301,19 @@ async def test_busy_peer_says_so(pair: Pair, peer: Peer) -> None:
 async def test_answers_that_are_not_read_count_as_running(
     pair: Pair, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peer_module, "EXECUTIONS_MAX", 4)
+    monkeypatch.setattr(peer_module, "ACCEPTED_MAX", 4)
     there = pair[1].peers[pair[0].did]
     resume = stall(there)
-    arrived, most = count_requests(there, 12)
-    calls = [asyncio.ensure_future(peer.execute("echo", value="x" * 100_000)) for _ in range(12)]
+    arrived, most = count_requests(there, 40)
+    calls = [asyncio.ensure_future(peer.execute("echo", value="x" * 15_000)) for _ in range(40)]
     await arrived.wait()
     assert most() == 4
     await resume()
     ends = await asyncio.gather(*calls, return_exceptions=True)
     refused = [end for end in ends if isinstance(end, CallError)]
     assert len(refused) >= 4
-    assert all("busy: 4 calls of yours run, or their answers wait" in str(end) for end in refused)
-    assert [end for end in ends if end not in refused] == ["x" * 100_000] * (12 - len(refused))
+    assert all("busy: 4 calls of yours run or wait, or their answers wait" in str(end) for end in refused)
+    assert [end for end in ends if end not in refused] == ["x" * 15_000] * (40 - len(refused))
     assert await peer.execute("add", a=1) == 2
 
 
@@ -272,11 +324,11 @@ async def test_bytes_that_wait_for_a_peer_are_bounded(
     there = pair[1].peers[pair[0].did]
     resume = stall(there)
     calls = []
-    for _ in range(12):
+    for _ in range(60):
         arrived, _ = count_requests(there, 1)
-        calls.append(asyncio.ensure_future(peer.execute("echo", value="x" * 100_000)))
+        calls.append(asyncio.ensure_future(peer.execute("echo", value="x" * 15_000)))
         await arrived.wait()
-    assert there._unsent < 500_000
+    assert there._calls.outbox.texts < 400_000
     await resume()
     *_, last = await asyncio.gather(*calls, return_exceptions=True)
     assert re.match(r"busy: \d+ bytes of answers wait for you", str(last))
@@ -299,7 +351,7 @@ async def test_peer_that_sends_and_reads_nothing_is_given_up(
     monkeypatch.setattr(peer_module, "UNSENT_MAX_BYTES", 10_000)
     stall(pair[1].peers[pair[0].did])
     for _ in range(100):
-        peer._channel.send_now(peer._calls.ping()[1])
+        peer._channel.send(peer._calls.ping()[1])
     assert await asyncio.wait_for(pair[1].lost.get(), 10) == "it sends without reading the replies"
 
 
@@ -335,7 +387,7 @@ async def test_capability_that_does_not_end_delays_no_answer_and_stays_counted(
     pair: Pair, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peer_module, "GRACE_SECONDS", 0.05)
-    monkeypatch.setattr(peer_module, "EXECUTIONS_MAX", 2)
+    monkeypatch.setattr(peer_module, "ACCEPTED_MAX", 2)
     released = asyncio.Event()
 
     async def stubborn(name: str, args: dict[str, Any]) -> str:
@@ -348,10 +400,10 @@ async def test_capability_that_does_not_end_delays_no_answer_and_stays_counted(
     there._on_execute = stubborn
     calls = Calls(pair[0]._key, pair[1].did)
     try:
-        _, request = calls.execute("timed out", {}, 0.05)
+        _, request = execute(calls, "timed out", {}, 0.05)
         assert (await raw_reply(peer, request))["ext"] == {"error": {"name": "timeout"}}
-        id_, request = calls.execute("cancelled", {}, 10.0)
-        peer._channel.send_now(request)
+        id_, request = execute(calls, "cancelled", {}, 10.0)
+        peer._channel.send(request)
         cancel = calls.abandon(id_)
         assert cancel is not None
         assert (await raw_reply(peer, cancel))["payload"]["status"] == "cancelled"
@@ -367,7 +419,7 @@ async def test_capability_that_does_not_end_delays_no_answer_and_stays_counted(
 
 
 @pytest.mark.parametrize(
-    ("data", "cause"), [("garbage", "not_json"), (b"\x00\x01", "binary_frame"), ("{}", "missing_field")]
+    ("data", "cause"), [("garbage", "not_json"), (b"\x00\x01", "bad_frame"), ("{}", "missing_field")]
 )
 async def test_bad_input_is_answered_counted_and_harmless(
     pair: Pair, peer: Peer, data: str | bytes, cause: str
@@ -389,13 +441,24 @@ async def test_only_the_first_refusal_is_a_warning(
     assert levels == [logging.WARNING, logging.DEBUG, logging.DEBUG]
 
 
-async def test_request_that_comes_twice_is_executed_once(pair: Pair, peer: Peer) -> None:
+async def test_request_that_comes_twice_is_executed_once_and_answered_alike(pair: Pair, peer: Peer) -> None:
     calls = Calls(pair[0]._key, pair[1].did)
-    id_, request = calls.execute("add", {"a": 1}, 10.0)
-    assert (await raw_reply(peer, request))["payload"]["result"] == 2
-    error = await raw_reply(peer, request)
-    assert error["payload"]["details"]["name"] == "replayed"
-    assert error["correlation_id"] == id_
+    _, request = execute(calls, "count", {}, 10.0)
+    first = await raw_reply(peer, request)
+    assert first["payload"]["result"] == 1
+    assert await raw_reply(peer, request) == first
+
+
+async def test_request_that_comes_again_over_the_next_connection_is_answered_alike(pair: Pair) -> None:
+    calls = Calls(pair[0]._key, pair[1].did)
+    _, request = execute(calls, "count", {}, 10.0)
+    replies = []
+    for _ in range(2):
+        async with pair[0].connect(pair[1].did) as peer:
+            replies.append(await raw_reply(peer, request))
+        await asyncio.wait_for(pair[0].lost.get(), 10)
+    assert replies[0] == replies[1]
+    assert replies[0]["payload"]["result"] == 1
 
 
 # --- its end -----------------------------------------------------------------------------------------
@@ -423,7 +486,7 @@ async def test_goodbye_that_cannot_be_sent_leaves_nothing_open(
     def refuse(text: str) -> None:
         raise ValueError("the remote party only supports messages up to 100 bytes")
 
-    monkeypatch.setattr(peer._channel, "send_now", refuse)
+    monkeypatch.setattr(peer._channel, "send", refuse)
     await peer.close()
     assert peer._connection._pc.connectionState == "closed"
     await pair[0].lost.get()

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from aiconexus.core.channel import HIGH_WATER_BYTES, Channel
+from aiconexus.core.channel import Channel
 from aiconexus.core.peer_connection import PeerConnection
 from aiconexus.protocol import IceCandidatePayload
 from aiconexus.protocol.errors import MalformedMessageError, PeerConnectError, PeerIdentityError
@@ -51,7 +51,7 @@ async def test_messages_before_there_is_a_receiver_wait_for_it(
 ) -> None:
     here, there = await opened(connection(), connection())
     for number in range(3):
-        here.send_now(f"early {number}")
+        here.send(f"early {number}")
     here.close()
     await there.closed
     received: list[str | bytes] = []
@@ -59,34 +59,29 @@ async def test_messages_before_there_is_a_receiver_wait_for_it(
     assert received == ["early 0", "early 1", "early 2"]
 
 
-async def test_sender_waits_for_its_buffer_and_nothing_is_lost(
-    connection: Callable[[], PeerConnection],
-) -> None:
+async def test_channel_says_when_it_can_take_more(connection: Callable[[], PeerConnection]) -> None:
     here, there = await opened(connection(), connection())
     text = "x" * DATA_MESSAGE_MAX_BYTES
-    count = 3 * HIGH_WATER_BYTES // len(text)
     received: asyncio.Queue[str | bytes] = asyncio.Queue()
     there.receive(received.put_nowait)
-    most = 0
-    for _ in range(count):
-        await here.send(text)
-        most = max(most, here._channel.bufferedAmount)
-    for _ in range(count):
+    writable = asyncio.Event()
+    here.on_writable(writable.set)
+    for _ in range(3):
+        while not here.is_congested:
+            here.send(text)
+        writable.clear()
+        await asyncio.wait_for(writable.wait(), 30)
+        assert not here.is_congested
+    for _ in range(3):
         assert await asyncio.wait_for(received.get(), 30) == text
-    assert HIGH_WATER_BYTES < most <= HIGH_WATER_BYTES + len(text)
 
 
-async def test_sender_that_waits_is_woken_when_the_channel_closes(
-    connection: Callable[[], PeerConnection],
-) -> None:
+async def test_closed_channel_takes_nothing(connection: Callable[[], PeerConnection]) -> None:
     one = connection()
     here, _ = await opened(one, connection())
-    while not here.is_congested:
-        here.send_now("x" * DATA_MESSAGE_MAX_BYTES)
-    waiting = asyncio.ensure_future(here.send("one more"))
     await one.close()
     with pytest.raises(ConnectionError, match="the DataChannel is closed"):
-        await asyncio.wait_for(waiting, 30)
+        here.send("one more")
 
 
 async def test_close_before_it_opened_ends_the_waiting(connection: Callable[[], PeerConnection]) -> None:

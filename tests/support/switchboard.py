@@ -6,10 +6,10 @@ Everything else is the product: signing, verifying, signaling, aiortc on 127.0.0
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from aiconexus.core import Agent, Intent, Quote, capability
+from aiconexus.core import Agent, Intent, Quote, capability, current_call
 from aiconexus.protocol import (
     DIDKey,
     ErrorPayload,
@@ -117,6 +117,8 @@ class Workshop(Local):
         self.started = asyncio.Event()
         self.release = asyncio.Event()
         self.cancelled = asyncio.Event()
+        self.counted = 0
+        self.made = 0
         self.lost: asyncio.Queue[str] = asyncio.Queue()
 
     @capability
@@ -140,6 +142,47 @@ class Workshop(Local):
             self.cancelled.set()
             raise
         return "released"
+
+    @capability
+    async def count(self) -> int:
+        self.counted += 1
+        return self.counted
+
+    @capability
+    async def numbers(self, until: int, fail_at: int = -1) -> AsyncIterator[int]:
+        try:
+            for number in range(until):
+                if number == fail_at:
+                    raise ValueError("out of numbers")
+                self.made = number + 1
+                yield number
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled.set()
+            raise
+
+    @capability
+    async def blocks(self, count: int, size: int) -> AsyncIterator[bytes]:
+        for number in range(count):
+            self.made = number + 1
+            yield bytes([number % 256]) * size
+
+    @capability
+    async def reverse(self, data: bytes) -> bytes:
+        return data[::-1]
+
+    @capability
+    async def work(self, steps: int) -> str:
+        for step in range(steps):
+            current_call().progress({"step": step})
+            await asyncio.sleep(0)
+        return current_call().caller
+
+    @capability
+    async def ask_on(self, did: str, capability: str, seconds: float | None = None) -> float:
+        self.remaining = current_call().remaining
+        async with self.connect(did) as peer:
+            await peer.execute(capability, timeout=seconds)
+        return self.remaining
 
     async def on_intent(self, intent: Intent) -> Quote:
         if intent.query == "fail":

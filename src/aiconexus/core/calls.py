@@ -283,10 +283,10 @@ class Calls:
             return None
         return self._sign(self._message(IntentPayload(status="cancel"), correlation_id=id_))
 
-    def took(self, id_: str) -> bytes | None:
-        """Take note that the reader has taken the next part of a stream; return the credit that is due."""
+    def took(self, id_: str) -> None:
+        """Take note that the reader has taken the next part of a stream."""
         self._inbox.took(id_)
-        return self._inbox.credit(id_)
+        self._grant(id_)
 
     def leave(self, reason: str) -> str:
         """Return the text that says goodbye; the connection is closed after it."""
@@ -486,8 +486,10 @@ class Calls:
         if not envelope:  # a frame names its call in the error
             asked = cancelled = error.message_id or ""
         if asked in self._open and not isinstance(error, ReplayedMessageError):
-            entry = self._open.pop(asked)
-            self._over(asked)
+            entry = self._open[asked]
+            if (cancel := self.abandon(asked)) is not None:
+                self.outbox.put(asked, cancel)
+                self.outbox.end(asked)
             if error.is_forged:
                 text = f"what came in answer is not from {self.peer}: {error}"
                 failed = Failed(asked, PeerIdentityError(text, self.peer))
@@ -534,8 +536,13 @@ class Calls:
         assembly = self._inbox.add(frame.call, frame.chunk)
         if assembly is not None:
             return self._take_attached(frame.call, assembly)
-        credit = self._inbox.credit(frame.call)
-        return None if credit is None else Reply(credit)
+        self._grant(frame.call)
+        return None
+
+    def _grant(self, call: str) -> None:
+        frame = self._inbox.credit(call)
+        if frame is not None:
+            self.outbox.grant(call, frame)
 
     def _take_attached(self, call: str, assembly: Assembly) -> Event | None:
         """Take an envelope whose attachments are complete now."""
@@ -567,7 +574,7 @@ class Calls:
         if message.correlation_id is not None:
             asked = message.correlation_id.lower()
             if payload.status == "cancel" and asked not in self._open:
-                return CancelArrived(asked) if asked in self._served else None
+                return self._take_cancel(asked)
             closed = self._close(message, MessageType.INTENT)
             if closed is None:
                 return None  # it was abandoned, and the answer crossed the cancel
@@ -600,6 +607,13 @@ class Calls:
         )
         timeout = min(timeout_ms / 1e3, TIMEOUT_MAX_SECONDS)
         return IntentArrived(intent, timeout) if self._begin(message, busy) else None
+
+    def _take_cancel(self, asked: str) -> Event | None:
+        """Stop a call of the peer; of one that is over, what is still on its way out."""
+        if asked in self._served:
+            return CancelArrived(asked)
+        self.outbox.cut(asked)
+        return None
 
     def _take_request(self, message: Message, payload: ExecRequestPayload, busy: str) -> Event | None:
         id_ = message.id.lower()
@@ -691,6 +705,8 @@ class Calls:
         if not payload.status.is_final:
             assert message.wire is not None
             self._inbox.count(asked, len(message.wire))
+            if payload.status is ExecStatus.PROGRESS or not entry.is_stream:  # it waits for no reader
+                self._grant(asked)
         if not attachments:
             return self._take_value(asked, message, payload, payload.result, 0)
         assembly = Assembly(message, attachments)
@@ -746,7 +762,7 @@ class Calls:
     def _take_error(self, message: Message, payload: ErrorPayload) -> Event | None:
         closed = self._close(message, None)
         if closed is None:
-            return None
+            return self._take_cancel((message.correlation_id or "").lower())
         if payload.code is ErrorCode.TIMEOUT:
             return Failed(closed[0], CallTimeoutError(payload.message, closed[1].capability))
         details = payload.details.model_dump(exclude_none=True) if payload.details else None

@@ -103,9 +103,9 @@ class Failed:
 
 @dataclass(frozen=True)
 class Reply:
-    """Nothing for this side to do but to send `message` at once."""
+    """Nothing for this side to do but to send `text` at once."""
 
-    message: str | bytes
+    text: str
 
 
 @dataclass(frozen=True)

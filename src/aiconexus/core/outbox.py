@@ -75,6 +75,7 @@ class Outbox:
         # In the order of their turns. Blocked ones and those without anything are not in it.
         self._turns: OrderedDict[str, _Lane] = OrderedDict()
         self._lanes: dict[str, _Lane] = {}
+        self._grants: dict[str, bytes] = {}  # CREDIT; a later one of a call takes the place of an earlier one
         self.texts = 0
         self.attached = 0
 
@@ -110,6 +111,8 @@ class Outbox:
 
     def take(self) -> str | bytes | None:
         """Return the next message to send; None while nothing waits that may be sent."""
+        if self._grants:
+            return self._grants.pop(next(iter(self._grants)))
         if not self._turns:
             return None
         call, lane = self._turns.popitem(last=False)
@@ -135,6 +138,11 @@ class Outbox:
             self._forget_ended(call, lane)
         self._give_turn(call, lane)
         return message
+
+    def grant(self, call: str, frame: bytes) -> None:
+        """Send the CREDIT frame of a call before everything else: somebody may wait for it."""
+        self._grants[call] = frame
+        self.ready()
 
     def credit(self, call: str, taken: int) -> None:
         """Take note of how many bytes of a call the other side has taken by now."""
@@ -170,8 +178,22 @@ class Outbox:
             item.sent()
         self._forget_ended(call, lane)
 
+    def cut(self, call: str) -> None:
+        """Forget what waits of a call that nobody reads any more, but for its final response's envelope."""
+        lane = self._lanes.get(call)
+        if lane is None:
+            return
+        final = [item.text for item in lane.items if item.text is not None and not item.is_counted]
+        is_ending, lane.is_ending = lane.is_ending, False
+        self.drop(call)
+        for text in final:
+            self.put(call, text)
+        lane.is_ending = is_ending
+        self._forget_ended(call, lane)
+
     def clear(self) -> None:
         """Forget everything: nothing can be sent any more."""
+        self._grants.clear()
         for call in list(self._lanes):
             self.drop(call)
 

@@ -300,7 +300,7 @@ class Peer:
         count = 0
         try:
             while (part := await question.next_part(deadline - self._loop.time())) is not None:
-                self._took(id_)
+                self._calls.took(id_)
                 count += 1
                 yield part[0]
             answered: Answered = question.answer.result()
@@ -336,7 +336,7 @@ class Peer:
         parts: list[Value] = []
         try:
             while (part := await question.next_part(deadline - self._loop.time())) is not None:
-                self._took(id_)
+                self._calls.took(id_)
                 parts.append(part[0])
             answered: Answered = question.answer.result()
             return join_parts(parts) if answered.is_streamed else answered.value
@@ -354,11 +354,6 @@ class Peer:
 
     def _late(self, timeout: float, capability: str) -> CallTimeoutError:
         return CallTimeoutError(f"no answer from {short_did(self.did)} in {timeout:g} s", capability)
-
-    def _took(self, id_: str) -> None:
-        credit = self._calls.took(id_)
-        if credit is not None and self._channel.is_open:
-            self._channel.send(credit)
 
     def _end_question(self, id_: str) -> None:
         self._questions.pop(id_).close()
@@ -474,8 +469,8 @@ class Peer:
                 self._take_args(self._executions[id_], args, fault)
             case CancelArrived(id_) if id_ in self._executions:
                 self._executions[id_].end(CallCancelledError.name)
-            case Reply(message):
-                self._reply(message)
+            case Reply(text):
+                self._reply(text)
             case Refused():
                 self._refuse(event)
             case DoneArrived(reply, is_done):
@@ -510,10 +505,10 @@ class Peer:
         if refused.cancelled in self._executions:
             self._executions[refused.cancelled].end(CallCancelledError.name)
 
-    def _reply(self, message: str | bytes) -> None:
+    def _reply(self, text: str) -> None:
         if not self._channel.is_open:
             return
-        self._channel.send(message)
+        self._channel.send(text)
         # What waits its turn does not count here: so much can only be replies.
         if self._channel.buffered > UNSENT_MAX_BYTES:
             self._lost("it sends without reading the replies")

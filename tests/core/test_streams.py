@@ -1,0 +1,284 @@
+"""Streams, attachments and progress between two connected agents, over a real DataChannel on 127.0.0.1."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from switchboard import Switchboard, Workshop
+
+from aiconexus.core import Peer, current_call
+from aiconexus.core import capability as as_capability
+from aiconexus.protocol import Receipt
+from aiconexus.protocol.errors import (
+    CallCancelledError,
+    CallTimeoutError,
+    CapabilityError,
+    InvalidArgumentsError,
+    PeerIdentityError,
+    PeerLostError,
+)
+from aiconexus.protocol.limits import CALL_WINDOW_BYTES, CHUNK_MAX_BYTES, INLINE_MAX_BYTES
+
+Pair = tuple[Workshop, Workshop]
+
+
+@pytest.fixture
+async def peer(pair: Pair) -> AsyncIterator[Peer]:
+    """The second agent, as the first sees it."""
+    async with pair[0].connect(pair[1].did) as peer:
+        yield peer
+
+
+async def collected(parts: AsyncIterator[Any]) -> list[Any]:
+    return [part async for part in parts]
+
+
+# --- streams -----------------------------------------------------------------------------------
+
+
+async def test_parts_come_in_order_and_end(peer: Peer) -> None:
+    assert await collected(peer.stream("numbers", until=100)) == list(range(100))
+    assert await collected(peer.stream("numbers", until=0)) == []
+
+
+async def test_parts_may_be_bytes_of_any_size(peer: Peer) -> None:
+    parts = await collected(peer.stream("blocks", count=3, size=2 * CALL_WINDOW_BYTES + 1))
+    assert [(part[:1], len(part)) for part in parts] == [
+        (bytes([number]), 2 * CALL_WINDOW_BYTES + 1) for number in range(3)
+    ]
+
+
+async def test_capability_that_does_not_stream_yields_its_result(peer: Peer) -> None:
+    assert await collected(peer.stream("add", a=1, b=2)) == [3]
+
+
+async def test_parts_are_collected_for_who_executes(peer: Peer) -> None:
+    seen: list[Any] = []
+    assert await peer.execute("numbers", until=5) == [0, 1, 2, 3, 4]
+    assert await peer.execute("numbers", until=5, on_progress=seen.append) == [0, 1, 2, 3, 4]
+    assert await peer.execute("blocks", count=3, size=4) == bytes([0] * 4 + [1] * 4 + [2] * 4)
+
+
+async def test_failure_comes_after_the_parts_before_it(peer: Peer) -> None:
+    stream = peer.stream("numbers", until=10, fail_at=3)
+    parts = [await anext(stream) for _ in range(3)]
+    with pytest.raises(CapabilityError, match="ValueError: out of numbers"):
+        await anext(stream)
+    assert parts == [0, 1, 2]
+    with pytest.raises(CapabilityError, match="ValueError: out of numbers"):
+        await peer.execute("numbers", until=10, fail_at=3)
+
+
+async def test_wrong_arguments_of_a_stream_are_refused_before_it_begins(pair: Pair, peer: Peer) -> None:
+    with pytest.raises(InvalidArgumentsError, match="until"):
+        await collected(peer.stream("numbers", until="ten"))
+    assert pair[1].made == 0
+
+
+async def test_slow_reader_slows_its_writer(pair: Pair, peer: Peer) -> None:
+    size, count = 65_536, 200
+    async with aclosing(peer.stream("blocks", count=count, size=size)) as parts:
+        await anext(parts)
+        made = 0
+        while made != pair[1].made:  # until it makes no more
+            made = pair[1].made
+            await peer.ping()
+        # What the window lets through, what the channel holds, and the one that is being made.
+        assert size * made <= CALL_WINDOW_BYTES + 8 * size
+        assert len(await collected(parts)) == count - 1
+    assert pair[1].made == count
+
+
+async def test_slow_reader_slows_nobody_else(peer: Peer) -> None:
+    async with aclosing(peer.stream("blocks", count=100, size=65_536)) as parts:
+        await anext(parts)
+        assert await peer.execute("add", a=1) == 2
+        data = os.urandom(3 * CALL_WINDOW_BYTES)
+        assert await peer.execute("reverse", data=data) == data[::-1]
+
+
+async def test_leaving_a_stream_cancels_it_there(pair: Pair, peer: Peer) -> None:
+    async for part in peer.stream("numbers", until=10**9):
+        if part == 5:
+            break
+    gc.collect()
+    await asyncio.wait_for(pair[1].cancelled.wait(), 10)
+    assert await peer.execute("add", a=1) == 2
+
+
+async def test_cancelling_the_reader_cancels_the_stream_there(pair: Pair, peer: Peer) -> None:
+    task = asyncio.ensure_future(collected(peer.stream("numbers", until=10**9)))
+    while not pair[1].made:  # noqa: ASYNC110 -- loop passes until it runs
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.wait_for(pair[1].cancelled.wait(), 10)
+
+
+async def test_stream_has_a_deadline(pair: Pair, peer: Peer) -> None:
+    with pytest.raises(CallTimeoutError):
+        await collected(peer.stream("numbers", until=10**9, timeout=0.3))
+    await asyncio.wait_for(pair[1].cancelled.wait(), 10)
+
+
+async def test_stream_ends_when_the_peer_goes(pair: Pair, peer: Peer) -> None:
+    stream = peer.stream("numbers", until=10**9)
+    await anext(stream)
+    await pair[1].peers[pair[0].did].close("out of paper")
+    with pytest.raises(PeerLostError, match="out of paper"):
+        await collected(stream)
+
+
+async def test_stream_that_the_callee_cancels_says_so(pair: Pair, peer: Peer) -> None:
+    stream = peer.stream("numbers", until=10**9)
+    await anext(stream)
+    for execution in pair[1].peers[pair[0].did]._executions.values():
+        execution.end("cancelled")
+    with pytest.raises(CallCancelledError):
+        await collected(stream)
+    assert await peer.execute("add", a=1) == 2
+
+
+async def test_part_that_is_not_what_was_signed_fails_the_stream(pair: Pair, peer: Peer) -> None:
+    there = pair[1].peers[pair[0].did]
+    take = there._outbox.take
+
+    def altered() -> str | bytes | None:
+        message = take()
+        return message.replace('"result":1', '"result":7') if isinstance(message, str) else message
+
+    there._outbox.take = altered  # type: ignore[method-assign]
+    with pytest.raises(PeerIdentityError, match=r"are not the stream that did:key:z6Mk.* has signed"):
+        await collected(peer.stream("numbers", until=3))
+
+
+# --- attachments -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK_MAX_BYTES, CHUNK_MAX_BYTES + 1, 3 * CALL_WINDOW_BYTES])
+async def test_bytes_travel_as_they_are(peer: Peer, size: int) -> None:
+    data = os.urandom(size)
+    assert await peer.execute("reverse", data=data) == data[::-1]
+
+
+@pytest.mark.parametrize("size", [INLINE_MAX_BYTES - 2_000, INLINE_MAX_BYTES, 1_000_000])
+async def test_json_of_any_size_travels(peer: Peer, size: int) -> None:
+    value = {"text": "é" * (size // 2), "numbers": list(range(size // 100)), "half": 0.5}
+    assert await peer.execute("echo", value=value) == value
+
+
+async def test_bytes_may_also_come_as_text(peer: Peer) -> None:
+    assert await peer.execute("reverse", data="AAEC") == b"\x02\x01\x00"
+
+
+async def test_many_large_calls_share_the_channel(peer: Peer) -> None:
+    blocks = [os.urandom(300_000) for _ in range(10)]
+    results = await asyncio.gather(*(peer.execute("reverse", data=block) for block in blocks))
+    assert results == [block[::-1] for block in blocks]
+
+
+async def test_short_call_does_not_wait_for_a_long_one(peer: Peer) -> None:
+    long = asyncio.ensure_future(peer.execute("reverse", data=bytes(8_000_000)))
+    assert await peer.execute("add", a=1) == 2
+    assert not long.done()
+    assert await long == bytes(8_000_000)
+
+
+async def test_cancelled_upload_is_over_and_harms_nobody(pair: Pair, peer: Peer) -> None:
+    task = asyncio.ensure_future(peer.execute("reverse", data=bytes(8_000_000)))
+    there = pair[1].peers[pair[0].did]
+    while not there._executions:  # noqa: ASYNC110 -- loop passes until it has arrived
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait({task})
+    assert peer._calls.outbox.attached == 0
+    await asyncio.wait_for(asyncio.wait(set(there._serving)), 10)
+    assert await peer.execute("reverse", data=b"ab") == b"ba"
+    assert there._calls._inbox.kept == 0
+
+
+# --- progress, the current call, receipts --------------------------------------------------------
+
+
+async def test_progress_is_told_to_who_wants_it(pair: Pair, peer: Peer) -> None:
+    seen: list[Any] = []
+    assert await peer.execute("work", steps=3, on_progress=seen.append) == pair[0].did
+    assert seen[-1] == {"step": 2}
+    assert await peer.execute("work", steps=3) == pair[0].did
+
+
+async def test_progress_never_piles_up(peer: Peer) -> None:
+    seen: list[Any] = []
+    await peer.execute("work", steps=20_000, on_progress=seen.append)
+    assert seen[-1] == {"step": 19_999}
+    assert seen == sorted(seen, key=lambda value: value["step"])
+
+
+async def test_callback_that_fails_harms_nobody(peer: Peer, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(value: object) -> None:
+        raise RuntimeError("no")
+
+    assert await peer.execute("work", steps=3, on_progress=fail, on_receipt=fail)
+    assert "failed" in caplog.text
+
+
+def test_there_is_no_current_call_outside_of_one() -> None:
+    with pytest.raises(RuntimeError, match="no call"):
+        current_call()
+
+
+async def test_deadline_is_inherited_by_what_is_called_on_the_way(
+    switchboard: Switchboard, pair: Pair, peer: Peer
+) -> None:
+    async with Workshop(switchboard) as third:
+        with pytest.raises((CallTimeoutError, CapabilityError)):
+            await peer.execute("ask_on", did=third.did, capability="wait", timeout=0.5)
+        await asyncio.wait_for(third.cancelled.wait(), 10)
+        with pytest.raises((CallTimeoutError, CapabilityError)):
+            await peer.execute("ask_on", did=third.did, capability="wait", seconds=50.0, timeout=0.5)
+
+
+async def test_receipt_of_a_call_can_be_verified_by_anybody(pair: Pair, peer: Peer) -> None:
+    receipts: list[Receipt] = []
+    assert await peer.execute("add", a=1, b=2, on_receipt=receipts.append) == 3
+    with pytest.raises(CapabilityError):
+        await peer.execute("fail", text="no", on_receipt=receipts.append)
+    done, failed = (Receipt.from_json(receipt.to_json()).verify() for receipt in receipts)
+    assert (done.caller, done.callee) == (pair[0].did, pair[1].did)
+    assert (done.capability, done.args, done.result) == ("add", {"a": 1, "b": 2}, 3)
+    assert done.covers_result(3)
+    assert not done.covers_result(4)
+    assert (failed.status.value, failed.error) == ("error", "ValueError: no")
+
+
+async def test_receipt_covers_what_travelled_beside_it(peer: Peer) -> None:
+    receipts: list[Receipt] = []
+    await peer.execute("reverse", data=b"abc", on_receipt=receipts.append)
+    parts = await collected(peer.stream("blocks", count=3, size=5, on_receipt=receipts.append))
+    attached, streamed = (receipt.verify() for receipt in receipts)
+    assert attached.covers_result(b"cba")
+    assert not attached.covers_result(b"cb")
+    assert attached.covers_args({"data": b"abc"})
+    assert not attached.covers_args({"data": b"abd"})
+    assert not attached.covers_args({})
+    assert streamed.covers_parts(parts)
+    assert not streamed.covers_parts(parts[:-1])
+
+
+def test_capability_says_that_it_streams() -> None:
+    @as_capability
+    async def parts(self: object) -> AsyncIterator[int]:
+        yield 1
+
+    with pytest.raises(TypeError, match="neither an async method nor an async generator"):
+
+        @as_capability
+        def plain(self: object) -> Any:
+            return 1
