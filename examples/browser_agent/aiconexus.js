@@ -62,6 +62,7 @@ export const LIMITS = Object.freeze({
   REQUEST_TIMEOUT_MS: 10_000, // for an answer of the gateway
   CONNECT_TIMEOUT_MS: 20_000, // from OFFER to an open DataChannel
   CALL_TIMEOUT_MS: 60_000, // for an execution whose caller names no other
+  STREAM_TIMEOUT_MS: 3_600_000, // for a stream whose caller names no other
   PEER_PING_INTERVAL_MS: 5_000, // of silence before a PING
   PEER_PONG_TIMEOUT_MS: 10_000, // after it without any packet: the peer is dead
   PEER_STALL_MS: 60_000, // a peer may take nothing of what waits for it
@@ -187,7 +188,8 @@ export function retryAfter(close, reason) {
  *         ├── InvalidArgumentsError
  *         ├── CapabilityError          the capability threw
  *         ├── CallTimeoutError
- *         └── CallCancelledError
+ *         ├── CallCancelledError
+ *         └── CallBusyError            it takes no more at present
  */
 export class AIConexusError extends Error {
   /** @param {string} message @param {string} code For programs. @param {unknown} [cause] */
@@ -268,6 +270,7 @@ export class InvalidArgumentsError extends CallError {}
 export class CapabilityError extends CallError {}
 export class CallTimeoutError extends CallError {}
 export class CallCancelledError extends CallError {}
+export class CallBusyError extends CallError {}
 
 /** @param {string} name `ext.error.name` @param {string} text */
 function callError(name, text) {
@@ -277,6 +280,7 @@ function callError(name, text) {
     capability_error: CapabilityError,
     timeout: CallTimeoutError,
     cancelled: CallCancelledError,
+    busy: CallBusyError,
   };
   const Kind = Object.hasOwn(kinds, name) ? kinds[/** @type {keyof typeof kinds} */ (name)] : CallError;
   return new Kind(text, name);
@@ -1193,7 +1197,8 @@ const wellFormed = (text, length = ERROR_TEXT_MAX) => text.slice(0, length).repl
  * @property {string[]} [tags]
  * @property {string} [version]
  * @property {Record<string, any>} [input] JSON Schema of the arguments object.
- * @property {Record<string, any>} [output] JSON Schema of the result.
+ * @property {Record<string, any>} [output] JSON Schema of the result; of each part, where it streams.
+ * @property {boolean} [stream] Whether the result comes in parts.
  * @property {Record<string, any>} [metadata]
  */
 
@@ -1215,6 +1220,7 @@ const CAPABILITY = {
   version: absentOr(isTextOf(0, 32)),
   input: optional(isObject),
   output: optional(isObject),
+  stream: absentOr(isBoolean),
   metadata: absentOr(isObject),
 };
 
@@ -2426,7 +2432,7 @@ class Outbox {
 
 /** What has come of one call: counts bytes, collects attachments, and says when credit is due. */
 class Arrival {
-  /** @type {{assembly: Assembly, envelope: Envelope} | null} */
+  /** @type {{assembly: Assembly, envelope: Envelope, text: string} | null} */
   collecting = null;
   #arrived = 0;
   #granted = 0;
@@ -2468,7 +2474,14 @@ class Arrival {
   }
 }
 
-/** @typedef {{timeout?: number, signal?: AbortSignal, onProgress?: (value: any) => void}} CallOptions */
+/** @typedef {{request: string, response: string}} Receipt A signed EXEC_REQUEST and the signed EXEC_RESPONSE that ended it. */
+/**
+ * @typedef {object} CallOptions
+ * @property {number} [timeout] Milliseconds; the other agent is told.
+ * @property {AbortSignal} [signal] Cancels the execution over there, too.
+ * @property {(value: any) => void} [onProgress] Called with what the capability tells meanwhile.
+ * @property {(receipt: Receipt) => void} [onReceipt] Called with what both have signed, whatever that says: keep these very texts.
+ */
 
 /** A call of this side. Its parts come in order, then its end. */
 class OutgoingCall {
@@ -2479,10 +2492,14 @@ class OutgoingCall {
   count = 0;
   isOver = false;
 
-  /** @param {string} capability @param {((value: any) => void) | undefined} onProgress */
-  constructor(capability, onProgress) {
+  /** The text of the EXEC_REQUEST. */
+  request = "";
+
+  /** @param {string} capability @param {CallOptions} options */
+  constructor(capability, { onProgress, onReceipt }) {
     this.capability = capability;
     this.onProgress = onProgress;
+    this.onReceipt = onReceipt;
   }
 
   /** @param {{result: any, isStream: boolean} | {error: unknown}} event */
@@ -2657,7 +2674,7 @@ export class Peer {
    * one list, or, if all are bytes, joined.
    * @param {string} capability
    * @param {Record<string, any>} [args] By name: JSON, or bytes (ArrayBuffer, typed arrays).
-   * @param {CallOptions} [options] `timeout` in milliseconds; `signal` cancels the execution over there, too.
+   * @param {CallOptions} [options]
    * @returns {Promise<any>}
    * @throws {CallError} It did not succeed. @throws {PeerLostError} The connection went away; whether it was executed is not known.
    * @throws {PeerIdentityError} The answer was not signed by the other agent.
@@ -2680,7 +2697,8 @@ export class Peer {
    * @returns {AsyncGenerator<any, void, void>} Errors as for `execute`.
    */
   async *stream(capability, args = {}, options = {}) {
-    for await (const event of this.#call(capability, args, options, true)) {
+    const { timeout = LIMITS.STREAM_TIMEOUT_MS } = options;
+    for await (const event of this.#call(capability, args, { ...options, timeout }, true)) {
       if ("part" in event) yield event.part;
       else if (!event.isStream) yield event.result;
     }
@@ -2767,11 +2785,11 @@ export class Peer {
    * @param {string} capability @param {Record<string, any>} args @param {CallOptions} options @param {boolean} isStream
    * @returns {AsyncGenerator<{part: any} | {result: any, isStream: boolean}, void, void>}
    */
-  async *#call(capability, args, { timeout = LIMITS.CALL_TIMEOUT_MS, signal, onProgress }, isStream) {
+  async *#call(capability, args, { timeout = LIMITS.CALL_TIMEOUT_MS, signal, ...listeners }, isStream) {
     signal?.throwIfAborted();
     this.#checkTimeout(timeout);
     this.#checkOpen();
-    const call = new OutgoingCall(capability, onProgress);
+    const call = new OutgoingCall(capability, listeners);
     const abort = () => call.end({ error: signal?.reason });
     const late = () => call.end({ error: new CallTimeoutError(`${capability}: no result in ${timeout} ms`, "timeout") });
     const timer = setTimeout(late, timeout);
@@ -2780,6 +2798,7 @@ export class Peer {
     try {
       const { text, attached, envelope } = await this.#request(capability, args, timeout, isStream);
       id = envelope.id;
+      call.request = text;
       if (!call.isOver) {
         this.#checkOpen(); // signing takes a moment
         this.#calls.set(id, call);
@@ -3022,13 +3041,13 @@ export class Peer {
       throw new MalformedMessageError("too_large", `${assembly.size} bytes are more than are kept`, { id: envelope.id });
     }
     this.#kept += assembly.size;
-    call.arrival.collecting = { assembly, envelope };
+    call.arrival.collecting = { assembly, envelope, text };
     this.#completeResponse(asked, call);
   }
 
   /** @param {string} id @param {OutgoingCall} call */
   #completeResponse(id, call) {
-    const { assembly, envelope } = /** @type {NonNullable<Arrival["collecting"]>} */ (call.arrival.collecting);
+    const { assembly, envelope, text } = /** @type {NonNullable<Arrival["collecting"]>} */ (call.arrival.collecting);
     if (call.arrival.isFlooded) {
       const error = new MalformedMessageError("bad_frame", "more came than there was credit for", { id });
       this.#fail(id, new CallError(`${shortDid(this.did)} sends more than it may`, "bad_frame", error));
@@ -3049,11 +3068,7 @@ export class Peer {
       return;
     }
     if (payload.status === "progress") {
-      try {
-        call.onProgress?.(payload.result ?? null);
-      } catch (error) {
-        this.#hooks.warn(`onProgress failed: ${error}`);
-      }
+      this.#tell(call.onProgress, payload.result ?? null);
     } else if (payload.status === "partial") {
       const part = payload.result ?? null;
       call.digest.add(part);
@@ -3062,10 +3077,20 @@ export class Peer {
       this.#kept += part instanceof Uint8Array ? part.length : 0;
       call.events.put({ part });
     } else {
+      this.#tell(call.onReceipt, { request: call.request, response: text });
       this.#finish(id, call, envelope, payload);
       return;
     }
     this.#credit(id, call.arrival);
+  }
+
+  /** Call what the application gave us; what it throws is its own matter. @template T @param {((value: T) => void) | undefined} listener @param {T} value */
+  #tell(listener, value) {
+    try {
+      listener?.(value);
+    } catch (error) {
+      this.#hooks.warn(`a listener failed: ${error}`);
+    }
   }
 
   /** @param {string} id @param {OutgoingCall} call @param {Envelope} envelope @param {any} payload */
@@ -3165,7 +3190,7 @@ export class Peer {
       this.#failCall(call, "busy", `busy: ${this.#kept} bytes of your calls are kept here; try again`);
     } else {
       this.#kept += assembly.size;
-      call.arrival.collecting = { assembly, envelope };
+      call.arrival.collecting = { assembly, envelope, text: "" };
       this.#completeRequest(call);
     }
   }
@@ -4067,7 +4092,8 @@ export class Agent extends EventTarget {
     for (const [name, capability] of Object.entries(capabilities)) {
       const { run, ...card } = typeof capability === "function" ? { run: capability } : capability;
       this.#capabilities.set(name, { run, input: /** @type {CapabilityCard} */ (card).input });
-      cards.push({ name, ...card });
+      const isStream = Object.prototype.toString.call(run) === "[object AsyncGeneratorFunction]";
+      cards.push({ name, ...card, ...(isStream ? { stream: true } : {}) });
     }
     const WebSocketClass = options.WebSocket ?? globalThis.WebSocket;
     if (WebSocketClass === undefined) throw new TypeError("this runtime has no WebSocket: give one (npm: ws)");
