@@ -1434,6 +1434,7 @@ class Gateway {
     if (!["ws:", "wss:"].includes(this.#url.protocol)) {
       throw new TypeError(`the gateway's URL looks like wss://host/ws, not ${this.#url.protocol}`);
     }
+    this.#url.hash = ""; // a WebSocket must not have one
     if (gatewayDid !== undefined) decodeDid(gatewayDid);
     this.#identity = identity;
     this.#hooks = hooks;
@@ -1453,7 +1454,7 @@ class Gateway {
     if (this.state !== "disconnected") throw new NotConnectedError(`it is ${this.state}`, this.state);
     if (this.#capabilities.length > 0) this.#card = await signCard(this.#capabilities, this.#identity);
     const started = deferred();
-    void this.#run(started);
+    this.#run(started).catch(started.reject);
     await started.promise;
   }
 
