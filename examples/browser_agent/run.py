@@ -12,12 +12,12 @@ import signal
 import sys
 import threading
 from asyncio.subprocess import PIPE, Process
-from contextlib import AsyncExitStack, asynccontextmanager
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import quote
 
 HERE = Path(__file__).parent
@@ -33,7 +33,10 @@ PAGE_FILES = frozenset({"/", "/index.html", "/style.css", "/app.js", "/aiconexus
 class Pages(SimpleHTTPRequestHandler):
     """Serves the page, and no other file of the folder."""
 
-    extensions_map = {**SimpleHTTPRequestHandler.extensions_map, ".js": "text/javascript; charset=utf-8"}
+    extensions_map: ClassVar = {
+        **SimpleHTTPRequestHandler.extensions_map,
+        ".js": "text/javascript; charset=utf-8",
+    }
 
     def send_head(self) -> Any:
         if self.path.partition("?")[0] not in PAGE_FILES:
@@ -111,10 +114,19 @@ async def main() -> None:
         loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
         gateway = await stack.enter_async_context(
-            started("agents dial:", "-m", "gateway.server", "--host", "127.0.0.1", "--port", "0", "--workers", "1")
+            started(
+                "agents dial:", "-m", "gateway.server", "--host", "127.0.0.1", "--port", "0", "--workers", "1"
+            )
         )
         agent = await stack.enter_async_context(
-            started("is registered as", str(HERE / "agent.py"), "--gateway", gateway, "--host-address", "127.0.0.1")
+            started(
+                "is registered as",
+                str(HERE / "agent.py"),
+                "--gateway",
+                gateway,
+                "--host-address",
+                "127.0.0.1",
+            )
         )
         page = await stack.enter_async_context(serve_pages(options.port))
         print(f"gateway  {gateway}")

@@ -1,7 +1,7 @@
 """A network namespace that has nothing but loopback.
 
-Browsers, and WebRTC peers other than ours, offer every address of the machine. In here there is one, so nothing that they
-send leaves it.
+Browsers, and WebRTC peers other than ours, offer every address of the machine. In here there is one, so
+nothing that they send leaves it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ def loopback_only() -> Iterator[None]:
         NoNamespaceError: That is not allowed, or not possible here.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    before = Path(f"/proc/self/task/{_thread_id()}/ns/net").open("rb")  # noqa: SIM115 -- closed below
+    before = Path(f"/proc/self/task/{threading.get_native_id()}/ns/net").open("rb")  # noqa: SIM115 -- closed below
     try:
         try:
             entered = libc.unshare(CLONE_NEWNET)
@@ -36,7 +37,9 @@ def loopback_only() -> Iterator[None]:
             raise NoNamespaceError("network namespaces are a thing of Linux") from None
         if entered != 0:
             text = os.strerror(ctypes.get_errno())
-            raise NoNamespaceError(f"no network namespace can be made ({text}); run the tests as root") from None
+            raise NoNamespaceError(
+                f"no network namespace can be made ({text}); run the tests as root"
+            ) from None
         try:
             subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
             yield
@@ -44,9 +47,3 @@ def loopback_only() -> Iterator[None]:
             libc.setns(before.fileno(), CLONE_NEWNET)
     finally:
         before.close()
-
-
-def _thread_id() -> int:
-    import threading
-
-    return threading.get_native_id()
