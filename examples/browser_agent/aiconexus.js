@@ -85,7 +85,8 @@ const EARLY_SENDERS_MAX = 64; // agents whose candidates wait for their OFFER
 const CONTEST_MS = 6_000; // for the loser of a glare to answer
 const RETRY_MS = 200; // before a message that was refused for the moment is sent again
 const GOODBYE_MS = 1_000; // for the closing of a channel
-const RECEIPTS_MAX = 256; // final responses that are kept for a request that comes again
+const ANSWERS_MAX = 4_096; // requests of one agent that are remembered
+const ANSWER_TEXTS_MAX = 64; // final responses to one agent that are kept for a request that comes again
 const PAGE_SIZE = 100; // agents of one page; with small cards two thirds of a message
 const TIMEOUT_MAX_MS = 86_400_000; // whoever needs longer should not hold a connection for it
 const ERROR_TEXT_MAX = 4_096; // characters of an exception's text that travel
@@ -217,6 +218,8 @@ export class MessageError extends AIConexusError {
     this.field = field;
     /** `id` of the refused message, where it could be read: the `correlation_id` of the ERROR. */
     this.messageId = id ?? null;
+    /** What could be read of the message; nothing in it is proven. @type {Record<string, any>} */
+    this.envelope = {};
   }
 
   /** Whether the message is not from whom it should be, or not as they sent it. */
@@ -311,8 +314,11 @@ export const fromHex = (hex) => Uint8Array.from(hex.match(/../g) ?? [], (pair) =
 const toBase64 = (bytes) => btoa(String.fromCharCode(...bytes));
 
 /** @param {readonly Uint8Array[]} chunks */
+const bytesOf = (chunks) => chunks.reduce((sum, { length }) => sum + length, 0);
+
+/** @param {readonly Uint8Array[]} chunks */
 function concat(chunks) {
-  const bytes = new Uint8Array(chunks.reduce((sum, chunk) => sum + chunk.length, 0));
+  const bytes = new Uint8Array(bytesOf(chunks));
   let at = 0;
   for (const chunk of chunks) {
     bytes.set(chunk, at);
@@ -954,7 +960,12 @@ export function decode(text, limit = LIMITS.MESSAGE_MAX_BYTES) {
   if (isLonger(text, limit)) throw new MalformedMessageError("too_large", `at most ${limit} bytes are read`);
   const envelope = /** @type {any} */ (parseJson(text));
   if (!isObject(envelope, null, "")) throw new MalformedMessageError("not_object");
-  checkEnvelope(envelope);
+  try {
+    checkEnvelope(envelope);
+  } catch (error) {
+    if (error instanceof MessageError) error.envelope = envelope;
+    throw error;
+  }
   return envelope;
 }
 
@@ -1326,15 +1337,15 @@ class Queue {
   /** @type {Deferred<void> | null} */
   #arrival = null;
 
-  get length() {
-    return this.#values.length;
-  }
-
   /** @param {T} value */
   put(value) {
     this.#values.push(value);
     this.#arrival?.resolve();
     this.#arrival = null;
+  }
+
+  clear() {
+    this.#values = [];
   }
 
   async take() {
@@ -1563,26 +1574,37 @@ class Gateway {
         clearTimeout(registering);
         registeredAt = Date.now();
         this.#socket = socket;
+        const { interval } = challenge;
         // Browsers answer the gateway's pings but do not show them: ask by a PING of the protocol (section 7).
         pinging = setInterval(() => {
           const silence = Date.now() - heardAt;
-          if (silence > 2 * challenge_.interval) giveUp(new GatewayUnreachableError("the gateway is silent", "silent"));
-          else if (silence > challenge_.interval) this.#ping();
-        }, challenge.interval / 2);
-        const challenge_ = challenge;
+          if (silence > 2 * interval) giveUp(new GatewayUnreachableError("the gateway is silent", "silent"));
+          else if (silence > interval) this.#ping();
+        }, interval / 2);
         this.#setState("registered");
         registered();
       };
 
       // Verification takes turns of the event loop: one message after the other keeps them in order.
       let turn = Promise.resolve();
+      let unread = 0;
       socket.binaryType = "arraybuffer";
       socket.onmessage = ({ data }) => {
         heardAt = Date.now();
-        turn = turn.then(() => handle(data)).catch((error) => {
-          if (error instanceof RegistrationError || error instanceof GatewayIdentityError) fault ??= error;
+        const size = data.length ?? data.byteLength ?? 0;
+        unread += size;
+        if (unread > UNREAD_MAX_BYTES) {
+          giveUp(new GatewayUnreachableError("the gateway sends faster than signatures can be verified", "flood"));
+          return;
+        }
+        turn = turn.then(() => {
+          unread -= size;
+          return handle(data);
+        }).catch((error) => {
+          // Who refuses also closes, with the code that says whether to come back.
+          if (error instanceof RegistrationError) fault ??= error;
+          else if (error instanceof GatewayIdentityError) giveUp(error);
           else giveUp(new GatewayIdentityError(`the gateway cannot be understood: ${error.message}`, "protocol", error));
-          if (error instanceof GatewayIdentityError) giveUp(error);
         });
       };
       socket.onclose = ({ code, reason }) => void turn.then(() => end(code, reason));
@@ -1730,7 +1752,7 @@ class Gateway {
       if (this.state === "closed") throw this.#closedError();
       if (this.state === "disconnected") throw new NotConnectedError("not registered: call start() first", "disconnected");
       const late = () => new NotConnectedError(`no connection to ${this.url} in time`, "timeout");
-      // A socket that closes is "registered" until its close event.
+      // A socket that is closing takes no message any more, and has its close event in a moment.
       const change = this.state === "registered" ? sleep(10) : this.#settled.promise;
       await within(change, Math.max(0, deadline - Date.now()), late);
     }
@@ -1813,7 +1835,7 @@ class Gateway {
    */
   async #reject(error, envelope) {
     this.#hooks.warn(`a message was dropped (${error.code}): ${error.message}`);
-    this.#hooks.rejected(error, envelope ?? {});
+    this.#hooks.rejected(error, envelope ?? error.envelope);
     if (envelope === null || error.code === "replayed" || envelope.type === "ERROR") return;
     if (envelope.to !== this.#identity.did || envelope.from === this.#identity.did) return;
     if (!(await isSignedBy(envelope, envelope.from))) return;
@@ -2266,8 +2288,10 @@ class Outbox {
   #isHanding = false;
   /** Bytes that were given to the channel. */
   handed = 0;
-  /** Characters of answers that wait. */
+  /** Characters of texts that wait. */
   texts = 0;
+  /** Bytes of attachments that wait. */
+  attached = 0;
 
   /** @param {RTCDataChannel} channel */
   constructor(channel) {
@@ -2308,6 +2332,7 @@ class Outbox {
       return Promise.resolve();
     }
     this.texts += text.length;
+    this.attached += bytesOf(attached);
     return new Promise((sent) => {
       lane.items.push({ text, attached: attached.filter(({ length }) => length > 0), isCounted, isProgress, sent });
       this.pump();
@@ -2339,6 +2364,7 @@ class Outbox {
     if (lane === undefined) return;
     for (const item of lane.items.splice(0)) {
       this.texts -= item.text?.length ?? 0;
+      this.attached -= bytesOf(item.attached);
       item.sent?.();
     }
   }
@@ -2416,6 +2442,7 @@ class Outbox {
       const chunk = item.attached[0].subarray(0, LIMITS.CHUNK_MAX_BYTES);
       message = dataFrame(call, chunk);
       lane.counted += chunk.length;
+      this.attached -= chunk.length;
       item.attached[0] = item.attached[0].subarray(chunk.length);
       if (item.attached[0].length === 0) item.attached.shift();
     }
@@ -2491,6 +2518,7 @@ class OutgoingCall {
   /** @type {Queue<{part: any} | {result: any, isStream: boolean} | {error: unknown}>} */
   events = new Queue();
   count = 0;
+  kept = 0; // bytes of parts that wait for their reader
   isOver = false;
 
   /** The text of the EXEC_REQUEST. */
@@ -2534,33 +2562,43 @@ class IncomingCall {
   }
 }
 
+/** @typedef {{signature: string, since: number, isOver: boolean, text: string | null}} Answer */
+
 /**
  * The last requests of other agents and their final responses: a request that comes twice is executed once, also over
- * a later connection.
+ * a later connection. They are kept for as long as their timestamps would pass.
  */
 class Answers {
-  /** @type {Map<string, {signature: string, isOver: boolean, text: string | null}>} */
-  #answers = new Map();
+  /** @type {Map<string, Map<string, Answer>>} By agent, then by the id of its request; in the order of arrival. */
+  #agents = new Map();
 
   /** @param {Envelope} request */
   find({ from, id }) {
-    return this.#answers.get(`${from} ${id.toLowerCase()}`);
+    return this.#agents.get(from)?.get(id.toLowerCase());
   }
 
   /** @param {Envelope} request */
   begin({ from, id, signature }) {
-    if (this.#answers.size >= RECEIPTS_MAX) {
-      for (const [key, answer] of this.#answers) {
-        if (answer.isOver && this.#answers.size >= RECEIPTS_MAX) this.#answers.delete(key);
+    const now = Date.now();
+    for (const [did, answers] of this.#agents) {
+      for (const [key, { since }] of answers) {
+        if (now - since < 2 * LIMITS.CLOCK_SKEW_MS && answers.size < ANSWERS_MAX) break;
+        answers.delete(key);
       }
+      if (answers.size === 0) this.#agents.delete(did);
     }
-    this.#answers.set(`${from} ${id.toLowerCase()}`, { signature: signature ?? "", isOver: false, text: null });
+    if (!this.#agents.has(from)) this.#agents.set(from, new Map());
+    this.#agents.get(from)?.set(id.toLowerCase(), { signature: signature ?? "", since: now, isOver: false, text: null });
   }
 
   /** @param {Envelope} request @param {string | null} text Null if it cannot be repeated. */
   end(request, text) {
     const answer = this.find(request);
-    if (answer !== undefined) Object.assign(answer, { isOver: true, text: text !== null && text.length <= 16_384 ? text : null });
+    if (answer === undefined) return;
+    answer.isOver = true;
+    answer.text = text;
+    const told = [...(this.#agents.get(request.from)?.values() ?? [])].filter(({ text }) => text !== null);
+    for (const old of told.slice(0, -ANSWER_TEXTS_MAX)) old.text = null;
   }
 }
 
@@ -2616,7 +2654,8 @@ export class Peer {
   #kept = 0; // bytes of attachments that are announced, or wait for their reader
   #unread = 0;
   #turn = Promise.resolve();
-  #closing = deferred();
+  /** @type {Promise<void> | null} */
+  #closing = null;
   #reason = "";
   /** @type {"open" | "closing" | "closed"} */
   #state = "open";
@@ -2738,9 +2777,13 @@ export class Peer {
   }
 
   /** Say goodbye and close the connection for both sides; the goodbye leaves before the first `await`. @param {string} [reason] */
-  async close(reason = "it is done") {
-    if (this.#state === "closed" || this.#closing.isSettled) return;
-    this.#closing.resolve(undefined);
+  close(reason = "it is done") {
+    return (this.#closing ??= this.#close(reason));
+  }
+
+  /** @param {string} reason */
+  async #close(reason) {
+    if (this.#state === "closed") return;
     this.#setState("closing");
     this.#reason = `this side closed the connection: ${reason}`;
     try {
@@ -2791,11 +2834,11 @@ export class Peer {
     this.#checkTimeout(timeout);
     this.#checkOpen();
     const call = new OutgoingCall(capability, listeners);
-    const abort = () => call.end({ error: signal?.reason });
-    const late = () => call.end({ error: new CallTimeoutError(`${capability}: no result in ${timeout} ms`, "timeout") });
+    let id = "";
+    const abort = () => this.#giveUp(id, call, signal?.reason);
+    const late = () => this.#giveUp(id, call, new CallTimeoutError(`${capability}: no result in ${timeout} ms`, "timeout"));
     const timer = setTimeout(late, timeout);
     signal?.addEventListener("abort", abort);
-    let id = "";
     try {
       const { text, attached, envelope } = await this.#request(capability, args, timeout, isStream);
       id = envelope.id;
@@ -2809,7 +2852,7 @@ export class Peer {
         const event = await call.events.take();
         if ("error" in event) throw event.error;
         if ("part" in event) {
-          this.#kept -= event.part instanceof Uint8Array ? event.part.length : 0;
+          this.#keep(call, event.part instanceof Uint8Array ? -event.part.length : 0);
           call.arrival.took();
           this.#credit(id, call.arrival);
         }
@@ -2819,20 +2862,37 @@ export class Peer {
     } finally {
       clearTimeout(timer);
       signal?.removeEventListener("abort", abort);
-      const isKnown = !this.#outbox.isUnsent(id);
-      const isOpen = this.#calls.delete(id);
-      this.#outbox.drop(id);
-      this.#outbox.end(id);
-      if (isOpen) this.#release(call);
-      if (isOpen && isKnown) this.#cancel(id);
+      this.#giveUp(id, call, undefined);
     }
+  }
+
+  /**
+   * End a call of this side, if it has not ended: its reader gets the error at once, and the other side is told.
+   * @param {string} id @param {OutgoingCall} call @param {unknown} error
+   */
+  #giveUp(id, call, error) {
+    this.#keep(call, -call.kept);
+    call.events.clear();
+    call.end({ error });
+    const isUnsent = this.#outbox.isUnsent(id);
+    this.#outbox.drop(id);
+    this.#outbox.end(id);
+    if (!this.#calls.delete(id)) return;
+    this.#release(call);
+    if (!isUnsent) this.#cancel(id);
+  }
+
+  /** @param {OutgoingCall} call @param {number} bytes More, or less, that wait for its reader. */
+  #keep(call, bytes) {
+    call.kept += bytes;
+    this.#kept += bytes;
   }
 
   /** @param {string} capability @param {Record<string, any>} args @param {number} timeout @param {boolean} isStream */
   async #request(capability, args, timeout, isStream) {
     try {
       const { inline, detached } = detachArguments(args);
-      const size = detached.reduce((sum, { data }) => sum + data.length, 0);
+      const size = bytesOf(detached.map(({ data }) => data));
       if (size > LIMITS.ATTACHMENTS_MAX_BYTES) throw new MalformedMessageError("too_large", `${size} bytes are too many`);
       const payload = { args: inline, timeout_ms: Math.ceil(timeout), ...(isStream ? { stream: true } : {}) };
       const ext = await describe(detached, { capability }, true);
@@ -2848,7 +2908,7 @@ export class Peer {
   #cancel(id) {
     if (this.#channel.raw.readyState !== "open" || this.#state === "closed") return;
     const cancel = this.#message("INTENT", { status: "cancel" }, { correlationId: id });
-    void sign(cancel, this.#hooks.identity).then((signed) => this.#outbox.urgent(this.#text(signed)));
+    void this.#sign(cancel, (text) => this.#outbox.urgent(text));
   }
 
   /** @param {number} timeout */
@@ -2919,13 +2979,14 @@ export class Peer {
   /** @param {MessageError} error @param {Envelope | null} envelope */
   #refuse(error, envelope) {
     this.#hooks.warn(`a message of ${shortDid(this.did)} is refused (${error.code}): ${error.message}`);
-    const asked = envelope?.correlation_id?.toLowerCase() ?? "";
+    const { type, correlation_id: correlationId } = envelope ?? error.envelope;
+    const asked = typeof correlationId === "string" ? correlationId.toLowerCase() : "";
     if (error.code !== "replayed") {
       this.#fail(asked, error.isForged
         ? new PeerIdentityError(`what came in answer is not from ${this.did}: ${error.message}`, error.code, error)
         : new CallError(`the answer of ${shortDid(this.did)} cannot be used: ${error.message}`, error.code, error));
     }
-    if (envelope?.type !== "ERROR") this.#error(error.messageId, refusalOf(error));
+    if (type !== "ERROR") this.#error(error.messageId, refusalOf(error)); // or two would never stop
   }
 
   /** Fail what this side asked, whatever it is. @param {string} id @param {Error} error */
@@ -3075,7 +3136,7 @@ export class Peer {
       call.digest.add(part);
       call.count++;
       call.arrival.hold();
-      this.#kept += part instanceof Uint8Array ? part.length : 0;
+      this.#keep(call, part instanceof Uint8Array ? part.length : 0);
       call.events.put({ part });
     } else {
       this.#tell(call.onReceipt, { request: call.request, response: text });
@@ -3163,7 +3224,8 @@ export class Peer {
     // Frames of the one would pass for frames of the other.
     if (this.#calls.has(call.id)) throw new InvalidSignatureError("replayed", undefined, { field: "id", id: call.id });
     this.#serving.set(call.id, call);
-    if (this.#running >= EXECUTIONS_MAX || this.#outbox.texts > UNSENT_MAX_BYTES) {
+    const isFull = this.#running >= EXECUTIONS_MAX || this.#serving.size > EXECUTIONS_MAX;
+    if (isFull || this.#outbox.texts > UNSENT_MAX_BYTES || this.#outbox.attached > LIMITS.ATTACHMENTS_MAX_BYTES) {
       this.#failCall(call, "busy", `busy: ${this.#running} calls of yours run, or their answers wait to be read; try again`);
       return null;
     }
@@ -3339,8 +3401,7 @@ export class Peer {
     }
     const payload = { status: name === "cancelled" ? "cancelled" : "error", error: text, execution_time_ms: Date.now() - call.begunAt };
     const message = this.#message("EXEC_RESPONSE", payload, { correlationId: call.id, ext: { error: { name } } });
-    void sign(message, this.#hooks.identity).then(async (signed) => {
-      const answer = this.#text(signed);
+    void this.#sign(message, async (answer) => {
       this.#hooks.answers.end(call.envelope, answer);
       await this.#outbox.put(call.id, answer);
       this.#outbox.end(call.id);
@@ -3386,6 +3447,15 @@ export class Peer {
     return createMessage(this.#hooks.identity.did, this.did, type, payload, { ...more, ext });
   }
 
+  /** Sign a message of which nobody waits to be told. @param {Envelope} envelope @param {(text: string) => unknown} then */
+  async #sign(envelope, then) {
+    try {
+      await then(this.#text(await sign(envelope, this.#hooks.identity)));
+    } catch (error) {
+      this.#hooks.warn(`${envelope.type} could not be sent: ${error}`);
+    }
+  }
+
   /** @param {Envelope} envelope */
   #text(envelope) {
     const text = serialize(envelope);
@@ -3421,7 +3491,7 @@ export class Peer {
       // The keep-alive sees to a peer that does not answer.
     }
     if (isDone && this.#isDone) await this.close();
-    else if (this.state === "closing" && !this.#closing.isSettled && !this.#isExpiring) this.#setState("open");
+    else if (this.state === "closing" && this.#closing === null && !this.#isExpiring) this.#setState("open");
   }
 
   /** @param {"open" | "closing" | "closed"} state */
@@ -3432,15 +3502,16 @@ export class Peer {
     else if (this.#settled.isSettled) this.#settled = deferred();
   }
 
-  /** Ping a silent peer, give up a dead one. */
+  /** Look again when the next thing can be due. */
   #watch() {
-    const due = Math.max(250, (Number.isNaN(this.#pingedAt) ? this.#heardAt : Date.now()) + LIMITS.PEER_PING_INTERVAL_MS / 2 - Date.now());
-    const dueAt = Date.now() + due;
+    const now = Date.now();
+    const isPinged = !Number.isNaN(this.#pingedAt);
+    const wait = isPinged ? LIMITS.PEER_PONG_TIMEOUT_MS / 4 : Math.max(0, this.#heardAt + LIMITS.PEER_PING_INTERVAL_MS - now);
     clearTimeout(this.#timer);
-    this.#timer = setTimeout(() => void this.#check(Date.now() - dueAt), due);
+    this.#timer = setTimeout(() => void this.#check(Date.now() - now - wait), wait);
   }
 
-  /** @param {number} late Milliseconds: a process that slept has not read what the peer sent meanwhile. */
+  /** Ping a silent peer, give up a dead one. @param {number} late Milliseconds: whoever slept has not read what came. */
   async #check(late) {
     const { received = 0 } = await bytesReceived(this.#pc);
     if (this.#state === "closed" || this.#isExpiring) return;
@@ -3856,7 +3927,9 @@ class Signaling {
    * @param {(pc: RTCPeerConnection) => Promise<void>} steps
    */
   async #negotiate(attempt, offer, steps) {
-    attempt.pc?.close();
+    const { pc: before } = attempt;
+    attempt.pc = null; // some implementations tell of a close while it is being made
+    before?.close();
     clearTimeout(attempt.expiry);
     clearTimeout(attempt.contest);
     this.#attempts.set(attempt.did, attempt);
@@ -3936,6 +4009,9 @@ class Signaling {
     const pc = /** @type {RTCPeerConnection} */ (attempt.pc);
     attempt.limit = checkDescription(sdp);
     attempt.candidates += sdp.split("a=candidate:").length - 1;
+    if (attempt.candidates > CANDIDATES_MAX) {
+      throw new MalformedMessageError("invalid_payload", `more than ${CANDIDATES_MAX} candidates`, { field: "payload.sdp" });
+    }
     await pc.setRemoteDescription({ type, sdp });
     if (attempt.pc !== pc) return;
     const early = attempt.early ?? [];
