@@ -3,10 +3,11 @@
 PYTHON ?= python3
 DEV := .venv
 RELEASE := .venv-release
+SCANS := portable sse2
 EXTENSION_SOURCES := $(wildcard ext/gateway/*.pyx ext/gateway/*.pxd ext/gateway/*.h) setup.py
 SOURCES := $(EXTENSION_SOURCES) $(shell find src -name '*.py' -o -name '*.pyi') pyproject.toml
 
-.PHONY: help demo cluster test lint build pythons test-pythons test-oldest test-newest bench clean
+.PHONY: help demo cluster test test-bench lint build pythons test-pythons test-oldest test-newest bench clean
 
 help:
 	@echo "make demo          two agents meet through a gateway and work together"
@@ -26,6 +27,16 @@ cluster: $(RELEASE)/.ready
 
 test: lint
 	$(DEV)/bin/python -m pytest tests --numprocesses 2 --dist loadfile
+	$(MAKE) --no-print-directory --jobs 3 --output-sync=target test-bench $(SCANS:%=test-scan-%)
+
+# That the benchmarks measure what they say; most of the time they wait.
+test-bench:
+	$(DEV)/bin/python -m pytest bench --benchmark-disable --numprocesses 4 --timeout 120
+
+# The scanner as machines without AVX2, or without SSE2, run it: see ext/gateway/_scan.h.
+test-scan-%: build/scan/%/.ready
+	AICONEXUS_SCAN=$* PYTHONPATH=build/scan/$*/lib $(DEV)/bin/python -m pytest \
+		tests/gateway/test_frames.py tests/gateway/test_frames_oracle.py
 
 lint: export PATH := $(CURDIR)/$(DEV)/bin:$(PATH)  # cython-lint calls pycodestyle
 lint: build
@@ -37,7 +48,7 @@ lint: build
 	$(DEV)/bin/hadolint Dockerfile
 	$(DEV)/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml
 
-build: build/.test
+build: build/.test $(SCANS:%=build/scan/%/.ready)
 
 test-pythons: pythons
 	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-oldest test-newest
@@ -83,4 +94,10 @@ build/.test: $(DEV)/.ready $(EXTENSION_SOURCES)
 	AICONEXUS_EXTENSIONS=required AICONEXUS_BUILD=test $(DEV)/bin/python setup.py -q build_ext --inplace --force \
 		> build/extensions.log 2>&1 || { cat build/extensions.log; exit 1; }
 	! grep -i "performance hint" build/extensions.log
+	touch $@
+
+build/scan/%/.ready: build/.test
+	mkdir -p $(@D)
+	AICONEXUS_SCAN=$* AICONEXUS_EXTENSIONS=required AICONEXUS_BUILD=test $(DEV)/bin/python setup.py -q build \
+		--build-base $(@D) --build-lib $(@D)/lib > $(@D).log 2>&1 || { cat $(@D).log; exit 1; }
 	touch $@

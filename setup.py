@@ -3,6 +3,7 @@
 AICONEXUS_EXTENSIONS: `optional` (default; a machine without a C compiler still gets the SDK),
 `required` (a failed build is an error), `none` (build none: a pure wheel).
 AICONEXUS_BUILD: `release` (default) or `test` (bounds checks and C assertions; never benchmark it).
+AICONEXUS_SCAN: `portable` or `sse2` builds the scanner alone, as a machine without more would run it.
 """
 
 import os
@@ -21,6 +22,8 @@ MODULES = [
     "_timers",
     "_websocket",
 ]
+# What _scan.h leaves out on such a machine.
+SCAN_MACROS = {"portable": "AICONEXUS_SCAN_PORTABLE", "sse2": "AICONEXUS_SCAN_NO_AVX2"}
 
 
 def extensions() -> list[Extension]:
@@ -29,6 +32,8 @@ def extensions() -> list[Extension]:
         return []
     from Cython.Build import cythonize
 
+    scan = os.environ.get("AICONEXUS_SCAN")
+    macros = [(SCAN_MACROS[scan], "1")] if scan else []
     testing = os.environ.get("AICONEXUS_BUILD", "release") == "test"
     modules = cythonize(
         [
@@ -36,9 +41,9 @@ def extensions() -> list[Extension]:
                 f"gateway.{name}",
                 [f"ext/gateway/{name}.pyx"],
                 extra_compile_args=["-O1", "-g", "-UNDEBUG"] if testing else ["-O3", "-g0"],
-                define_macros=[] if testing else [("CYTHON_WITHOUT_ASSERTIONS", "1")],
+                define_macros=macros if testing else [*macros, ("CYTHON_WITHOUT_ASSERTIONS", "1")],
             )
-            for name in MODULES
+            for name in (["_frames"] if scan else MODULES)
         ],
         include_path=["ext"],
         compiler_directives={

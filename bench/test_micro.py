@@ -125,7 +125,7 @@ def test_route_lookup(benchmark):
     agents = [DIDKey.generate().did.encode() for _ in range(ROUTES)]
     for index, did in enumerate(agents):
         table.bind(did, 0, index)
-    assert benchmark(table.get, agents[ROUTES // 2]) == (0, ROUTES // 2, ROUTES // 2 + 1)
+    assert benchmark(table.get, agents[ROUTES // 2])[:2] == (0, ROUTES // 2)
 
 
 @pytest.mark.benchmark(group="sign")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench.plot import PICTURES, read, write
 from bench.swarm import save
+
+plot = pytest.importorskip("bench.plot")  # it needs matplotlib
 
 
 def relay(rate):
@@ -39,7 +40,7 @@ def results(tmp_path):
         save(result(agents, 2, 20_000), tmp_path)
     for workers in (1, 2):
         save(result(100, workers, 0), tmp_path)
-    return read(tmp_path)
+    return plot.read(tmp_path)
 
 
 def test_saved_results_come_back_in_order(results):
@@ -47,18 +48,18 @@ def test_saved_results_come_back_in_order(results):
 
 
 def test_every_picture_is_drawn_for_light_and_for_dark_pages(results, tmp_path):
-    names = [path.name for path in write(results, tmp_path)]
-    assert names == [f"{name}-{theme}.svg" for name in PICTURES for theme in ("light", "dark")]
+    names = [path.name for path in plot.write(results, tmp_path)]
+    assert names == [f"{name}-{theme}.svg" for name in plot.PICTURES for theme in ("light", "dark")]
 
 
 def test_the_same_results_give_the_same_bytes(results, tmp_path):
-    first = [path.read_bytes() for path in write(results, tmp_path / "first")]
-    assert first == [path.read_bytes() for path in write(results, tmp_path / "second")]
+    first = [path.read_bytes() for path in plot.write(results, tmp_path / "first")]
+    assert first == [path.read_bytes() for path in plot.write(results, tmp_path / "second")]
 
 
 def test_a_picture_without_figures_is_left_out(results, tmp_path):
     # One number of agents is no line; without a process there are no figures of memory and CPU.
     some = [result(1000, 2, 20_000), {**result(5000, 2, 20_000), "private_kib": {}, "idle_cores": None}]
-    names = [path.name for path in write(some, tmp_path)]
+    names = [path.name for path in plot.write(some, tmp_path)]
     assert names == ["latency-light.svg", "latency-dark.svg"]
-    assert write([], tmp_path) == []
+    assert plot.write([], tmp_path) == []

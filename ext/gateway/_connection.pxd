@@ -71,6 +71,7 @@ cdef class Router:
     cdef void release(self, char* data, uint32_t capacity) noexcept
     cdef int mark(self, Connection connection) except -1
     cdef int bury(self, Connection connection) except -1
+    cdef int give_up(self, Connection connection) except -1
     cpdef int flush(self) except -1
     cdef int end_pass(self, bint confirm_now) except -1
     cdef int watch(self, int fd, int operation, uint32_t events, uint64_t tag) except -1

@@ -100,8 +100,7 @@ cdef int fire(void* owner) except -1:
         connection.on_timer()
     except Exception:
         # The fault of one must not stop the clock of the others.
-        connection.router.bury(connection)
-        connection.router.handler.on_fault(connection)
+        connection.router.give_up(connection)
     return 0
 
 
@@ -278,8 +277,7 @@ cdef class Router:
                 if flags & (EPOLLIN | EPOLLHUP | EPOLLERR):
                     connection.on_readable()
             except Exception:
-                self.bury(connection)
-                self.handler.on_fault(connection)
+                self.give_up(connection)
         self.end_pass(False)
 
     cdef int end_pass(self, bint confirm_now) except -1:
@@ -331,8 +329,7 @@ cdef class Router:
                 connection.write_out()
             except Exception:
                 # Not the fault of those who wrote to it.
-                self.bury(connection)
-                self.handler.on_fault(connection)
+                self.give_up(connection)
         return 0
 
     cdef int mark(self, Connection connection) except -1:
@@ -356,6 +353,13 @@ cdef class Router:
         if not connection.is_broken:
             connection.is_broken = True
             self.broken.append(connection)
+        return 0
+
+    cdef int give_up(self, Connection connection) except -1:
+        """Let the handler close a connection whose code has raised: what it was reading is lost."""
+        connection.is_deaf = True
+        connection.held_size = connection.held_total = 0
+        self.handler.on_fault(connection)
         return 0
 
     cdef char* acquire(self) except NULL:

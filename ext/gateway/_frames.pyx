@@ -14,6 +14,7 @@ from libc.string cimport memcmp, memcpy, memset
 
 
 cdef extern from "_scan.h" nogil:
+    const char* SCAN_PATH
     const uint8_t[256] CLASS_OF
     enum:
         CLASS_HEX
@@ -142,6 +143,9 @@ fill_known_keys()
 cdef str text_of_name(const char* name):
     return None if name is NULL else name.decode("ascii")
 
+
+# Which path through _scan.h was built: "avx2" (where the machine has it), "sse2" or "portable".
+INSTRUCTIONS = (<bytes>SCAN_PATH).decode()
 
 # By number, as the counters and the ERROR of a refusal want them.
 STATUS_NAMES = tuple([text_of_name(STATUS_NAME_OF[i]) for i in range(STATUS_COUNT)])

@@ -13,10 +13,14 @@
 #include <immintrin.h>
 #define AICONEXUS_SCAN_SSE2 1
 #ifdef AICONEXUS_SCAN_NO_AVX2
+#define SCAN_PATH "sse2"
 #define HAS_AVX2 0
 #else
+#define SCAN_PATH "avx2"
 #define HAS_AVX2 __builtin_cpu_supports("avx2") /* asked once when loaded; here a load and a test */
 #endif
+#else
+#define SCAN_PATH "portable"
 #endif
 
 #define CLASS_HEX 1u    /* 0-9 a-f A-F */

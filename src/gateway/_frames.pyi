@@ -1,5 +1,6 @@
 from typing import Final
 
+INSTRUCTIONS: Final[str]
 STATUS_NAMES: Final[tuple[str, ...]]
 FIELD_NAMES: Final[tuple[str | None, ...]]
 TYPE_NAMES: Final[tuple[str | None, ...]]

@@ -1,4 +1,4 @@
-"""The command `aiconexus-gateway`."""
+"""The options of the command `aiconexus-gateway`, and what it says; gateway.server starts it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exce
 
 
 def _fail(text: str) -> NoReturn:
-    Console(stderr=True, highlight=False).print(
+    Console(stderr=True, highlight=False, emoji=False).print(
         f"[bold red]aiconexus-gateway:[/] {escape(text)}", soft_wrap=True
     )
     raise SystemExit(1)
@@ -68,7 +68,7 @@ def _banner(settings: Settings, key: DIDKey, port: int) -> None:
                 f"{fit:,} of {settings.max_connections:,} connections fit; raise `ulimit -n` or --workers",
             ),
         )
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, emoji=False)  # `:key:` of a DID is none
     if not console.is_terminal:
         print(f"AIConexus gateway {__version__}", *(f"{name}: {value}" for name, value in rows), sep="\n  ")  # noqa: T201
         sys.stdout.flush()
@@ -283,12 +283,3 @@ def serve(
     port_bound = address.getsockname()[1]
     running = supervisor.Supervisor(settings, key, address, lambda: _banner(settings, key, port_bound))
     raise SystemExit(running.run())
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    app(prog_name="aiconexus-gateway")
-
-
-if __name__ == "__main__":
-    main()

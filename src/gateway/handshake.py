@@ -93,6 +93,8 @@ class Registrar:
         register_timeout: Seconds from the 101 response to a complete REGISTER.
         ping_interval: Announced, in seconds.
         away: How long a dropped session is kept, in seconds.
+        message_rate: Messages per second that one session may send; 0 for no limit. Announced.
+        message_burst: How many of them at once.
         worker: The number of the worker, for people and benchmarks.
     """
 
@@ -104,6 +106,8 @@ class Registrar:
         register_timeout: float,
         ping_interval: float,
         away: float,
+        message_rate: int,
+        message_burst: int,
         worker: int = 0,
     ) -> None:
         self._worker = worker
@@ -114,6 +118,8 @@ class Registrar:
         self._ping_interval_ms = round(ping_interval * 1000)
         self._limits: dict[str, Any] = {
             "message_max_bytes": MESSAGE_MAX_BYTES,
+            "message_rate": message_rate,
+            "message_burst": message_burst,
             "capabilities_max": CAPABILITIES_MAX,
             "capabilities_max_bytes": CAPABILITIES_MAX_BYTES,
             "away_ms": round(away * 1000),

@@ -32,6 +32,8 @@ _HTTP_REFUSALS = (
 )
 _REFUSED = (*CAUSES, *_FRAME_FAULTS, *(f"http_{status.value}" for status in _HTTP_REFUSALS))
 _COUNTED = ("messages_received", "messages_routed", "bytes_routed", "messages_crossed", "pings_sent")
+_FAULTS = "faults"  # of this program
+_DRAINING = "draining"  # of a worker: 1 once it sends its agents away, also when it has ended
 # A client may close with any number; those that mean nothing to us are counted together.
 _OTHER_CODE = "other"
 
@@ -56,6 +58,8 @@ class Node:
             counters=Counters(
                 workers,
                 (
+                    _FAULTS,
+                    _DRAINING,
                     *(f"refused:{name}" for name in _REFUSED),
                     *(f"closed:{name}" for name in (*CLOSE_CODES, _OTHER_CODE)),
                 ),
@@ -64,6 +68,14 @@ class Node:
             ledger=Ledger(workers),
             instance=secrets.token_hex(8),
         )
+
+    def set_draining(self, worker: int, is_draining: bool) -> None:
+        """Let the other workers know whether the end of this one is meant."""
+        self.counters.set(worker, _DRAINING, is_draining)
+
+    def is_draining(self, worker: int) -> bool:
+        """Tell whether a worker sends its agents away, or did so before it ended."""
+        return bool(self.counters.get(worker, _DRAINING))
 
     def forget(self, worker: int) -> int:
         """Clean up after a worker that is gone; return how many routes it had."""
@@ -82,7 +94,7 @@ class Node:
     def totals(self) -> dict[str, object]:
         """Return the counts of all workers together."""
         return {
-            **{name: self.counters.total(name) for name in _COUNTED},
+            **{name: self.counters.total(name) for name in (*_COUNTED, _FAULTS)},
             "refused": self._totals("refused:"),
             "closed": self._totals("closed:"),
         }
@@ -98,6 +110,10 @@ class Tally:
     def refused(self, name: str) -> None:
         """Count a refusal by its cause."""
         self.counters.add(self.worker, f"refused:{name}")
+
+    def fault(self) -> None:
+        """Count a fault of this program, which the log explains."""
+        self.counters.add(self.worker, _FAULTS)
 
     def closed(self, code: int) -> None:
         """Count the end of a connection by its close code."""

@@ -37,6 +37,8 @@ SCRIPTS = (
 REPLY_SECONDS = 3.0
 CONNECT_SECONDS = 3.0
 
+_SCHEMES = ("redis://", "rediss://", "unix://")
+
 Done = Callable[[Any], None]
 
 
@@ -63,6 +65,8 @@ def make_client(url: str, place: tuple[str, int] | None = None) -> Redis:
         "retry": Retry(NoBackoff(), 0),
     }
     if not url.startswith("sentinel://"):
+        if not url.startswith(_SCHEMES):
+            raise ValueError(f"a Redis URL begins with {', '.join(_SCHEMES)} or sentinel://")
         client = Redis.from_url(url, **options)
         if place is not None:
             host = place[0] or client.connection_pool.connection_kwargs.get("host")

@@ -194,6 +194,7 @@ class Supervisor:
                 os._exit(1)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes sends it to the whole group
             self._selector.close()
             for end in self._inherited:
                 end.close()
@@ -268,7 +269,7 @@ class Supervisor:
             if number in STOP_SIGNALS:
                 self._stop()
             elif number == signal.SIGHUP:
-                self._log.info("SIGHUP", text="there is nothing to reload")
+                self._log.info("SIGHUP", text="there is nothing to reload: options are read at the start")
         while any(worker.pid for worker in self._workers):
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:

@@ -37,6 +37,13 @@ TOO_MANY_REQUESTS = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\n"
     b"Content-Type: text/plain\r\nContent-Length: 29\r\n\r\ntoo many unfinished requests\n"
 )
+# A TLS record of the handshake begins with it (RFC 8446 section 5.1), and no HTTP request.
+_TLS_HANDSHAKE = 0x16
+# TLS clients call such an answer a wrong version number, and give up at once.
+NO_TLS = (
+    b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: text/plain\r\n"
+    b"Content-Length: 44\r\n\r\nthis port does not speak TLS: dial ws://...\n"
+)
 
 
 class HandedOver(WSListener):
@@ -88,6 +95,7 @@ class RequestProtocol(WSProtocol):  # type: ignore[misc]
         on_request: Answers it: (request, IP address of the client).
         timeout: Seconds for the whole request.
         on_accepted: Told the address of a new connection; False ends it at once.
+        on_tls: Told the address of a client that speaks TLS, which this port does not.
         on_over: Told the address when the request has been answered, or will not come.
     """
 
@@ -96,10 +104,13 @@ class RequestProtocol(WSProtocol):  # type: ignore[misc]
         on_request: Callable[[WSUpgradeRequest, str], WSUpgradeResponseWithListener],
         timeout: float,
         on_accepted: Callable[[str], bool],
+        on_tls: Callable[[str], None],
         on_over: Callable[[str], None],
     ) -> None:
         self._on_accepted = on_accepted
+        self._on_tls = on_tls
         self._on_over = on_over
+        self._is_heard = False
         self._is_over = False
         self._address = address = [""]
         # No reference to self, or every refused request would be work for the garbage collector.
@@ -130,6 +141,23 @@ class RequestProtocol(WSProtocol):  # type: ignore[misc]
         if not self._on_accepted(self._address[0]):
             transport.write(TOO_MANY_REQUESTS)
             transport.close()
+
+    def get_buffer(self, size_hint: int) -> memoryview:
+        """Keep what is read into, to look at its first byte."""
+        buffer: memoryview = super().get_buffer(size_hint)
+        self._buffer = buffer
+        return buffer
+
+    def buffer_updated(self, size: int) -> None:
+        """Read on, unless it is TLS: picows would wait for the end of a request that is none."""
+        if not self._is_heard and self._buffer[0] == _TLS_HANDSHAKE:
+            self._on_tls(self._address[0])
+            handle = self.transport.underlying_transport
+            handle.write(NO_TLS)
+            handle.close()
+        else:
+            super().buffer_updated(size)
+        self._is_heard = True
 
     def connection_lost(self, error: Exception | None) -> None:
         """The request has been answered, or will not come."""

@@ -100,6 +100,8 @@ class Gateway:
             register_timeout=settings.register_timeout,
             ping_interval=settings.ping_interval,
             away=settings.away,
+            message_rate=settings.message_rate,
+            message_burst=settings.message_burst,
             worker=worker,
         )
         self.router = Router(
@@ -207,6 +209,7 @@ class Gateway:
             return self._on_request(request, address)
         except Exception:
             self._log.exception("fault", address=address)
+            self._tally.fault()
             self._tally.refused("http_500")
             fault = upgrade.response(HTTPStatus.INTERNAL_SERVER_ERROR, "the gateway met a fault")
             return WSUpgradeResponseWithListener(fault, None)
@@ -249,6 +252,10 @@ class Gateway:
         self._tally.refused("http_503")
         self._log.info("http refused", status=503, address=address, text="too many unfinished requests")
         return False
+
+    def _on_tls(self, address: str) -> None:
+        self._tally.refused("http_400")
+        self._log.info("http refused", status=400, address=address, text="TLS is not spoken here")
 
     def _on_request_over(self, address: str) -> None:
         self.node.addresses.add(self.worker, self.node.addresses.place(address), -1)
@@ -518,7 +525,9 @@ class Gateway:
 
     def on_link_lost(self, worker: int, records: list[tuple[int, int, int, bytes]]) -> None:
         """Another worker has gone: tell the senders of what it had not confirmed."""
-        if worker < NODE_WORKERS:
+        if worker < NODE_WORKERS and self.node.is_draining(worker):
+            self._log.debug("worker left", left=worker, unconfirmed=len(records))
+        elif worker < NODE_WORKERS:
             self._log.warning("worker lost", lost=worker, unconfirmed=len(records))
         told = set()
         for kind, _, _, data in records:
@@ -740,6 +749,7 @@ class Gateway:
             except Exception:
                 # The fault with one must not keep the others from going back.
                 self._log.exception("fault", cause=name)
+                self._tally.fault()
             self._returning.popleft()
 
     def _tell_sender(self, data: bytes, name: str) -> None:
@@ -869,8 +879,21 @@ class Gateway:
             self._close(connection, 4004, keep=True)
 
     def on_fault(self, connection: Connection | None) -> None:
-        """Log a fault of this program; the connection that met it, if one did, ends."""
-        self._log.exception("fault", peer=connection.peer if connection is not None else None)
+        """Log and count a fault of this program; close the connection that met it, if one did."""
+        self._tally.fault()
+        if connection is None:
+            self._log.exception("fault")
+            return
+        session = connection.session
+        self._log.exception("fault", did=session.did if session is not None else None, peer=connection.peer)
+        if not connection.is_open:
+            connection.abort()
+            return
+        try:
+            self._close(connection, 4002, keep=True)
+        except Exception:
+            self._log.exception("fault", peer=connection.peer)
+            connection.abort()
 
     def on_closed(self, connection: Connection) -> None:
         """Clean up after a connection that is gone."""
@@ -894,6 +917,7 @@ class Gateway:
             on_ready: Called once connections are accepted.
         """
         loop = asyncio.get_running_loop()
+        self.node.set_draining(self.worker, False)
         loop.add_reader(self.router.fileno(), self.router.run_pass)
         tasks = [loop.create_task(self._tick(loop))]
         if self.cluster is not None:
@@ -901,7 +925,11 @@ class Gateway:
         server = await loop.create_server(
             # The time is for the whole request: a client that sends byte by byte gets no more.
             lambda: upgrade.RequestProtocol(
-                self.on_request, self.settings.register_timeout, self._on_accepted, self._on_request_over
+                self.on_request,
+                self.settings.register_timeout,
+                self._on_accepted,
+                self._on_tls,
+                self._on_request_over,
             ),
             sock=listener,
             backlog=BACKLOG,
@@ -950,7 +978,8 @@ class Gateway:
                 self.router.advance(elapsed)
             except Exception:
                 # One connection's fault must not stop the clock of all others.
-                self._log.exception("timer failed")
+                self._log.exception("fault", cause="timer")
+                self._tally.fault()
 
     def _count_sessions(self) -> None:
         self._tally.sessions(len(self.registry), self.registry.away_count)
@@ -978,6 +1007,7 @@ class Gateway:
     async def _drain(self, server: asyncio.Server) -> None:
         """Send every agent away with a time to come back, spread so that they do not all come at once."""
         self._is_draining = True
+        self.node.set_draining(self.worker, True)
         deadline = time.monotonic() + self.settings.drain_seconds
         connections = self.router.open_connections()
         self._log.info("draining", connections=len(connections), seconds=self.settings.drain_seconds)

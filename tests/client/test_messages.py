@@ -11,6 +11,7 @@ from scripted_gateway import ScriptedGateway, Visit
 from aiconexus.client import ClientState, Found, GatewayClient, directory, short_did, socket
 from aiconexus.protocol import (
     AnswerPayload,
+    DIDError,
     DIDKey,
     DiscoverPayload,
     ErrorCode,
@@ -281,6 +282,14 @@ async def test_answer_of_a_part_of_the_directory_is_told_from_a_whole_one(
         assert found == [client.did]
 
 
+@pytest.mark.parametrize("ask", [GatewayClient.discover, GatewayClient.watch])
+async def test_what_is_no_did_is_not_asked_after(
+    ask: Callable[..., object], client: GatewayClient, other: DIDKey
+) -> None:
+    with pytest.raises(DIDError, match="'bad'"):
+        ask(client, dids=[other.did, "bad"])
+
+
 async def test_watch_asks_again_when_not_everybody_could_be_asked(
     gateway: ScriptedGateway,
     client: GatewayClient,
@@ -302,6 +311,51 @@ async def test_watch_asks_again_when_not_everybody_could_be_asked(
         ("join", other.did),
         ("leave", client.did),  # that a page which was not whole did not name it said nothing
     ]
+    ending = asyncio.ensure_future(events.aclose())
+    end = await gateway.message()
+    await visit.send_unsigned(PresencePayload(agents=[]), end.id)
+    await ending
+
+
+@pytest.mark.parametrize("is_dropped", [False, True])
+async def test_watch_that_is_read_too_slowly_tells_how_it_is(
+    is_dropped: bool,
+    gateway: ScriptedGateway,
+    client: GatewayClient,
+    registered: Register,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(directory, "EVENTS_MAX", 8)
+    visit = await registered()
+    others = [DIDKey.generate().did for _ in range(20)]
+    events = client.watch()
+    first = asyncio.ensure_future(anext(events))
+    question = await gateway.message()
+    await visit.send_unsigned(PresencePayload(agents=[{"did": others[0]}]), question.id)
+    assert (await first).agent.did == others[0]
+    for did in others[1:]:
+        await visit.send_unsigned(PresencePayload(event="join", agents=[{"did": did}]), question.id)
+    await visit.send_unsigned(
+        PresencePayload(event="leave", agents=[{"did": others[0], "status": "offline"}]), question.id
+    )
+    await client.ping()  # it has got all of that
+    if is_dropped:
+        gone = asyncio.ensure_future(client.wait_for(ClientState.RECONNECTING, timeout=10))
+        await asyncio.sleep(0)
+        visit.abort()
+        await gone
+        await client.wait_for(ClientState.REGISTERED, timeout=10)
+        visit = await gateway.visit()
+    second = asyncio.ensure_future(anext(events))
+    again = await gateway.message()
+    assert isinstance(again.payload, DiscoverPayload)
+    assert again.payload.watch is (True if is_dropped else None)
+    await visit.send_unsigned(PresencePayload(agents=[{"did": did} for did in others[2:]]), again.id)
+    told = [await second, *[await anext(events) for _ in range(18)]]
+    # others[1] was dropped, or told by the last few events.
+    joined = {event.agent.did for event in told if event.event == "join"}
+    assert joined | {others[1]} == set(others[1:])
+    assert [event.agent.did for event in told if event.event == "leave"] == [others[0]]
     ending = asyncio.ensure_future(events.aclose())
     end = await gateway.message()
     await visit.send_unsigned(PresencePayload(agents=[]), end.id)

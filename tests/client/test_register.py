@@ -107,10 +107,23 @@ async def test_audience_and_texts_leave_secrets_of_the_url_out(gateway: Scripted
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["http://localhost/ws", "localhost:8000", "ws://", ""])
-def test_url_that_is_none_is_refused_when_it_is_given(url: str, key: DIDKey) -> None:
-    with pytest.raises(ValueError, match="ws://host:port/ws"):
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://localhost/ws", "http://localhost/ws"),
+        ("localhost:8000", "localhost:8000"),
+        ("ws://", "ws://"),
+        ("", ""),
+        ("http://user:secret@localhost/ws?token=secret", "http://localhost/ws"),
+        ("user:secret@localhost/ws", "localhost/ws"),
+    ],
+)
+def test_url_that_is_none_is_refused_when_it_is_given(url: str, shown: str, key: DIDKey) -> None:
+    # By `Agent`, too, whose argument has another name.
+    with pytest.raises(ValueError, match=r"ws://host:port/ws") as caught:
         GatewayClient(url, key)
+    assert str(caught.value).startswith("the gateway's URL must")
+    assert str(caught.value).endswith(f"not {shown!r}")
 
 
 async def test_capabilities_are_checked_before_anything_is_sent(
@@ -415,6 +428,31 @@ async def test_certificate_must_be_trusted(key: DIDKey, tmp_path: Path) -> None:
                 await client.register()
     finally:
         await gateway.stop()
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", None])
+async def test_a_port_that_does_not_speak_tls_is_told_from_a_gateway_that_is_not_there(
+    answer: bytes | None, key: DIDKey
+) -> None:
+    is_over = asyncio.Event()
+
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        if answer is None:
+            await is_over.wait()
+        else:
+            writer.write(answer)
+        writer.close()
+
+    async with await asyncio.start_server(play, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with GatewayClient(f"wss://127.0.0.1:{port}/ws", key) as client:
+            with pytest.raises(GatewayUnreachableError, match="may not speak TLS: dial ws://"):
+                await client.register(timeout=10 if answer is not None else 0.2)
+        is_over.set()
+    async with GatewayClient(f"wss://127.0.0.1:{port}/ws", key) as client:
+        with pytest.raises(GatewayUnreachableError, match="is the gateway running"):
+            await client.register()
 
 
 def test_tls_settings_without_tls_are_a_mistake(key: DIDKey) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
+from collections.abc import AsyncIterator
 from typing import Any
 
 import hypothesis.strategies as st
@@ -19,6 +20,8 @@ from aiconexus.core.events import (
     Event,
     ExecutionArrived,
     Failed,
+    InputArrived,
+    InputEnded,
     PartArrived,
     Refused,
     Reply,
@@ -28,6 +31,12 @@ from aiconexus.protocol.limits import ATTACHMENTS_MAX_BYTES, CALL_WINDOW_BYTES
 
 KEYS = tuple(DIDKey.from_seed(bytes([seed]) * 32) for seed in (1, 2))
 FINAL = {"success", "error", "cancelled"}
+
+
+async def nothing() -> AsyncIterator[bytes]:
+    """Stand for the stream among the arguments; what it has is fed by hand."""
+    return
+    yield b""
 
 
 def draw_one(data: st.DataObject, items: list[str]) -> str:
@@ -78,6 +87,7 @@ class LossyCalls(RuleBasedStateMachine):
         self.begun: list[Counter[str]] = [Counter(), Counter()]
         self.accepted: list[set[str]] = [set(), set()]
         self.running: list[list[str]] = [[], []]
+        self.feeding: list[list[str]] = [[], []]
         self.streams: list[set[str]] = [set(), set()]
         self.spoilt: list[set[str]] = [set(), set()]  # by a frame that belongs nowhere
         self.given_up: list[set[str]] = [set(), set()]  # by who asked, before the end
@@ -89,6 +99,21 @@ class LossyCalls(RuleBasedStateMachine):
         args = {"data": bytes(size)} if size else {}
         id_ = self.sides[side].execute("work", args, 60.0, is_stream=is_stream)
         self.asked[side][id_] = is_stream
+
+    @rule(side=st.integers(0, 1))
+    def execute_with_a_stream(self, side: int) -> None:
+        id_ = self.sides[side].execute("work", {"data": nothing()}, 60.0)
+        self.asked[side][id_] = False
+        self.feeding[side].append(id_)
+
+    @precondition(lambda self: any(self.feeding))
+    @rule(data=st.data(), size=st.sampled_from([0, 1, 40_000]))
+    def feed(self, data: st.DataObject, size: int) -> None:
+        side = data.draw(st.sampled_from([side for side in (0, 1) if self.feeding[side]]))
+        id_ = draw_one(data, self.feeding[side])
+        if not self.sides[side].feed(id_, bytes(size)) or not size:
+            self.sides[side].end_feed(id_)
+            self.feeding[side].remove(id_)
 
     @precondition(lambda self: any(self.running))
     @rule(data=st.data(), how=st.sampled_from(["succeed", "finish", "fail", "cancelled", "part", "progress"]))
@@ -143,7 +168,7 @@ class LossyCalls(RuleBasedStateMachine):
     def handle(self, side: int, event: Event | None) -> None:
         calls = self.sides[side]
         match event:
-            case ExecutionArrived(id_, _, args, _, is_stream):
+            case ExecutionArrived(id_, _, args, _, is_stream, _):
                 self.begun[side][id_] += 1
                 self.accepted[side].add(id_)
                 if is_stream:
@@ -161,8 +186,11 @@ class LossyCalls(RuleBasedStateMachine):
                 calls.fail(id_, "cancelled", "cancelled")
             case Answered(id_) | Failed(id_):
                 self.ends[side][id_] += 1
-            case PartArrived(id_):
+            case PartArrived(id_) | InputArrived(id_):
                 calls.took(id_)
+            case InputEnded(id_, fault):
+                if not fault:
+                    calls.has_read_input(id_)
             case Reply(text):
                 self.lines[side].messages.append(text)
             case Refused():

@@ -9,9 +9,11 @@ from unittest.mock import ANY
 
 import pytest
 
+from aiconexus.core.answers import KEEP_SECONDS, Answers
 from aiconexus.core.calls import Calls
 from aiconexus.core.events import (
     Answered,
+    ArgumentsArrived,
     CancelArrived,
     DoneArrived,
     Event,
@@ -19,6 +21,7 @@ from aiconexus.core.events import (
     Failed,
     IntentArrived,
     Left,
+    PartArrived,
     ProgressArrived,
     Refused,
     Reply,
@@ -28,12 +31,15 @@ from aiconexus.protocol import (
     DIDKey,
     ErrorCode,
     ExecRequestPayload,
+    ExecResponsePayload,
+    ExecStatus,
     IntentPayload,
     Message,
     MessageType,
     OfferPayload,
     decode,
 )
+from aiconexus.protocol.attachments import Detached, StreamDigest
 from aiconexus.protocol.errors import (
     CallBusyError,
     CallCancelledError,
@@ -45,7 +51,15 @@ from aiconexus.protocol.errors import (
     RemoteError,
     UnknownCapabilityError,
 )
-from aiconexus.protocol.limits import CALL_TIMEOUT_SECONDS, DATA_MESSAGE_MAX_BYTES
+from aiconexus.protocol.frames import Credit, Data, credit_frame, data_frame, parse_frame
+from aiconexus.protocol.limits import (
+    ATTACHMENTS_MAX_BYTES,
+    CALL_CREDIT_BYTES,
+    CALL_TIMEOUT_SECONDS,
+    CALL_WINDOW_BYTES,
+    CHUNK_MAX_BYTES,
+    DATA_MESSAGE_MAX_BYTES,
+)
 from aiconexus.protocol.security import sign_message, verify_envelope
 from aiconexus.protocol.serialization import encode
 
@@ -529,3 +543,489 @@ def test_forged_answer_fails_its_call_however_it_writes_the_id(alice: Calls, bob
     assert isinstance(event, Refused)
     assert isinstance(event.failed, Failed)
     assert isinstance(event.failed.error, PeerIdentityError)
+
+
+# --- attached arguments --------------------------------------------------------------------------
+
+
+def entry(at: str, data: bytes, *, is_bytes: bool = True, is_signed: bool = True, **changes: Any) -> Any:
+    return {**Detached(at, data, is_bytes).described(is_signed=is_signed), **changes}
+
+
+def request_with(*entries: Any, args: dict[str, Any] | None = None) -> tuple[str, str]:
+    """Return id and text of a request of Alice with these `ext.attachments`, whatever they are."""
+    ext = {"capability": "scan", "attachments": list(entries)}
+    made = Message.create(ALICE.did, BOB.did, ExecRequestPayload(args=args or {}), ext=ext)
+    return made.id, encode(sign_message(made, ALICE)).decode()
+
+
+def response_with(id_: str, status: str, *entries: Any, **fields: Any) -> str:
+    """Return the text of a response of Bob with these `ext.attachments`, whatever they are."""
+    ext = {"attachments": list(entries), **fields.pop("ext", {})}
+    payload = ExecResponsePayload(status=ExecStatus(status), **fields)
+    made = Message.create(BOB.did, ALICE.did, payload, correlation_id=id_, ext=ext)
+    return encode(sign_message(made, BOB) if payload.status.is_final else made).decode()
+
+
+def final_status(calls: Calls) -> tuple[str, str]:
+    """Return status and `ext.error.name` of the response that is to be sent, and nothing after it."""
+    response = decode(sent_text(calls))
+    assert sent(calls) is None
+    assert isinstance(response.payload, ExecResponsePayload)
+    assert response.signature is not None
+    return response.payload.status.value, response.ext["error"]["name"]
+
+
+def test_arguments_arrive_after_the_call(alice: Calls, bob: Calls) -> None:
+    data = bytes(range(256)) * 100
+    id_ = alice.execute("scan", {"scan": data, "language": "en"}, 1.0)
+    called, arrived = carry(alice, bob)
+    assert called == ExecutionArrived(id_, "scan", None, 1.0)
+    assert arrived == ArgumentsArrived(id_, {"scan": data, "language": "en"})
+
+
+def test_empty_arguments_arrive_with_the_call(alice: Calls, bob: Calls) -> None:
+    id_ = alice.execute("scan", {"scan": b"", "more": bytearray()}, 1.0)
+    assert carry(alice, bob) == [ExecutionArrived(id_, "scan", {"scan": b"", "more": b""}, 1.0)]
+
+
+def test_long_json_and_bytes_travel_together(alice: Calls, bob: Calls) -> None:
+    args = {"text": "x" * 20_000, "number": 1e17, "a/b~": memoryview(b"abc"), "": b"no name"}
+    id_ = alice.execute("scan", args, 1.0)
+    arrived = carry(alice, bob)[-1]
+    assert arrived == ArgumentsArrived(id_, {**args, "a/b~": b"abc"})
+
+
+@pytest.mark.parametrize(
+    ("bad", "data"),
+    [
+        (entry("/args/a", b"abc"), b"abd"),
+        (entry("/args/a", b"{}", is_bytes=False), b"[]"),
+        (entry("/args/a", b'{"b": 1}', is_bytes=False), b'{"b": 1}'),
+        (entry("/args", b"[1]", is_bytes=False), b"[1]"),
+    ],
+)
+def test_arguments_that_are_not_what_was_signed_have_a_fault(bob: Calls, bad: Any, data: bytes) -> None:
+    id_, text = request_with(bad)
+    assert bob.receive(text) == ExecutionArrived(id_, "scan", None, CALL_TIMEOUT_SECONDS)
+    arrived = bob.receive(data_frame(id_, data))
+    assert isinstance(arrived, ArgumentsArrived)
+    assert (arrived.id, arrived.args) == (id_, {})
+    assert arrived.fault
+    bob.fail(id_, "invalid_arguments", arrived.fault)
+    assert final_status(bob) == ("error", "invalid_arguments")
+
+
+@pytest.mark.parametrize(
+    "bad", [entry("/args/a", b"", sha256="0" * 64), entry("/args/a", b"", is_bytes=False)]
+)
+def test_fault_that_needs_no_bytes_ends_the_call_at_once(bob: Calls, bad: Any) -> None:
+    _, text = request_with(bad)
+    assert bob.receive(text) is None
+    assert final_status(bob) == ("error", "invalid_arguments")
+
+
+def test_argument_that_comes_twice_is_a_fault(bob: Calls) -> None:
+    whole = b'{"a":1}'
+    id_, text = request_with(entry("/args", whole, is_bytes=False), entry("/args/a", b"x"))
+    bob.receive(text)
+    arrived = bob.receive(data_frame(id_, whole + b"x"))
+    assert arrived == ArgumentsArrived(id_, {}, "the argument 'a' came twice")
+
+
+def test_announcement_that_is_none_is_refused(bob: Calls) -> None:
+    id_, text = request_with(entry("/args/a", b"abc"), args={"a": 1})
+    assert refusal(bob, text) == ("invalid_ext", id_)
+    assert bob.receive(data_frame(id_, b"abc")) is None  # it never was a call
+
+
+def test_more_than_is_ever_kept_is_refused_as_soon_as_it_is_announced(bob: Calls) -> None:
+    id_, text = request_with(entry("/args/a", b"abc", size=ATTACHMENTS_MAX_BYTES + 1))
+    assert bob.receive(text) is None
+    assert final_status(bob) == ("error", "invalid_arguments")
+    assert bob.receive(data_frame(id_, b"abc")) is None  # it has crossed the end
+
+
+def test_more_than_can_be_kept_now_is_busy(bob: Calls) -> None:
+    first, text = request_with(entry("/args/a", b"abc", size=ATTACHMENTS_MAX_BYTES))
+    assert isinstance(bob.receive(text), ExecutionArrived)
+    small, text = request_with(entry("/args/a", b"x"))
+    assert bob.receive(text) is None
+    assert final_status(bob) == ("error", "busy")
+    _, text = request_with(entry("/args/a", b""))
+    assert isinstance(bob.receive(text), ExecutionArrived)
+    bob.fail(first, "cancelled", "no")
+    assert final_status(bob) == ("cancelled", "cancelled")
+    again, text = request_with(entry("/args/a", b"x"))
+    assert again != small
+    assert isinstance(bob.receive(text), ExecutionArrived)
+
+
+def test_bytes_that_no_request_has_announced_fail_it(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    refused = bob.receive(data_frame(id_, b"x"))
+    assert isinstance(refused, Refused)
+    assert (refused.error.cause.name, refused.cancelled, refused.failed) == ("bad_frame", id_, None)
+    assert refused.reply is not None
+    assert decode(refused.reply).correlation_id == id_
+    failed = alice.receive(refused.reply)
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, RemoteError)
+    assert failed.error.name == "bad_frame"
+    bob.succeed(id_, 1, 0.0)
+    assert sent(bob) is None
+    assert bob.receive(data_frame(id_, b"x")) is None
+
+
+def test_bytes_beyond_what_a_request_has_announced_fail_it(bob: Calls) -> None:
+    id_, text = request_with(entry("/args/a", b"abc"))
+    bob.receive(text)
+    refused = bob.receive(data_frame(id_, b"abcd"))
+    assert isinstance(refused, Refused)
+    assert refused.cancelled == id_
+
+
+def test_request_that_fails_by_its_bytes_is_replayed_when_it_comes_again(bob: Calls) -> None:
+    id_, text = request_with(entry("/args/a", b"abc"))
+    bob.receive(text)
+    bob.receive(data_frame(id_, b"abcd"))
+    assert refusal(bob, text) == ("replayed", id_)
+
+
+def test_frame_that_is_none_fails_nothing(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    refused = bob.receive(b"\x01")
+    assert isinstance(refused, Refused)
+    assert (refused.error.cause.name, refused.cancelled, refused.failed) == ("bad_frame", None, None)
+    assert isinstance(alice.receive(succeed(bob, id_, 1)), Answered)
+
+
+def test_text_that_is_none_fails_no_call_whose_id_it_takes(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    twice = f'{{"id":"{id_}","id":"{id_}"}}'
+    refused = bob.receive(twice)
+    assert isinstance(refused, Refused)
+    assert (refused.error.cause.name, refused.cancelled) == ("duplicate_key", None)
+    refused = alice.receive(twice)
+    assert isinstance(refused, Refused)
+    assert refused.failed is None
+    assert isinstance(alice.receive(succeed(bob, id_, 1)), Answered)
+
+
+def test_frames_of_a_call_that_is_over_or_never_was_are_ignored(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    alice.receive(succeed(bob, id_, 1))
+    for call in (id_, "01234567-89ab-4def-8123-456789abcdef"):
+        for calls in (alice, bob):
+            assert calls.receive(data_frame(call, b"x")) is None
+            assert calls.receive(credit_frame(call, 1)) is None
+            assert sent(calls) is None
+
+
+@pytest.mark.parametrize("is_request", [True, False])
+def test_id_of_an_open_call_of_this_side_is_refused(alice: Calls, bob: Calls, is_request: bool) -> None:
+    id_ = ask(alice, bob)
+    payload = ExecRequestPayload(args={}) if is_request else IntentPayload(query="?")
+    same = Message.create(BOB.did, ALICE.did, payload, ext={"capability": "add"})
+    same = same.model_copy(update={"id": id_.upper()})
+    refused = alice.receive(encode(sign_message(same, BOB)).decode())
+    assert isinstance(refused, Refused)
+    assert (refused.error.cause.name, refused.failed) == ("replayed", None)
+    assert isinstance(alice.receive(succeed(bob, id_, 1)), Answered)
+
+
+# --- attached results, parts and credit ------------------------------------------------------------
+
+
+def stream(alice: Calls, bob: Calls) -> str:
+    """Let a call of Alice that wants parts run at Bob; return its id."""
+    id_ = alice.execute("parts", {}, 30.0, is_stream=True)
+    assert carry(alice, bob) == [ExecutionArrived(id_, "parts", {}, 30.0, True)]
+    bob.start(id_)
+    return id_
+
+
+def test_result_of_bytes_is_attached(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    bob.succeed(id_, bytes(50_000), 0.0)
+    (answered,) = carry(bob, alice)
+    assert answered == Answered(id_, bytes(50_000), receipt=ANY)
+
+
+def test_result_whose_digest_is_wrong_fails_the_call(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    assert alice.receive(response_with(id_, "success", entry("/result", b"abc"))) is None
+    failed = alice.receive(data_frame(id_, b"abd"))
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, PeerIdentityError)
+    assert alice.open == 0
+
+
+@pytest.mark.parametrize("status", ["partial", "progress"])
+def test_part_that_cannot_be_used_fails_the_call_and_cancels_it_there(
+    alice: Calls, bob: Calls, status: str
+) -> None:
+    id_ = stream(alice, bob)
+    assert alice.receive(response_with(id_, status, entry("/result", b"{", is_bytes=False))) is None
+    failed = alice.receive(data_frame(id_, b"{"))
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, PeerIdentityError)
+    assert carry(alice, bob) == [CancelArrived(id_)]
+
+
+def test_bytes_that_no_response_has_announced_fail_the_call(alice: Calls, bob: Calls) -> None:
+    id_ = stream(alice, bob)
+    bob.part(id_, b"abc")
+    assert carry(bob, alice) == [PartArrived(id_, b"abc")]
+    refused = alice.receive(data_frame(id_, b"d"))
+    assert isinstance(refused, Refused)
+    assert refused.error.cause.name == "bad_frame"
+    assert refused.failed is not None
+    assert (refused.failed.id, type(refused.failed.error)) == (id_, CallError)
+    assert carry(alice, bob) == [CancelArrived(id_)]
+
+
+def test_response_with_more_than_can_be_kept_fails_the_call(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    large = entry("/result", b"", size=ATTACHMENTS_MAX_BYTES + 1)
+    refused = alice.receive(response_with(id_, "success", large))
+    assert isinstance(refused, Refused)
+    assert refused.error.cause.name == "too_large"
+    assert refused.failed is not None
+    assert refused.failed.id == id_
+    assert carry(alice, bob) == [CancelArrived(id_)]
+
+
+def test_envelope_ends_what_is_not_complete_before_it(alice: Calls, bob: Calls) -> None:
+    id_ = stream(alice, bob)
+    half = response_with(id_, "partial", entry("/result", bytes(ATTACHMENTS_MAX_BYTES // 4)))
+    for _ in range(5):  # each of them forgets the one before, or there would be no room
+        assert alice.receive(half) is None
+        assert alice.receive(data_frame(id_, bytes(CHUNK_MAX_BYTES))) is None
+    assert alice.receive(response_with(id_, "progress", result=1)) == ProgressArrived(id_, 1)
+    refused = alice.receive(data_frame(id_, b"x"))
+    assert isinstance(refused, Refused)
+    assert refused.error.cause.name == "bad_frame"
+
+
+@pytest.mark.parametrize(("status", "is_stream"), [("progress", True), ("partial", False)])
+def test_what_waits_for_no_reader_is_neither_kept_nor_left_without_credit(
+    alice: Calls, bob: Calls, status: str, is_stream: bool
+) -> None:
+    id_ = alice.execute("parts", {}, 30.0, is_stream=is_stream)
+    carry(alice, bob)
+    announced = response_with(id_, status, entry("/result", bytes(CALL_CREDIT_BYTES)))
+    for number in range(1, 6):
+        alice.receive(announced)
+        for _ in range(CALL_CREDIT_BYTES // CHUNK_MAX_BYTES):
+            alice.receive(data_frame(id_, bytes(CHUNK_MAX_BYTES)))
+        granted = []
+        while (frame := sent(alice)) is not None:
+            assert isinstance(frame, bytes)
+            granted.append(parse_frame(frame))
+        assert isinstance(granted[-1], Credit)
+        # All that a sender could wait for was granted.
+        assert number * CALL_CREDIT_BYTES - granted[-1].taken < CALL_CREDIT_BYTES
+    large = entry("/result", b"", size=ATTACHMENTS_MAX_BYTES)
+    assert alice.receive(response_with(id_, "success", large)) is None
+
+
+def test_part_after_the_final_response_is_ignored(alice: Calls, bob: Calls) -> None:
+    id_ = stream(alice, bob)
+    part = response_with(id_, "partial", entry("/result", b"abc"))
+    bob.finish(id_, 0.0)
+    assert carry(bob, alice) == [Answered(id_, None, True, ANY)]
+    assert alice.receive(part) is None
+    assert alice.receive(data_frame(id_, b"abc")) is None
+    assert not bob.part(id_, b"late")
+    bob.progress(id_, 0.5)
+    assert sent(bob) is None
+
+
+def test_who_wants_no_stream_gets_no_parts(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    bob.start(id_)
+    assert not bob.part(id_, 1)
+    bob.progress(id_, 0.5)
+    assert sent(bob) is None
+    assert alice.receive(response_with(id_, "partial", result=1)) is None
+    assert isinstance(alice.receive(succeed(bob, id_, [1])), Answered)
+
+
+def test_parts_wait_until_the_call_runs(alice: Calls, bob: Calls) -> None:
+    id_ = alice.execute("parts", {}, 30.0, is_stream=True)
+    carry(alice, bob)
+    assert not bob.part(id_, 1)
+    bob.start(id_)
+    assert bob.part(id_, 1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), "\ud800", {"a": object()}, ["x" * 20_000, float("nan")]])
+def test_part_without_json_form_is_none(alice: Calls, bob: Calls, value: Any) -> None:
+    id_ = stream(alice, bob)
+    with pytest.raises(CapabilityError, match="a part cannot be sent"):
+        bob.part(id_, value)
+    bob.finish(id_, 0.0)
+    assert carry(bob, alice) == [Answered(id_, None, True, ANY)]
+
+
+@pytest.mark.parametrize("value", ["x" * 20_000, object(), float("inf")])
+def test_progress_is_short_json(alice: Calls, bob: Calls, value: Any) -> None:
+    id_ = stream(alice, bob)
+    with pytest.raises(CapabilityError, match="the progress"):
+        bob.progress(id_, value)
+
+
+STREAM_OF_ONE = StreamDigest()
+STREAM_OF_ONE.add(1)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {**STREAM_OF_ONE.summary().model_dump(), "parts": 2},
+        {**STREAM_OF_ONE.summary().model_dump(), "sha256": "0" * 64},
+        StreamDigest().summary().model_dump(),
+        None,
+    ],
+)
+def test_stream_that_is_not_the_signed_one_fails(alice: Calls, bob: Calls, said: Any) -> None:
+    id_ = stream(alice, bob)
+    bob.part(id_, 1)
+    assert carry(bob, alice) == [PartArrived(id_, 1)]
+    failed = alice.receive(response_with(id_, "success", ext={"stream": said}))
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, PeerIdentityError)
+    assert failed.receipt is not None
+
+
+def test_summary_of_parts_that_never_came_fails(alice: Calls, bob: Calls) -> None:
+    id_ = ask(alice, bob)
+    said = STREAM_OF_ONE.summary().model_dump()
+    failed = alice.receive(response_with(id_, "success", ext={"stream": said}))
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, PeerIdentityError)
+
+
+@pytest.mark.parametrize("said", [[], {}, {"parts": -1, "sha256": "0" * 64}, {"parts": 0, "sha256": "x"}])
+def test_summary_of_another_form_fails_the_call(alice: Calls, bob: Calls, said: Any) -> None:
+    id_ = stream(alice, bob)
+    failed = alice.receive(response_with(id_, "success", ext={"stream": said}))
+    assert isinstance(failed, Failed)
+    assert type(failed.error) is CallError
+    assert "ext.stream" in str(failed.error)
+    assert alice.open == 0
+
+
+def test_failure_after_parts_needs_no_summary(alice: Calls, bob: Calls) -> None:
+    id_ = stream(alice, bob)
+    bob.part(id_, 1)
+    assert carry(bob, alice) == [PartArrived(id_, 1)]
+    bob.fail(id_, "capability_error", "no more")
+    (failed,) = carry(bob, alice)
+    assert isinstance(failed, Failed)
+    assert type(failed.error) is CapabilityError
+
+
+def test_failure_overtakes_the_parts_that_wait(alice: Calls, bob: Calls) -> None:
+    id_ = stream(alice, bob)
+    bob.part(id_, bytes(5 * CHUNK_MAX_BYTES))
+    alice.receive(sent_text(bob))
+    frame = sent(bob)
+    assert isinstance(frame, bytes)
+    assert isinstance(parse_frame(frame), Data)
+    alice.receive(frame)
+    bob.fail(id_, "timeout", "too late")
+    (failed,) = carry(bob, alice)
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, CallTimeoutError)
+
+
+def test_sender_that_ignores_the_window_is_refused(alice: Calls, bob: Calls) -> None:
+    id_ = stream(alice, bob)
+    text = response_with(id_, "partial", result="x" * 10_000)
+    for _ in range(2 * CALL_WINDOW_BYTES // len(text)):
+        assert isinstance(alice.receive(text), PartArrived)
+    refused = alice.receive(text)
+    assert isinstance(refused, Refused)
+    assert refused.error.cause.name == "bad_frame"
+    assert refused.failed is not None
+    assert refused.failed.id == id_
+    assert carry(alice, bob) == [CancelArrived(id_)]
+
+
+# --- the same request again ------------------------------------------------------------------------
+
+
+def test_request_again_is_ignored_while_it_runs_and_answered_alike_after(alice: Calls, bob: Calls) -> None:
+    id_, text = execute(alice, "add", {}, 1.0)
+    assert isinstance(bob.receive(text), ExecutionArrived)
+    assert bob.receive(text) is None
+    assert sent(bob) is None
+    answer = succeed(bob, id_, 1)
+    assert bob.receive(text) is None
+    assert sent_text(bob) == answer
+
+
+def test_request_again_and_again_has_one_answer_that_waits(alice: Calls, bob: Calls) -> None:
+    id_, text = execute(alice, "add", {}, 1.0)
+    bob.receive(text)
+    bob.succeed(id_, 1, 0.0)
+    for _ in range(3):
+        bob.receive(text)
+    assert sent(bob) is not None
+    assert sent(bob) is None
+
+
+def test_request_over_a_second_connection_waits_for_the_first(alice: Calls) -> None:
+    answers = Answers()
+    first, second, third = (Calls(BOB, ALICE.did, answers=answers) for _ in range(3))
+    id_, text = execute(alice, "add", {}, 1.0)
+    assert isinstance(first.receive(text), ExecutionArrived)
+    for _ in range(3):
+        assert second.receive(text) is None
+    assert sent(second) is None
+    answer = succeed(first, id_, 1)
+    assert sent_text(second) == answer
+    assert sent(second) is None
+    assert third.receive(text) is None
+    assert sent_text(third) == answer
+
+
+def test_request_over_a_second_connection_waits_for_long(alice: Calls) -> None:
+    now, answers = [0.0], Answers()
+    first, second = (Calls(BOB, ALICE.did, answers=answers, clock=lambda: now[0]) for _ in range(2))
+    id_, text = execute(alice, "add", {}, 600.0)
+    first.receive(text)
+    second.receive(text)
+    now[0] = KEEP_SECONDS + 1
+    assert isinstance(first.receive(execute(alice, "add", {}, 1.0)[1]), ExecutionArrived)
+    answer = succeed(first, id_, 1)
+    assert sent_text(second) == answer
+
+
+def test_answer_that_is_not_kept_is_not_repeated(alice: Calls) -> None:
+    answers = Answers()
+    first, second = (Calls(BOB, ALICE.did, answers=answers) for _ in range(2))
+    id_, text = execute(alice, "add", {}, 1.0)
+    first.receive(text)
+    second.receive(text)
+    first.succeed(id_, b"attached", 0.0)
+    error = decode(sent_text(second))
+    assert (error.type, error.correlation_id, error.payload.details.name) == (  # type: ignore[union-attr]
+        MessageType.ERROR,
+        id_,
+        "replayed",
+    )
+    assert refusal(second, text) == ("replayed", id_)
+    assert refusal(Calls(BOB, ALICE.did, answers=answers), text) == ("replayed", id_)
+
+
+def test_another_request_of_that_id_is_replayed_over_a_second_connection(alice: Calls) -> None:
+    answers = Answers()
+    first, second = (Calls(BOB, ALICE.did, answers=answers) for _ in range(2))
+    id_, text = execute(alice, "add", {}, 1.0)
+    first.receive(text)
+    other = Message.model_validate({**json.loads(text), "ext": {"capability": "sub"}, "signature": None})
+    assert refusal(second, encode(sign_message(other, ALICE)).decode()) == ("replayed", id_)
+    assert isinstance(alice.receive(succeed(first, id_, 1)), Answered)

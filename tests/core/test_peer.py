@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 from switchboard import Switchboard, Workshop
 
-from aiconexus.core import Peer, PeerState
-from aiconexus.core import calls as calls_module
+from aiconexus.core import Peer, PeerState, detach
 from aiconexus.core import peer as peer_module
 from aiconexus.core.calls import Calls
 from aiconexus.core.keepalive import KeepAlive
@@ -143,7 +142,7 @@ async def test_both_sides_call_at_once(pair: Pair, peer: Peer) -> None:
 
 
 async def test_what_is_too_large_is_an_error_here(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls_module, "ATTACHMENTS_MAX_BYTES", 1_000_000)
+    monkeypatch.setattr(detach, "ATTACHMENTS_MAX_BYTES", 1_000_000)
     fits = "x" * 999_000
     assert await peer.execute("echo", value=fits) == fits
     with pytest.raises(InvalidArgumentsError, match="at most 1000000 are kept: stream them in parts"):

@@ -24,6 +24,8 @@ from aiconexus.protocol import (
     sign_message,
 )
 from aiconexus.protocol.errors import (
+    ErrorCode,
+    GatewayUnreachableError,
     PeerConnectError,
     PeerIdentityError,
     PeerLostError,
@@ -212,13 +214,74 @@ async def test_gateway_that_never_confirms_is_not_asked_for_ever(
     assert types(switchboard) == ["OFFER"] * 2
 
 
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        ("online", "it is online, but has not answered the OFFER"),
+        ("away", "it is away: its connection to the gateway is interrupted"),
+        ("offline", "is not online any more"),
+        (GatewayUnreachableError("no answer"), "and the gateway does not answer either"),
+        (
+            RemoteError(ErrorCode.MALFORMED_MESSAGE, "it has no directory"),
+            "s: it has not answered the OFFER; it may",
+        ),
+    ],
+)
+async def test_timeout_says_what_the_gateway_knows(
+    status: str | Exception, text: str, switchboard: Switchboard, pair: Pair
+) -> None:
+    one, two = pair
+    asked = []
+
+    async def status_of(did: str, timeout: float) -> str:
+        asked.append(did)
+        if isinstance(status, Exception):
+            raise status
+        return status
+
+    one._signaling._status_of = status_of
+    switchboard.alter = lambda message: None
+    with pytest.raises(PeerConnectError, match=text):
+        await one.connect(two.did, timeout=0.2)
+    assert asked == [two.did]
+
+
+@pytest.mark.parametrize("is_sent", [True, False])
+async def test_timeout_says_that_the_gateway_is_away(
+    is_sent: bool, switchboard: Switchboard, pair: Pair
+) -> None:
+    one, two = pair
+    one._signaling._has_gateway = lambda: False
+    switchboard.alter = lambda message: None
+    if not is_sent:
+
+        async def never(message: Message) -> None:
+            await asyncio.Event().wait()
+
+        one._signaling._send = never
+    with pytest.raises(PeerConnectError) as caught:
+        await one.connect(two.did, timeout=0.2)
+    assert "the gateway ws://127.0.0.1:1/ws is away" in str(caught.value)
+    assert ("could not be sent" in str(caught.value)) is not is_sent
+
+
+async def test_who_is_answered_is_not_asked_after(switchboard: Switchboard, pair: Pair) -> None:
+    one, two = pair
+
+    async def status_of(did: str, timeout: float) -> str:
+        raise AssertionError("there is no need")
+
+    one._signaling._status_of = status_of
+    await one.connect(two.did)
+
+
 async def test_timeout_says_how_far_it_came(switchboard: Switchboard, pair: Pair) -> None:
     one, two = pair
     switchboard.alter = lambda message: None
     with pytest.raises(PeerConnectError) as caught:
         await one.connect(two.did, timeout=0.2)
     assert caught.value.did == two.did
-    assert "in 0.2 s: it has not answered the OFFER" in str(caught.value)
+    assert "in 0.2 s: it is online, but has not answered the OFFER" in str(caught.value)
     assert re.search(r"local candidates: 127\.0\.0\.1:\d+ host; remote candidates: none", str(caught.value))
     assert not one._signaling._attempts
 

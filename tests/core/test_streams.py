@@ -282,3 +282,101 @@ def test_capability_says_that_it_streams() -> None:
         @as_capability
         def plain(self: object) -> Any:
             return 1
+
+
+# --- a stream among the arguments ----------------------------------------------------------------
+
+
+async def source(count: int, size: int, fail_at: int = -1) -> AsyncIterator[bytes]:
+    for number in range(count):
+        if number == fail_at:
+            raise OSError("the disk is gone")
+        yield bytes([number % 256]) * size
+
+
+async def test_stream_of_bytes_is_read_as_it_comes(peer: Peer) -> None:
+    receipts: list[Receipt] = []
+    result = await peer.execute("measure", data=source(50, 100_000), unit="kB", on_receipt=receipts.append)
+    assert result == "5000.0 kB"
+    assert await peer.execute("measure", data=source(0, 1), unit="kB") == "0.0 kB"
+    assert b'"input"' in receipts[0].to_json().replace(b"\\", b"")
+
+
+async def test_bytes_that_are_there_pass_for_a_stream(peer: Peer) -> None:
+    assert await peer.execute("measure", data=bytes(300_000), unit="kB") == "300.0 kB"
+    assert await peer.execute("measure", data="AAEC", unit="B") == "0.003 B"
+
+
+async def test_stream_goes_in_and_comes_out(peer: Peer) -> None:
+    parts = await collected(peer.stream("flip", data=source(100, 40_000)))
+    assert b"".join(parts) == b"".join([bytes([255 - number]) * 40_000 for number in range(100)])
+
+
+async def test_slow_capability_slows_its_caller(pair: Pair, peer: Peer) -> None:
+    given = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal given
+        while True:
+            given += 1
+            yield bytes(65_536)
+
+    task = asyncio.ensure_future(peer.execute("leave_it", data=endless()))
+    await asyncio.wait_for(pair[1].started.wait(), 10)
+    before = -1
+    while before != given:  # until it is asked for no more
+        before = given
+        await peer.ping()
+    assert given * 65_536 <= CALL_WINDOW_BYTES + 8 * 65_536
+    pair[1].release.set()
+    assert await task == "enough"
+    assert await peer.execute("add", a=1) == 2
+
+
+async def test_source_that_fails_cancels_the_call(pair: Pair, peer: Peer) -> None:
+    with pytest.raises(OSError, match="the disk is gone"):
+        await peer.execute("measure", data=source(50, 100_000, fail_at=20), unit="kB")
+    there = pair[1].peers[pair[0].did]
+    await asyncio.wait_for(asyncio.gather(*there._serving), 10)
+    with pytest.raises(TypeError, match="has bytes, not int"):
+        await peer.execute("measure", data=numbers(), unit="kB")
+    assert await peer.execute("add", a=1) == 2
+
+
+async def numbers() -> AsyncIterator[Any]:
+    yield 1
+
+
+async def test_stream_where_none_is_taken_is_refused(peer: Peer) -> None:
+    with pytest.raises(InvalidArgumentsError, match="data: takes no stream"):
+        await peer.execute("reverse", data=source(1, 1))
+    with pytest.raises(InvalidArgumentsError, match="data: takes a stream of bytes"):
+        await peer.execute("measure", data=5, unit="kB")
+    with pytest.raises(InvalidArgumentsError, match="data: Missing"):
+        await peer.execute("measure", unit="kB")
+    with pytest.raises(InvalidArgumentsError, match="2 arguments are streams; one can be"):
+        await peer.execute("measure", data=source(1, 1), unit=source(1, 1))
+
+
+async def test_stream_that_is_altered_fails_its_reader(peer: Peer) -> None:
+    take = peer._calls.outbox.take
+
+    def altered() -> str | bytes | None:
+        message = take()
+        if isinstance(message, bytes) and message[0] == 1:
+            return message[:-1] + b"\xff"
+        return message
+
+    peer._calls.outbox.take = altered  # type: ignore[method-assign]
+    with pytest.raises(InvalidArgumentsError, match="what came of the stream is not what was sent"):
+        await peer.execute("measure", data=source(3, 10), unit="kB")
+
+
+def test_parameter_that_streams_something_else_is_refused(switchboard: Switchboard) -> None:
+    class Wrong(Workshop):
+        @as_capability
+        async def take(self, data: AsyncIterator[int]) -> int:
+            return 1
+
+    with pytest.raises(TypeError, match="data is a stream of something else than bytes"):
+        Wrong(switchboard)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from wire import Agent, wait_until
 
 from aiconexus import __version__
 
@@ -63,7 +65,7 @@ def test_the_help_tells_every_option_with_its_default():
 def test_the_console_script_and_the_module_are_the_same():
     done = run("--version")
     assert (done.returncode, done.stdout) == (0, f"aiconexus-gateway {__version__}\n")
-    assert run("--version", code="from gateway.cli import main; main()").stdout == done.stdout
+    assert run("--version", code="from gateway.server import main; main()").stdout == done.stdout
 
 
 @pytest.mark.parametrize(
@@ -131,9 +133,8 @@ def test_an_identity_that_cannot_be_used_gives_one_sentence(tmp_path: Path):
     assert_one_sentence(run("--identity", str(tmp_path)), str(tmp_path))
 
 
-@pytest.mark.parametrize("module", ["gateway.cli", "gateway.server"])
 @pytest.mark.parametrize("missing", ["gateway._connection", "gateway._frames", "uvloop"])
-def test_without_the_compiled_part_it_says_how_to_get_it(missing, module):
+def test_without_the_compiled_part_it_says_how_to_get_it(missing):
     code = f"""
 import runpy
 import sys
@@ -144,9 +145,39 @@ class Blocked:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Blocked())
-runpy.run_module({module!r}, run_name="__main__")
+runpy.run_module("gateway.server", run_name="__main__")
 """
     assert_one_sentence(run(code=code), missing, "C compiler")
+
+
+def test_a_terminal_shows_the_banner_of_the_readme_in_its_frame(tmp_path: Path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    documented = [line for line in readme.splitlines() if line.startswith("│")]
+    options = ["--port", "0", "--workers", "1", "--identity", str(tmp_path / "gateway.key")]
+    command = [sys.executable, "-m", "gateway.server", *options]
+    limited = ["sh", "-c", 'ulimit -n 1024; exec "$0" "$@"', *command]
+    ours, theirs = os.openpty()
+    with subprocess.Popen(
+        limited,
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "COLUMNS": "120", "TERM": "xterm"},
+    ) as process:
+        os.close(theirs)
+        try:
+            with open(ours, newline="") as terminal:
+                shown = []
+                for line in terminal:
+                    shown.append(re.sub(r"\x1b\[\d*m", "", line.rstrip()))
+                    if shown[-1].startswith("╰"):
+                        break
+                process.terminate()
+                assert process.wait(30) == 0
+        finally:
+            process.kill()
+    names = [line.split("  ")[0] for line in shown if line.startswith("│")]
+    assert names == [line.split("  ")[0] for line in documented]
+    assert "did:key:z6Mk" in "".join(shown)
 
 
 def test_the_banner_tells_where_agents_dial(start_gateway):
@@ -165,6 +196,44 @@ def test_the_identity_is_kept(start_gateway, tmp_path: Path):
     assert start_gateway("--identity", str(identity)).health()["did"] == did
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_loads_ends_it_as_any_other_does(number):
+    code = """
+import sys
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "gateway.cli":
+            print("loading", flush=True)
+            sys.stdin.read()
+
+sys.meta_path.insert(0, Slow())
+from gateway.server import main
+main()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(number)
+        assert process.wait(30) == 0
+
+
+def test_a_hangup_stops_nobody_and_says_that_there_is_nothing_to_reload(start_gateway):
+    gateway = start_gateway("--workers", "2")
+    workers = gateway.worker_pids
+    with Agent(gateway.port) as agent:
+        gateway.signal_workers(signal.SIGHUP)  # of a terminal that closes, all get it
+        gateway.signal(signal.SIGHUP)
+        wait_until(lambda: '"event": "SIGHUP"' in gateway.log)
+        agent.ping()
+    (line,) = [line for line in gateway.log_lines() if line["event"] == "SIGHUP"]
+    assert "nothing to reload" in line["text"]
+    assert gateway.worker_pids == workers
+    assert gateway.stop() == 0
+
+
 def test_the_log_is_json_lines_if_so_wanted(start_gateway):
     gateway = start_gateway("--workers", "1", "--log-level", "debug")
     gateway.stop()
@@ -174,8 +243,6 @@ def test_the_log_is_json_lines_if_so_wanted(start_gateway):
 
 def test_a_log_that_nobody_reads_any_more_stops_nothing(tmp_path: Path):
     """The pipe of a log collector that died."""
-    from wire import Agent
-
     process = subprocess.Popen(
         [sys.executable, "-m", "gateway.server", "--port", "0"],
         stdout=subprocess.PIPE,

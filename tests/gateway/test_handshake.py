@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +30,15 @@ OTHER = DIDKey.from_seed(b"o" * 32)
 
 
 def registrar(*public_urls: str) -> Registrar:
-    return Registrar(GATEWAY, public_urls=public_urls, register_timeout=10, ping_interval=25, away=30)
+    return Registrar(
+        GATEWAY,
+        public_urls=public_urls,
+        register_timeout=10,
+        ping_interval=25,
+        away=30,
+        message_rate=50,
+        message_burst=300,
+    )
 
 
 def register(
@@ -67,6 +77,17 @@ def test_the_first_message_is_signed_and_fits_the_models():
     assert state.timeout == 10
     limits = message.ext["limits"]
     assert (limits["register_timeout_ms"], limits["away_ms"]) == (10_000, 30_000)
+    assert (limits["message_rate"], limits["message_burst"]) == (50, 300)
+
+
+def test_the_protocol_names_every_limit_that_is_announced():
+    announced = decode(registrar().begin("gateway.example")[1]).ext["limits"]
+    root = Path(__file__).parents[2]
+    example = json.loads((root / "tests/vectors/messages.json").read_text())[0]["wire"]
+    assert list(json.loads(example)["ext"]["limits"]) == list(announced)
+    rows = (root / "PROTOCOL_DESIGN.md").read_text().splitlines()
+    (row,) = [row for row in rows if row.startswith("| `limits` | object |")]
+    assert re.findall("`([a-z_]+)`", row)[1:] == list(announced)
 
 
 def test_a_proof_is_accepted_and_answered(handshake):

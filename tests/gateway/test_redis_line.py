@@ -35,6 +35,12 @@ async def test_a_sentinel_url_is_read_as_a_redis_url_is():
     await client.aclose()
 
 
+@pytest.mark.parametrize("url", ["foo", "http://h/0", "sentinel:h/main"])
+def test_another_url_is_refused_with_all_forms_that_there_are(url):
+    with pytest.raises(ValueError, match="redis://, rediss://, unix:// or sentinel://"):
+        make_client(url)
+
+
 @pytest.mark.parametrize("url", ["sentinel://h:26379", "sentinel:///main"])
 def test_a_sentinel_url_without_hosts_or_service_is_refused(url):
     with pytest.raises(ValueError):

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-import uvloop
 from wire import PING, PONG, Agent
+from worker_here import closed, run
 
-from aiconexus.protocol import DIDKey
-from gateway import log
-from gateway.config import Settings
-from gateway.node import Node
 from gateway.worker import Gateway
 
 # The wheel has 512 slots of 0.1 s; what is due later goes round.
@@ -32,34 +26,8 @@ class Clock:
         self._router.advance(self._start + seconds)
 
 
-def run(test: Callable[[Gateway, int], Awaitable[None]], **settings: Any) -> None:
-    """Run a gateway in this process, and `test` beside it."""
-
-    async def main() -> None:
-        node = Node.create(1, 100)
-        node.ledger.begin(0, 0)
-        gateway = Gateway(Settings(**settings), DIDKey.generate(), node)
-        listener = socket.create_server(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        ready = asyncio.Event()
-        serving = asyncio.create_task(gateway.serve(listener, ready.set))
-        try:
-            await ready.wait()
-            await test(gateway, port)
-        finally:
-            serving.cancel()
-            await asyncio.wait([serving])
-
-    log.configure("error", "json")
-    uvloop.run(main())
-
-
 def pings(gateway: Gateway) -> int:
     return gateway.node.counters.total("pings_sent")
-
-
-def closed(gateway: Gateway) -> object:
-    return gateway.node.totals()["closed"]
 
 
 @pytest.mark.parametrize("seconds", [1, 51.1, 51.2, 51.3, 60, 102.4, 153.7, 3600])
@@ -166,11 +134,14 @@ def test_a_fault_with_one_connection_does_not_stop_the_clock_of_the_others(monke
         clock = Clock(gateway)
         clock.move(61)
         assert calls == 20
-        assert closed(gateway) == {"4007": 10, "1006": 10}
+        assert closed(gateway) == {"4007": 10, "4002": 10}
         clock.move(64)  # nobody answers the CLOSE
+        codes = []
         for agent in agents:
-            await asyncio.to_thread(agent.read_to_end)
+            codes.append((await asyncio.to_thread(agent.read_close)).close_code)
             agent.drop()
+        assert sorted(codes) == [4002] * 10 + [4007] * 10
+        assert gateway.node.totals()["faults"] == 10
         assert gateway.router.connection_count == 0
 
     run(test, register_timeout=60)

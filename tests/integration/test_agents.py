@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from relay import Relay
+from wire import Agent as WireAgent
 
 from aiconexus import Agent, DIDKey, GatewayClient, Intent, Message, Quote, capability
 from aiconexus.client import ClientState
@@ -190,6 +191,39 @@ print("stopped", flush=True)
     assert (process.returncode, output, errors) == (0, "stopped\n", "")
 
 
+# --- who does not answer ---------------------------------------------------------------------------
+
+
+async def test_connect_to_an_agent_that_is_away_says_so(shared_gateway: GatewayProcess) -> None:
+    away = await asyncio.to_thread(WireAgent, shared_gateway.port)
+    async with Worker(shared_gateway.url) as one:
+        with pytest.raises(PeerConnectError, match="it is online, but has not answered the OFFER"):
+            await one.connect(away.did, timeout=0.5)
+        watch = one.watch(dids=[away.did])
+        assert (await anext(watch)).event == "join"
+        away.drop()
+        assert (await anext(watch)).event == "away"
+        with pytest.raises(PeerConnectError, match="it is away: its connection to the gateway is"):
+            await one.connect(away.did, timeout=0.5)
+        await watch.aclose()
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
+async def test_connect_without_the_gateway_says_so(gateway: GatewayProcess, end: signal.Signals) -> None:
+    async with Worker(gateway.url) as one, Worker(gateway.url) as two:
+        if end is signal.SIGKILL:
+            await asyncio.to_thread(gateway.kill)
+            await one.client.wait_for(ClientState.RECONNECTING, timeout=SECONDS)
+            text = f"the gateway {gateway.url} is away"
+        else:
+            gateway.signal_workers(signal.SIGSTOP)
+            text = "and the gateway does not answer either"
+        with pytest.raises(PeerConnectError, match=text):
+            await one.connect(two.did, timeout=0.5)
+        if end is signal.SIGSTOP:
+            gateway.signal_workers(signal.SIGCONT)
+
+
 # --- P3: the data plane outlives the gateway -------------------------------------------------------
 
 
@@ -276,7 +310,7 @@ async def test_fingerprint_swapped_in_the_offer(relay: Relay, victims: Pair) -> 
     refused: asyncio.Queue[str] = asyncio.Queue()
     two.client.on_rejected(lambda error, data: refused.put_nowait(error.cause.name))
     relay.tamper = replacing("OFFER", with_fingerprint_of_its_own)
-    with pytest.raises(PeerConnectError, match="it has not answered the OFFER"):
+    with pytest.raises(PeerConnectError, match="has not answered the OFFER"):
         await one.connect(two.did, timeout=1.0)
     assert refused.get_nowait() == "bad_signature"
     assert not two.peers

@@ -27,6 +27,7 @@ from aiconexus.protocol.errors import (
     RegistrationError,
     UnknownAgentError,
 )
+from aiconexus.protocol.limits import MESSAGE_BURST, MESSAGE_RATE
 
 if TYPE_CHECKING:
     from conftest import GatewayProcess
@@ -65,8 +66,17 @@ async def test_session_of_a_real_gateway(register: Register) -> None:
     assert session.resumed is False
     assert "resume" in session.features
     assert session.limits["message_max_bytes"] == 65_536
+    assert (session.limits["message_rate"], session.limits["message_burst"]) == (MESSAGE_RATE, MESSAGE_BURST)
     assert session.gateway_did.startswith("did:key:z6Mk")
     assert 0 < await client.ping() < 5
+
+
+async def test_tls_to_a_plain_port_fails_at_once_and_says_so(shared_gateway: GatewayProcess) -> None:
+    begin = asyncio.get_running_loop().time()
+    async with GatewayClient(shared_gateway.url.replace("ws:", "wss:"), DIDKey.generate()) as client:
+        with pytest.raises(GatewayUnreachableError, match="may not speak TLS"):
+            await client.register()
+    assert asyncio.get_running_loop().time() - begin < 5  # and not after the 10 s that a request may take
 
 
 async def test_offer_and_answer_between_two_agents(register: Register) -> None:

@@ -94,6 +94,24 @@ def test_without_a_subprotocol_none_is_answered(port):
         assert (status, headers.get("sec-websocket-protocol")) == (101, None)
 
 
+def test_tls_is_refused_at_its_first_byte(start_gateway):
+    gateway = start_gateway("--workers", "1")
+    with RawClient(gateway.port) as client:
+        status, headers, body = client.request(b"\x16")
+    assert (status, headers["content-length"]) == (400, str(len(body)))
+    assert b"does not speak TLS" in body
+    with RawClient(gateway.port) as client:  # a whole handshake in pieces is no other
+        client.write(b"\x16\x03\x01")
+        client.read_to_end()
+    with RawClient(gateway.port) as client:  # and behind the beginning of a request it is none
+        client.write(b"GET")
+        client.write(b"\x16 / HTTP/1.1\r\n\r\n")
+        client.read_to_end()
+    wait_until(lambda: gateway.health()["counters"]["refused"]["http_400"] == 2)
+    texts = [line["text"] for line in gateway.log_lines() if line["event"] == "http refused"]
+    assert [text for text in texts if "TLS" in text] == ["TLS is not spoken here"] * 2
+
+
 @pytest.mark.parametrize(
     ("request_of", "status"),
     [

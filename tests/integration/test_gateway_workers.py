@@ -384,6 +384,24 @@ def test_a_second_signal_ends_a_drain_at_once(start_gateway):
         assert gateway.wait() == 0
 
 
+def test_an_ordinary_stop_warns_of_nothing(start_gateway):
+    gateway = start_gateway("--workers", "3")
+    with Agent(gateway.port) as agent:
+        gateway.signal(signal.SIGTERM)
+        assert agent.read_close().close_code == 4001
+    assert gateway.wait() == 0
+    lines = gateway.log_lines()
+    assert {line["level"] for line in lines} == {"info"}
+    assert "worker lost" not in {line["event"] for line in lines}
+
+
+def test_a_worker_that_dies_is_missed_by_the_others(start_gateway):
+    gateway = start_gateway("--workers", "3")
+    gateway.kill_worker(gateway.worker_pids[0])
+    wait_until(lambda: [line["event"] for line in gateway.log_lines()].count("worker lost") == 2)
+    assert {line["level"] for line in gateway.log_lines() if line["event"] == "worker lost"} == {"warning"}
+
+
 def test_a_second_gateway_does_not_share_the_port_of_the_first(gateway):
     done = subprocess.run(
         [sys.executable, "-m", "gateway.server", "--port", str(gateway.port)],

@@ -68,6 +68,9 @@ class Switchboard:
                 self.deliver(message, data)
         self.held = [(message, data) for message, data in self.held if message.from_ != sender]
 
+    async def status_of(self, did: str, timeout: float) -> str:
+        return "online" if did in self.agents else "offline"
+
     def deliver(self, message: Message, data: bytes) -> None:
         receiver = self.agents.get(message.to)
         if receiver is None:
@@ -92,6 +95,8 @@ class Local(Agent):
         self._switchboard = switchboard
         self._signaling._send = self._hand_over
         self._signaling._gateway_did = lambda: switchboard.key.did
+        self._signaling._has_gateway = lambda: True
+        self._signaling._status_of = switchboard.status_of
         switchboard.add(self)
 
     async def _hand_over(self, message: Message) -> None:
@@ -169,6 +174,25 @@ class Workshop(Local):
     @capability
     async def reverse(self, data: bytes) -> bytes:
         return data[::-1]
+
+    @capability
+    async def measure(self, data: AsyncIterator[bytes], unit: str) -> str:
+        size = 0
+        async for chunk in data:
+            size += len(chunk)
+        return f"{size / 1e3} {unit}"
+
+    @capability
+    async def flip(self, data: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for chunk in data:
+            yield bytes(255 - byte for byte in chunk)
+
+    @capability
+    async def leave_it(self, data: AsyncIterator[bytes]) -> str:
+        await anext(data)
+        self.started.set()
+        await self.release.wait()
+        return "enough"
 
     @capability
     async def work(self, steps: int) -> str:

@@ -133,6 +133,8 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
             "features": ["resume", "discover"],
             "limits": {
                 "message_max_bytes": 65536,
+                "message_rate": 200,
+                "message_burst": 1000,
                 "capabilities_max": 32,
                 "capabilities_max_bytes": 8192,
                 "away_ms": 30000,
@@ -581,13 +583,14 @@ def build_files() -> dict[str, Any]:
 CALL = "01234567-89ab-4def-8123-456789abcdef"
 HEAD = bytes.fromhex(CALL.replace("-", ""))
 
-# frame, kind ("" if it is to be refused as bad_frame), call, bytes of DATA, count of CREDIT
+# frame, kind ("" if it is to be refused as bad_frame), call, bytes of DATA or digest of END, count of CREDIT
 FRAMES = (
     (b"\x01" + HEAD + b"x", "data", CALL, b"x", None),
     (b"\x01" + HEAD + SCAN, "data", CALL, SCAN, None),
     (b"\x02" + HEAD + bytes(8), "credit", CALL, b"", 0),
     (b"\x02" + HEAD + (1_048_576).to_bytes(8, "big"), "credit", CALL, b"", 1_048_576),
     (b"\x02" + HEAD + (2**53 - 1).to_bytes(8, "big"), "credit", CALL, b"", 2**53 - 1),
+    (b"\x03" + HEAD + SCAN, "end", CALL, SCAN, None),
     (b"", "", "", b"", None),
     (b"\x01" + HEAD[:-1], "", "", b"", None),
     (b"\x01" + HEAD, "", "", b"", None),
@@ -595,6 +598,8 @@ FRAMES = (
     (b"\x02" + HEAD + bytes(7), "", "", b"", None),
     (b"\x02" + HEAD + bytes(9), "", "", b"", None),
     (b"\x02" + HEAD + (2**53).to_bytes(8, "big"), "", "", b"", None),
+    (b"\x03" + HEAD + SCAN[1:], "", "", b"", None),
+    (b"\x03" + HEAD + SCAN + b"x", "", "", b"", None),
     (b"\x00" + HEAD + b"x", "", "", b"", None),
     (b"{" + HEAD + b"}", "", "", b"", None),
 )

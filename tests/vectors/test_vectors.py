@@ -38,7 +38,16 @@ from aiconexus.protocol import (
     verify_envelope,
     verify_message,
 )
+from aiconexus.protocol.attachments import (
+    Assembly,
+    Detached,
+    StreamDigest,
+    StreamSummary,
+    attachments_of,
+    stream_summary_of,
+)
 from aiconexus.protocol.cards import verify_card
+from aiconexus.protocol.frames import Credit, Data, End, credit_frame, data_frame, end_frame, parse_frame
 from aiconexus.protocol.models import PAYLOADS, ErrorDetails
 from aiconexus.protocol.serialization import loads
 
@@ -210,6 +219,69 @@ def test_card_vector(vector):
     error = InvalidSignatureError if vector["reason"] == "signature" else MalformedMessageError
     with pytest.raises(error):
         verify_card(vector["card"], vector["did"])
+
+
+FRAMES = [
+    pytest.param(vector, id=f"{number}-{vector['kind'] or 'bad'}")
+    for number, vector in enumerate(read("frames.json"))
+]
+
+
+@pytest.mark.parametrize("vector", FRAMES)
+def test_frame_vector(vector):
+    frame, call = bytes.fromhex(vector["frame"]), vector["call"]
+    if vector["kind"] == "data":
+        chunk = bytes.fromhex(vector["chunk"])
+        assert parse_frame(frame) == Data(call, chunk)
+        assert data_frame(call, chunk) == frame
+    elif vector["kind"] == "credit":
+        assert parse_frame(frame) == Credit(call, vector["taken"])
+        assert credit_frame(call, vector["taken"]) == frame
+    elif vector["kind"] == "end":
+        digest = bytes.fromhex(vector["chunk"])
+        assert parse_frame(frame) == End(call, digest)
+        assert end_frame(call, digest) == frame
+    else:
+        with pytest.raises(MalformedMessageError) as caught:
+            parse_frame(frame)
+        assert caught.value.cause.name == "bad_frame"
+
+
+@pytest.mark.parametrize("vector", read("streams.json"), ids=lambda vector: str(vector["stream"]["parts"]))
+def test_stream_vector(vector):
+    whole, as_they_travel = StreamDigest(), StreamDigest()
+    for part in vector["parts"]:
+        value = bytes.fromhex(part["bytes"]) if "bytes" in part else part["json"]
+        whole.add(value)
+        detached = Detached.of("/result", value)
+        as_they_travel.add_data(detached.data, is_bytes=detached.is_bytes)
+    assert whole.summary() == as_they_travel.summary() == StreamSummary(**vector["stream"])
+
+
+def test_attached_example_is_complete_with_its_bytes():
+    message = Message.model_validate(make_vectors.MESSAGES["exec-attached"])
+    assembly = Assembly(message, attachments_of(message))
+    assert assembly.size == len(make_vectors.SCAN)
+    for number in make_vectors.SCAN:
+        assert assembly.missing
+        assembly.add(bytes([number]))
+    assert assembly.values() == {"/args/scan": make_vectors.SCAN}
+
+
+def test_attached_example_takes_no_other_bytes():
+    message = Message.model_validate(make_vectors.MESSAGES["exec-attached"])
+    assembly = Assembly(message, attachments_of(message))
+    assembly.add(make_vectors.SCAN[::-1])
+    with pytest.raises(MalformedMessageError, match="is not what its digest says"):
+        assembly.values()
+
+
+def test_streamed_example_is_the_digest_of_its_parts():
+    digest = StreamDigest()
+    digest.add(make_vectors.MESSAGES["exec-partial"]["payload"]["result"])
+    digest.add(make_vectors.SCAN)
+    message = Message.model_validate(make_vectors.MESSAGES["exec-streamed"])
+    assert stream_summary_of(message) == digest.summary()
 
 
 def test_refusal_vectors_differ_from_a_good_message_in_one_thing():

@@ -35,6 +35,8 @@ from aiconexus.protocol.limits import (
 CLOSE_TIMEOUT_SECONDS: Final = 2.0  # for the closing handshake, and for a CLOSE that must follow
 
 _LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
+_CONNECTING: Final = "connecting"
+_NO_TLS: Final = "the port may not speak TLS: dial ws://, or the proxy in front of it that does"
 _BROKEN: Final = close_code(1006)
 _ADVICE: Final = {
     4500: "upgrade this package or the gateway",
@@ -69,6 +71,12 @@ def closed_for_good(url: str, reason: str, close: CloseCode) -> GatewayClosedErr
     return GatewayClosedError(f"{url} closed the connection for good: {reason}; {advice}", close)
 
 
+def _is_no_tls(error: Exception) -> bool:
+    """Tell whether a port that does not speak TLS may be what a TLS handshake failed for."""
+    is_tls = isinstance(error, tls.SSLError) and not isinstance(error, tls.SSLCertVerificationError)
+    return is_tls or isinstance(error, ConnectionResetError)
+
+
 class Connection:
     """One WebSocket to the gateway.
 
@@ -90,7 +98,8 @@ class Connection:
         self._dialled_url = dialled_url
         self._ssl = ssl
         self._socket: ClientConnection | None = None
-        self._stage = "connecting"
+        self._is_secure = self.url.startswith("wss:")
+        self._stage = _CONNECTING
 
     async def open(
         self,
@@ -113,6 +122,8 @@ class Connection:
             self.abort()
             if isinstance(error, asyncio.TimeoutError):
                 unreachable = f"{self.url} did not answer within {timeout:g} s ({self._stage})"
+                if self._stage == _CONNECTING and self._is_secure:
+                    unreachable = f"{unreachable}; {_NO_TLS}"
                 raise ConnectionEnded(GatewayUnreachableError(unreachable)) from None
             raise
 
@@ -172,6 +183,8 @@ class Connection:
         except Exception as error:  # DNS, TCP, TLS, proxy, HTTP: whatever it is, there is no connection
             text = f"{self.url} cannot be reached: {str(error) or type(error).__name__}"
             advice = "is the gateway running, and is this its address?"
+            if self._is_secure and _is_no_tls(error):
+                advice = _NO_TLS
             raise ConnectionEnded(GatewayUnreachableError(f"{text}; {advice}")) from error
         if self._socket.subprotocol != SUBPROTOCOL:
             text = f"{self.url} does not speak {SUBPROTOCOL}: it is not a gateway"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
@@ -23,6 +23,7 @@ from aiconexus.protocol import (
     Message,
     MessageType,
     PresencePayload,
+    decode_did,
 )
 from aiconexus.protocol.cards import Card, verify_card
 from aiconexus.protocol.errors import IncompleteAnswerError, NotConnectedError, RemoteError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from aiconexus.client.socket import ClientState, GatewayClient
 
 PAGE_SIZE: Final = 100  # agents of one page; with small cards two thirds of a message
+EVENTS_MAX: Final = 1024  # unread of one watch; then it asks who is there instead
 RETRY_SECONDS: Final = 1.0  # at least, until a gateway that was busy, or could not ask all, is asked again
 
 _log: Final = logging.getLogger(__name__)
@@ -68,6 +70,21 @@ class PresenceEvent:
 
     event: Literal["join", "leave", "away", "update"]
     agent: Found
+
+
+def question(
+    capability: str | None, tag: str | None, text: str | None, dids: Sequence[str] | None
+) -> DiscoverPayload:
+    """Build the question after these agents; see `GatewayClient.discover`.
+
+    Raises:
+        DIDError: One of `dids` is no did:key: nobody would ever be found.
+    """
+    for did in dids or ():
+        decode_did(did)
+    return DiscoverPayload(
+        capability=capability, tag=tag, text=text, dids=None if dids is None else list(dids)
+    )
 
 
 def _read(client: GatewayClient, entry: dict[str, JsonValue]) -> Found | None:
@@ -163,12 +180,23 @@ class _Watch:
     def _receive(self, message: Message) -> None:
         payload = message.payload
         if message.correlation_id == self._id and isinstance(payload, PresencePayload):
-            self._told.update(str(entry.get("did")) for entry in payload.agents)
-            self._queue.put_nowait(payload)
+            if self._queue.qsize() < EVENTS_MAX:
+                self._told.update(str(entry.get("did")) for entry in payload.agents)
+                self._queue.put_nowait(payload)
+                return
+            _log.warning("%r: %d events of a watch were not read in time", self._client, EVENTS_MAX)
+            is_new = None in self._take_unread()
+            self._queue.put_nowait(None if is_new else PresencePayload(event="missed"))
 
     def _state_changed(self, state: ClientState) -> None:
+        if state.value == "registered":
+            self._take_unread()  # how it is now is asked for
         if state.value in ("registered", "closed"):
             self._queue.put_nowait(None)
+
+    def _take_unread(self) -> list[PresencePayload | None]:
+        self._told.clear()
+        return [self._queue.get_nowait() for _ in range(self._queue.qsize())]
 
     async def events(self) -> AsyncIterator[PresenceEvent]:
         """Yield what happens."""

@@ -6,6 +6,7 @@ was dialled, and its answer. Nothing is believed for where it came from: each me
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from aiconexus.protocol.errors import (
 )
 from aiconexus.protocol.limits import CAPABILITIES_MAX, CAPABILITIES_MAX_BYTES, REGISTER_CLOCK_SKEW_SECONDS
 
+# Of a URL, or of what should be one: userinfo and query.
+_SECRETS = re.compile(r"(?<=//)[^?]*@|^[^/?]*@|\?.*", re.DOTALL)
 _RESUME_TOKEN_MAX = 512  # characters; a longer one would not leave room for our REGISTER
 
 CapabilityLike: TypeAlias = Capability | str | dict[str, Any]
@@ -53,7 +56,8 @@ class Session:
         ice_servers: STUN and TURN servers, as WebRTC's `RTCIceServer` dictionaries.
         gateway_did: The DID that the gateway has proven.
         features: What this gateway can do beside routing.
-        limits: What it announced, such as `message_max_bytes`.
+        limits: What it announced: `message_max_bytes`; `message_rate` and `message_burst`, how many messages
+            this agent may send per second and at once (rate 0: any number); and others.
     """
 
     id: str
@@ -90,9 +94,8 @@ def audience(url: str) -> str:
     """
     parts = urlsplit(url)
     if parts.scheme not in ("ws", "wss") or not parts.hostname:
-        raise ValueError(
-            f"gateway_url must look like ws://host:port/ws or wss://host/ws, not {parts.scheme or url!r}"
-        )
+        form = "ws://host:port/ws or wss://host/ws"
+        raise ValueError(f"the gateway's URL must look like {form}, not {_SECRETS.sub('', url)!r}")
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 

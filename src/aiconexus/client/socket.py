@@ -42,7 +42,6 @@ from aiconexus.client.verification import Verifier
 from aiconexus.protocol import (
     AIConexusError,
     DIDKey,
-    DiscoverPayload,
     ErrorCode,
     ErrorPayload,
     MalformedMessageError,
@@ -326,14 +325,13 @@ class GatewayClient:
             timeout: Seconds for each page of the answer.
 
         Raises:
+            DIDError: One of `dids` is no did:key.
             RemoteError: The gateway refuses, or has no directory.
             GatewayUnreachableError: It did not answer in time.
             IncompleteAnswerError: Behind the agents it found: there may be more, not all could be asked.
             NotConnectedError: This client is not registered, or lost its connection.
         """
-        query = DiscoverPayload(
-            capability=capability, tag=tag, text=text, dids=None if dids is None else list(dids)
-        )
+        query = directory.question(capability, tag, text, dids)
         return directory.discover(self, query, limit, timeout)
 
     def watch(
@@ -348,11 +346,11 @@ class GatewayClient:
         """Be told who comes and goes: `async for event in client.watch(tag="legal")`.
 
         The first events are "join" for those that are there. After a drop it watches again, and tells what
-        has changed meanwhile. Arguments and errors as for `discover`. It ends when it is closed (`aclose`).
+        has changed meanwhile. So it does once 1,024 events wait to be read: whoever reads slowly is told how
+        it is, not all that was in between. Arguments and errors as for `discover`. It ends when it is closed
+        (`aclose`).
         """
-        query = DiscoverPayload(
-            capability=capability, tag=tag, text=text, dids=None if dids is None else list(dids)
-        )
+        query = directory.question(capability, tag, text, dids)
         return directory.watch(self, query, timeout)
 
     async def unregister(self, reason: str | None = None) -> None:

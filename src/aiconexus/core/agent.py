@@ -33,6 +33,7 @@ from aiconexus.client.socket import ClientState, GatewayClient, short_did
 from aiconexus.core.answers import Answers
 from aiconexus.core.capabilities import CapabilityMethod, capabilities_of
 from aiconexus.core.channel import Channel
+from aiconexus.core.input import BrokenInputError
 from aiconexus.core.intents import Intent, Quote
 from aiconexus.core.peer import Peer, PeerState
 from aiconexus.core.peer_connection import PeerConnection
@@ -134,6 +135,8 @@ class Agent:
             self.did,
             self._client.url,
             self._gateway_did,
+            self._has_gateway,
+            self._status_of,
             self._send,
             self._new_connection,
             self._admit,
@@ -319,7 +322,7 @@ class Agent:
             UnknownAgentError: It is not online.
             PeerRefusedError: It takes no connection.
             PeerIdentityError: Somebody else answered for it.
-            PeerConnectError: No connection in time; the text says what was tried.
+            PeerConnectError: No connection in time; the text says what was tried, and what the gateway knows.
             NotConnectedError: This agent is not registered at a gateway.
         """
         decode_did(did)
@@ -421,6 +424,8 @@ class Agent:
     async def _result_of(self, name: str, method: CapabilityMethod, work: Awaitable[Any]) -> Value:
         try:
             result = await work
+        except BrokenInputError:
+            raise
         except (Exception, SystemExit) as error:  # the latter would end the whole program
             raise self._failure(name, error) from error
         return method.serialize(result)
@@ -434,6 +439,8 @@ class Agent:
                     part = await anext(work)
                 except StopAsyncIteration:
                     return
+                except BrokenInputError:
+                    raise
                 except (Exception, SystemExit) as error:
                     raise self._failure(name, error) from error
                 yield method.serialize(part)
@@ -446,6 +453,15 @@ class Agent:
 
     def _gateway_did(self) -> str | None:
         return self._client.session.gateway_did if self._client.session is not None else None
+
+    def _has_gateway(self) -> bool:
+        return self._client.state is ClientState.REGISTERED
+
+    async def _status_of(self, did: str, timeout: float) -> str:
+        async with aclosing(self._client.discover(dids=[did], timeout=timeout)) as agents:
+            async for found in agents:
+                return found.status
+        return "offline"
 
     async def _send(self, message: Message) -> None:
         await self._client.send(message, timeout=CONNECT_TIMEOUT_SECONDS)

@@ -23,18 +23,20 @@ class Answer:
     """What became of a request.
 
     Attributes:
+        id: Of the request.
         signature: Of the request: the same id with another one is another request.
         since: When the request came, in seconds of a monotonic clock.
         is_over: Whether there was a final response.
         text: That response, as long as it is kept.
-        listeners: Called with it, or None if it is not kept, once it is there.
+        listeners: Called with the id and that response, or None if it is not kept, once it is there.
     """
 
+    id: str
     signature: str
     since: float
     is_over: bool = False
     text: str | None = None
-    listeners: list[Callable[[str | None], None]] = field(default_factory=list)
+    listeners: set[Callable[[str, str | None], None]] = field(default_factory=set)
 
 
 class Answers:
@@ -50,22 +52,22 @@ class Answers:
 
     def find(self, request: str, now: float) -> Answer | None:
         """Return what is known of a request; None if it is new, or was forgotten."""
-        while self._answers:
-            oldest = next(iter(self._answers.values()))
-            if now - oldest.since < KEEP_SECONDS and len(self._answers) < KEEP_MAX:
-                break
+        while self._answers and now - next(iter(self._answers.values())).since >= KEEP_SECONDS:
             self._answers.popitem(last=False)
         return self._answers.get(request)
 
-    def begin(self, request: str, signature: str, now: float) -> None:
+    def begin(self, request: str, signature: str, now: float) -> Answer:
         """Take note of a request that is about to be executed."""
-        self._answers[request] = Answer(signature, now)
+        if len(self._answers) >= KEEP_MAX:
+            self._answers.popitem(last=False)
+        answer = self._answers[request] = Answer(request, signature, now)
+        return answer
 
-    def end(self, request: str, text: str | None) -> None:
-        """Take note of its final response; None if that cannot be repeated."""
-        answer = self._answers.get(request)
-        if answer is None:
-            return
+    def end(self, answer: Answer, text: str | None) -> None:
+        """Take note of the final response; None if it cannot be repeated.
+
+        Whoever waits for it is told, also if the request itself was forgotten while it ran.
+        """
         answer.is_over = True
         if text is not None and len(text) <= KEEP_MAX_BYTES:
             answer.text = text
@@ -75,6 +77,6 @@ class Answers:
             dropped = self._kept.popleft()
             self._size -= len(dropped.text or "")
             dropped.text = None
-        listeners, answer.listeners = answer.listeners, []
+        listeners, answer.listeners = answer.listeners, set()
         for listener in listeners:
-            listener(answer.text)
+            listener(answer.id, answer.text)

@@ -25,15 +25,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
 from math import ceil
 from typing import Any, Final
 
-import orjson
 from pydantic import JsonValue, ValidationError
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
-from aiconexus.core.answers import Answers
+from aiconexus.core.answers import Answer, Answers
+from aiconexus.core.detach import describe, detach, detach_arguments, too_large
 from aiconexus.core.events import (
     Answered,
     ArgumentsArrived,
@@ -42,6 +41,8 @@ from aiconexus.core.events import (
     Event,
     ExecutionArrived,
     Failed,
+    InputArrived,
+    InputEnded,
     IntentArrived,
     Left,
     PartArrived,
@@ -57,11 +58,12 @@ from aiconexus.protocol.attachments import (
     RESULT,
     Assembly,
     Detached,
+    InputDigest,
     StreamDigest,
     Value,
     argument_name,
-    argument_pointer,
     attachments_of,
+    input_summary_of,
     stream_summary_of,
 )
 from aiconexus.protocol.errors import (
@@ -81,13 +83,11 @@ from aiconexus.protocol.errors import (
     WrongRecipientError,
     remote_error,
 )
-from aiconexus.protocol.frames import Credit, parse_frame
+from aiconexus.protocol.frames import Credit, End, end_frame, parse_frame
 from aiconexus.protocol.limits import (
-    ATTACHMENTS_MAX,
     ATTACHMENTS_MAX_BYTES,
     CALL_TIMEOUT_SECONDS,
     DATA_MESSAGE_MAX_BYTES,
-    INLINE_MAX_BYTES,
 )
 from aiconexus.protocol.models import (
     ErrorPayload,
@@ -108,7 +108,6 @@ from aiconexus.protocol.serialization import encode, loads, parse
 
 ERROR_TEXT_MAX: Final = 4_096  # characters of an exception's text that travel
 TIMEOUT_MAX_SECONDS: Final = 86_400.0  # whoever needs longer should not hold a connection for it
-ENVELOPE_BYTES: Final = 1_024  # of an EXEC_REQUEST or EXEC_RESPONSE around its arguments or result
 
 _MESSAGE_ID: Final = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 _FINAL: Final = frozenset(status.value for status in ExecStatus if status.is_final)
@@ -141,14 +140,20 @@ class _Served:
         state: Where it is.
         is_stream: Whether the caller wants parts and progress.
         digest: Over the parts that were sent.
+        answer: What the same request is answered when it comes again; an INTENT has none.
         args: Those that came in the envelope, while others are on their way.
+        input: What has come of the stream in its request.
+        has_read_input: Whether the capability has read that to its end.
     """
 
     type: MessageType
     state: CallState = CallState.ACCEPTED
     is_stream: bool = False
     digest: StreamDigest = field(default_factory=StreamDigest)
+    answer: Answer | None = None
     args: dict[str, Value] = field(default_factory=dict)
+    input: InputDigest = field(default_factory=InputDigest)
+    has_read_input: bool = False
 
 
 @dataclass
@@ -161,6 +166,7 @@ class _Open:
         request: The signed text, for the receipt.
         is_stream: Whether this side wants parts.
         digest: Over the parts that came.
+        input: What was sent of the stream in its request.
     """
 
     type: MessageType
@@ -168,6 +174,7 @@ class _Open:
     request: str = ""
     is_stream: bool = False
     digest: StreamDigest = field(default_factory=StreamDigest)
+    input: InputDigest = field(default_factory=InputDigest)
 
 
 class Calls:
@@ -238,7 +245,8 @@ class Calls:
 
         Args:
             capability: Its name.
-            args: Bytes, or anything pydantic can write as JSON.
+            args: Bytes, or anything pydantic can write as JSON; an async iterable is a stream of bytes, to be
+                sent by `feed` and `end_feed`.
             timeout: Seconds until the caller gives up; the callee is told.
             is_stream: Whether parts and progress are wanted.
 
@@ -248,18 +256,33 @@ class Calls:
         """
         timeout_ms = _milliseconds(timeout)
         try:
-            inline, detached = _detach_args(args)
-            payload = ExecRequestPayload(args=inline, timeout_ms=timeout_ms)
-            if is_stream:
-                payload = ExecRequestPayload(args=inline, timeout_ms=timeout_ms, stream=True)
-            message = self._message(payload, ext=_described({"capability": capability}, detached))
+            outgoing = detach_arguments(args)
+            fields = {"stream": True} if is_stream else {}
+            payload = ExecRequestPayload(args=outgoing.inline, timeout_ms=timeout_ms, **fields)
+            ext = describe({"capability": capability}, outgoing.detached, outgoing.stream)
+            message = self._message(payload, ext=ext)
             text = self._sign(message)
         except (MalformedMessageError, PydanticSerializationError, ValueError) as error:
             raise InvalidArgumentsError(f"the arguments cannot be sent: {error}", capability) from error
-        self.outbox.put(message.id, text, [each.data for each in detached])
+        self.outbox.put(message.id, text, [each.data for each in outgoing.detached])
         self._inbox.open(message.id)
         self._open[message.id] = _Open(MessageType.EXEC_REQUEST, capability, text, is_stream)
         return message.id
+
+    def feed(self, id_: str, data: bytes) -> bool:
+        """Send the next bytes of the stream in a request; tell whether anybody still wants them."""
+        entry = self._open.get(id_)
+        if entry is None:
+            return False
+        entry.input.add(data)
+        if data:
+            self.outbox.put_data(id_, data)
+        return True
+
+    def end_feed(self, id_: str) -> None:
+        """Send the end of the stream in a request."""
+        if (entry := self._open.get(id_)) is not None:
+            self.outbox.put_end(id_, end_frame(id_, entry.input.digest()))
 
     def ping(self, *, is_done: bool = False) -> tuple[str, str]:
         """Begin a PING; return its id and the text to send at once.
@@ -284,7 +307,7 @@ class Calls:
         return self._sign(self._message(IntentPayload(status="cancel"), correlation_id=id_))
 
     def took(self, id_: str) -> None:
-        """Take note that the reader has taken the next part of a stream."""
+        """Take note that the reader has taken the next part of a stream, in or out."""
         self._inbox.took(id_)
         self._grant(id_)
 
@@ -298,6 +321,11 @@ class Calls:
         """Take note that a call of the peer begins to run."""
         if (served := self._served.get(id_)) is not None:
             served.state = CallState.RUNNING
+
+    def has_read_input(self, id_: str) -> None:
+        """Take note that a running execution has read the stream in its request to the end."""
+        if (served := self._served.get(id_)) is not None:
+            served.has_read_input = True
 
     def progress(self, id_: str, value: Any) -> None:
         """Tell the caller how far a running execution is, if it wants to know; only the latest counts.
@@ -351,15 +379,14 @@ class Calls:
         if id_ not in self._served:
             return
         try:
-            detached = _detach(RESULT, result)
-            if detached is not None and len(detached.data) > ATTACHMENTS_MAX_BYTES:
-                raise MalformedMessageError(_too_large(len(detached.data)), name="too_large")
+            detached = detach(RESULT, result)
             fields = {} if detached is not None else {"result": result}
             payload = ExecResponsePayload(
                 status=ExecStatus.SUCCESS, execution_time_ms=round(seconds * 1e3), **fields
             )
             all_detached = [] if detached is None else [detached]
-            text = self._sign(self._message(payload, correlation_id=id_, ext=_described({}, all_detached)))
+            ext = describe(self._input_ext(id_), all_detached)
+            text = self._sign(self._message(payload, correlation_id=id_, ext=ext))
         except (MalformedMessageError, ValidationError) as error:
             self.fail(id_, CapabilityError.name, f"the result cannot be sent: {error}", seconds)
             return
@@ -371,7 +398,7 @@ class Calls:
         if served is None:
             return
         payload = ExecResponsePayload(status=ExecStatus.SUCCESS, execution_time_ms=round(seconds * 1e3))
-        ext: dict[str, JsonValue] = {"stream": served.digest.summary().model_dump()}
+        ext = {**self._input_ext(id_), "stream": served.digest.summary().model_dump()}
         self._answer(id_, self._sign(self._message(payload, correlation_id=id_, ext=ext)), is_kept=False)
 
     def fail(self, id_: str, name: str, text: str, seconds: float = 0.0) -> None:
@@ -394,8 +421,13 @@ class Calls:
             return
         status = ExecStatus.CANCELLED if name == CallCancelledError.name else ExecStatus.ERROR
         payload = ExecResponsePayload(status=status, error=text, execution_time_ms=round(seconds * 1e3))
-        message = self._message(payload, correlation_id=id_, ext={"error": {"name": name}})
+        ext = {**self._input_ext(id_), "error": {"name": name}}
+        message = self._message(payload, correlation_id=id_, ext=ext)
         self._answer(id_, self._sign(message))
+
+    def _input_ext(self, id_: str) -> dict[str, JsonValue]:
+        served = self._served[id_]
+        return {"input": served.input.summary().model_dump()} if served.has_read_input else {}
 
     def _running_stream(self, id_: str) -> _Served | None:
         served = self._served.get(id_)
@@ -406,15 +438,11 @@ class Calls:
         self, id_: str, status: ExecStatus, value: Value, served: _Served
     ) -> tuple[str, Detached | None]:
         try:
-            detached = _detach(RESULT, value)
+            detached = detach(RESULT, value)
             if detached is not None and status is ExecStatus.PROGRESS:
                 raise MalformedMessageError("progress is short, and no bytes", name="too_large")
-            if detached is not None and len(detached.data) > ATTACHMENTS_MAX_BYTES:
-                raise MalformedMessageError(_too_large(len(detached.data)), name="too_large")
             fields: dict[str, Any] = {} if detached is not None else {"result": value}
-            ext: dict[str, JsonValue] = {}
-            if detached is not None:
-                ext["attachments"] = [detached.described(is_signed=False)]
+            ext = describe({}, [] if detached is None else [detached], is_signed=False)
             message = self._message(ExecResponsePayload(status=status, **fields), correlation_id=id_, ext=ext)
             return self._text(message), detached
         except (MalformedMessageError, ValidationError) as error:
@@ -428,8 +456,8 @@ class Calls:
         self.outbox.put(id_, text, attached or [])
         self.outbox.end(id_)
         self._inbox.close(id_)
-        if served.type is MessageType.EXEC_REQUEST:
-            self._answers.end(id_, text if is_kept and not attached else None)
+        if served.answer is not None:
+            self._answers.end(served.answer, text if is_kept and not attached else None)
 
     # --- what arrives ---------------------------------------------------------------------------
 
@@ -455,7 +483,7 @@ class Calls:
                 return None
             return self._refused(error, envelope)
         except MessageError as error:
-            return self._refused(error, envelope)
+            return self._refused(error, envelope, is_frame=isinstance(data, bytes))
 
     def _pong(self, ping: Message, is_done: bool) -> Reply | DoneArrived:
         payload = PongPayload(**ping.payload.model_dump(exclude_unset=True))
@@ -480,25 +508,24 @@ class Calls:
             raise WrongRecipientError(field="to", message_id=message.id)
         return message
 
-    def _refused(self, error: MessageError, envelope: dict[str, Any]) -> Refused:
+    def _refused(self, error: MessageError, envelope: dict[str, Any], *, is_frame: bool = False) -> Refused:
         failed = cancelled = None
         asked = str(envelope.get("correlation_id")).lower()
-        if not envelope:  # a frame names its call in the error
+        if is_frame:  # it names its call in the error
             asked = cancelled = error.message_id or ""
         if asked in self._open and not isinstance(error, ReplayedMessageError):
             entry = self._open[asked]
-            if (cancel := self.abandon(asked)) is not None:
-                self.outbox.put(asked, cancel)
-                self.outbox.end(asked)
+            self._give_up(asked)
             if error.is_forged:
                 text = f"what came in answer is not from {self.peer}: {error}"
                 failed = Failed(asked, PeerIdentityError(text, self.peer))
             else:
                 text = f"the answer of {self.peer} cannot be used: {error}"
                 failed = Failed(asked, CallError(text, entry.capability))
-        if cancelled is not None and self._served.pop(cancelled, None) is not None:
+        if cancelled is not None and (served := self._served.pop(cancelled, None)) is not None:
             self._over(cancelled)
-            self._answers.end(cancelled, None)
+            if served.answer is not None:
+                self._answers.end(served.answer, None)
         else:
             cancelled = None
         if envelope.get("type") == MessageType.ERROR.value:
@@ -533,11 +560,24 @@ class Calls:
         if isinstance(frame, Credit):
             self.outbox.credit(frame.call, frame.taken)
             return None
+        if isinstance(frame, End):
+            return self._take_end(frame)
+        if self._inbox.is_streaming(frame.call):
+            self._inbox.hold_input(frame.call, len(frame.chunk))
+            self._served[frame.call].input.add(frame.chunk)
+            return InputArrived(frame.call, frame.chunk)
         assembly = self._inbox.add(frame.call, frame.chunk)
-        if assembly is not None:
-            return self._take_attached(frame.call, assembly)
+        event = None if assembly is None else self._take_attached(frame.call, assembly)
         self._grant(frame.call)
-        return None
+        return event
+
+    def _take_end(self, end: End) -> Event | None:
+        served = self._served.get(end.call)
+        if served is None:
+            return None
+        self._inbox.end_input(end.call)
+        is_whole = served.input.digest() == end.digest
+        return InputEnded(end.call, "" if is_whole else "what came of the stream is not what was sent")
 
     def _grant(self, call: str) -> None:
         frame = self._inbox.credit(call)
@@ -552,8 +592,7 @@ class Calls:
         except MalformedMessageError as error:
             if isinstance(payload, ExecRequestPayload):
                 return ArgumentsArrived(call, {}, str(error))
-            del self._open[call]
-            self._over(call)
+            self._give_up(call)
             text = f"the answer of {self.peer} cannot be used: {error}"
             return Failed(call, PeerIdentityError(text, self.peer))
         if isinstance(payload, ExecResponsePayload):
@@ -567,6 +606,8 @@ class Calls:
         for at, value in values.items():
             name = argument_name(at)
             assert name is not None
+            if name in args:
+                return ArgumentsArrived(call, {}, f"the argument {name[:64]!r} came twice")
             args[name] = value
         return ArgumentsArrived(call, args)
 
@@ -637,36 +678,37 @@ class Calls:
         served.args = dict(payload.args)
         timeout = CALL_TIMEOUT_SECONDS if payload.timeout_ms is None else payload.timeout_ms / 1e3
         timeout = min(timeout, TIMEOUT_MAX_SECONDS)
-        args = served.args
+        args, stream = served.args, None
+        self._inbox.open(id_)
         if attachments:
             assembly = Assembly(message, attachments)
+            stream = None if assembly.stream is None else argument_name(assembly.stream)
             if assembly.size > ATTACHMENTS_MAX_BYTES:
-                self.fail(id_, InvalidArgumentsError.name, _too_large(assembly.size))
+                self.fail(id_, InvalidArgumentsError.name, too_large(assembly.size))
                 return None
             if not self._inbox.has_room(assembly.size):
                 text = f"busy: {self._inbox.kept} bytes of your calls are kept here; try again"
                 self.fail(id_, CallBusyError.name, text)
                 return None
-            self._inbox.open(id_)
             self._inbox.collect(id_, assembly)
             if self._inbox.completed(id_) is None:
-                return ExecutionArrived(id_, capability, None, timeout, served.is_stream)
+                return ExecutionArrived(id_, capability, None, timeout, served.is_stream, stream)
             arrived = self._take_attached(id_, assembly)
             assert isinstance(arrived, ArgumentsArrived)
             if arrived.fault:
                 self.fail(id_, InvalidArgumentsError.name, arrived.fault)
                 return None
             args = arrived.args
-        return ExecutionArrived(id_, capability, args, timeout, served.is_stream)
+        return ExecutionArrived(id_, capability, args, timeout, served.is_stream, stream)
 
     def _begin(self, message: Message, busy: str) -> bool:
         """Accept a call of the peer; tell whether there was room for it."""
         id_ = message.id.lower()
         if id_ in self._open:  # frames of the one would pass for frames of the other
             raise ReplayedMessageError("the id is that of a call of this side", message_id=message.id)
-        self._served[id_] = _Served(message.type)
+        served = self._served[id_] = _Served(message.type)
         if message.type is MessageType.EXEC_REQUEST and not busy:
-            self._answers.begin(id_, message.signature or "", self._clock())
+            served.answer = self._answers.begin(id_, message.signature or "", self._clock())
         if busy:
             self.fail(id_, CallBusyError.name, f"busy: {busy}; try again")
         return not busy
@@ -682,7 +724,7 @@ class Calls:
             return False
         if not answer.is_over:
             if id_ not in self._served:  # it runs for an earlier connection
-                answer.listeners.append(partial(self._answer_again, id_))
+                answer.listeners.add(self._answer_again)
             return True
         if answer.text is None:
             return False
@@ -690,6 +732,8 @@ class Calls:
         return True
 
     def _answer_again(self, id_: str, text: str | None) -> None:
+        if self.outbox.holds(id_):  # who asks again and again, and does not read, has one answer
+            return
         if text is None:
             text = self._error(ErrorPayload.for_cause("replayed"), id_)
         self.outbox.put(id_, text)
@@ -711,7 +755,7 @@ class Calls:
             return self._take_value(asked, message, payload, payload.result, 0)
         assembly = Assembly(message, attachments)
         if not self._inbox.has_room(assembly.size):
-            raise MalformedMessageError(_too_large(assembly.size), name="too_large", message_id=message.id)
+            raise MalformedMessageError(too_large(assembly.size), name="too_large", message_id=message.id)
         self._inbox.collect(asked, assembly)
         if self._inbox.completed(asked) is None:
             return None
@@ -723,10 +767,12 @@ class Calls:
         """Take a response that is complete."""
         entry = self._open[asked]
         if payload.status is ExecStatus.PROGRESS:
+            self._inbox.release(asked, attached)
             return ProgressArrived(asked, value)
         assert message.wire is not None
         if payload.status is ExecStatus.PARTIAL:
             if not entry.is_stream:
+                self._inbox.release(asked, attached)
                 return None
             entry.digest.add(value)
             self._inbox.hold(asked, len(message.wire), attached)
@@ -749,9 +795,13 @@ class Calls:
         came = entry.digest.summary()
         try:
             said = stream_summary_of(message)
+            read = input_summary_of(message)
         except MalformedMessageError as error:
             text = f"the answer of {self.peer} cannot be used: {error}"
             return Failed(asked, CallError(text, entry.capability), receipt)
+        if read is not None and read != entry.input.summary():
+            text = f"what {self.peer} has read is not the stream that was sent"
+            return Failed(asked, PeerIdentityError(text, self.peer), receipt)
         if said is None and not came.parts:
             return Answered(asked, value, receipt=receipt)
         if said != came:
@@ -777,6 +827,12 @@ class Calls:
         del self._open[asked]
         self._over(asked)
         return asked, entry
+
+    def _give_up(self, id_: str) -> None:
+        """Forget a question of this side whose answer cannot be used, and cancel it there."""
+        if (cancel := self.abandon(id_)) is not None:
+            self.outbox.put(id_, cancel)
+            self.outbox.end(id_)
 
     def _over(self, id_: str) -> None:
         """Neither send nor expect anything more of a call."""
@@ -820,54 +876,6 @@ def _must_be_signed(envelope: dict[str, Any]) -> bool:
         status = payload.get("status") if isinstance(payload, dict) else None
         return isinstance(status, str) and status in _FINAL
     return kind in (MessageType.INTENT.value, MessageType.EXEC_REQUEST.value)
-
-
-# --- what travels beside an envelope -----------------------------------------------------------
-
-
-def _detach_args(args: dict[str, Any]) -> tuple[dict[str, JsonValue], list[Detached]]:
-    """Split arguments into those in the envelope and those beside it."""
-    detached = [
-        Detached(argument_pointer(name), bytes(value), True)
-        for name, value in args.items()
-        if isinstance(value, bytes | bytearray | memoryview)
-    ]
-    inline = {
-        name: value for name, value in args.items() if not isinstance(value, bytes | bytearray | memoryview)
-    }
-    inline = to_jsonable_python(inline)
-    if _is_long(inline):
-        detached.insert(0, Detached.of(ARGS, inline))
-        inline = {}
-    if len(detached) > ATTACHMENTS_MAX:
-        raise MalformedMessageError(f"{len(detached)} arguments of bytes; at most {ATTACHMENTS_MAX} travel")
-    size = sum(len(each.data) for each in detached)
-    if size > ATTACHMENTS_MAX_BYTES:
-        raise MalformedMessageError(_too_large(size), name="too_large")
-    return inline, detached
-
-
-def _detach(at: str, value: Any) -> Detached | None:
-    """Return what `value` is beside its envelope; None if it fits into it."""
-    return Detached.of(at, value) if isinstance(value, bytes) or _is_long(value) else None
-
-
-def _is_long(value: Any) -> bool:
-    try:
-        return len(orjson.dumps(value)) > INLINE_MAX_BYTES - ENVELOPE_BYTES
-    except TypeError:
-        return False  # whoever writes it in canonical form says what is wrong with it
-
-
-def _described(ext: dict[str, JsonValue], detached: list[Detached]) -> dict[str, JsonValue]:
-    """Add to `ext` of a signed message what travels beside it."""
-    if not detached:
-        return ext
-    return {**ext, "attachments": [each.described(is_signed=True) for each in detached]}
-
-
-def _too_large(size: int) -> str:
-    return f"{size} bytes are attached; at most {ATTACHMENTS_MAX_BYTES} are kept: stream them in parts"
 
 
 def _jsonable(value: Any) -> JsonValue:

@@ -1,14 +1,16 @@
 """Capabilities: async methods that other agents may call, described by JSON Schemas from their hints.
 
-One that is an async generator streams: what it yields are the parts of its result.
+One that is an async generator streams: what it yields are the parts of its result. A parameter that is an
+`AsyncIterator[bytes]` streams, too: the method reads it as the caller sends it.
 """
 
 from __future__ import annotations
 
 import inspect
-from base64 import urlsafe_b64encode
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints, overload
 
 import orjson
@@ -16,6 +18,7 @@ from pydantic import ConfigDict, JsonValue, PydanticUserError, TypeAdapter, Vali
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import CoreSchema, PydanticSerializationError, core_schema
 
+from aiconexus.core.input import Input, whole
 from aiconexus.protocol.attachments import Value
 from aiconexus.protocol.errors import CapabilityError, InvalidArgumentsError
 from aiconexus.protocol.limits import CAPABILITIES_MAX, CAPABILITIES_MAX_BYTES
@@ -110,19 +113,21 @@ class CapabilityMethod:
     def __init__(self, method: Callable[..., Any], mark: _Mark) -> None:
         self.is_stream: Final = inspect.isasyncgenfunction(method)
         try:
-            # Called by an adapter, an async function gives a coroutine and none of its body has run:
-            # a ValidationError is about the arguments, never from inside.
-            function: Any = _function(method)
+            hints = get_type_hints(method, include_extras=True)
+            self._input = _input_of(method, hints)
+            # Called by an adapter, it returns what makes the coroutine, or the generator: none of the method
+            # has run, so a ValidationError is about the arguments, never from inside.
             strict = ConfigDict(strict=True, val_json_bytes="base64")
+            function: Any = _function(method, self._input)
             self._arguments: TypeAdapter[Any] = TypeAdapter(function, config=strict)
-            hint = get_type_hints(method, include_extras=True).get("return", Any)
+            hint = hints.get("return", Any)
             self._result = _result_adapter(_part_of(hint) if self.is_stream else hint)
             self.announced: Final = Capability(
                 name=mark.name or _name(method),
                 description=_describe(method) if mark.description is None else mark.description,
                 tags=list(mark.tags),
                 version=mark.version,
-                input=self._arguments.json_schema(schema_generator=_Schema),
+                input=_with_input(self._arguments.json_schema(schema_generator=_Schema), self._input),
                 output=self._result.json_schema(mode="serialization", schema_generator=_Schema),
                 stream=self.is_stream,
                 metadata=mark.metadata,
@@ -130,17 +135,42 @@ class CapabilityMethod:
         except Exception as error:  # pydantic's many, NameError of a hint
             raise TypeError(f"capability {_name(method)}: no JSON Schema can be made: {error}") from error
 
-    def call(self, args: dict[str, Value]) -> Any:
+    def call(self, args: dict[str, Any]) -> Any:
         """Return the coroutine, or the async generator, of one execution; nothing of it has run yet.
+
+        Args:
+            args: By name: JSON, bytes, and `Input` for the one that streams.
 
         Raises:
             InvalidArgumentsError: `args` does not fit the hints.
         """
+        streams = {}
+        if self._input in args:
+            args = dict(args)
+            streams[self._input] = self._stream(args.pop(self._input))
+        elif self._input:
+            raise InvalidArgumentsError(f"{self._input}: Missing required argument", self.announced.name)
         try:
             # JSON mode: a datetime comes as text, a tuple as an array; "1" is still not an int.
-            return self._arguments.validate_json(orjson.dumps(args, default=_base64))
+            begin = self._arguments.validate_json(orjson.dumps(args, default=_base64))
         except ValidationError as error:
             raise InvalidArgumentsError(_explain(error), self.announced.name) from None
+        except TypeError:  # orjson.JSONEncodeError
+            name = next(name for name, value in args.items() if isinstance(value, Input))
+            raise InvalidArgumentsError(f"{name}: takes no stream", self.announced.name) from None
+        return begin(**streams)
+
+    def _stream(self, value: Any) -> AsyncIterator[bytes]:
+        if isinstance(value, str):
+            try:
+                value = urlsafe_b64decode(value)
+            except ValueError as error:
+                raise InvalidArgumentsError(f"{self._input}: {error}", self.announced.name) from None
+        if isinstance(value, bytes):
+            return whole(value)
+        if not isinstance(value, Input):
+            raise InvalidArgumentsError(f"{self._input}: takes a stream of bytes", self.announced.name)
+        return value
 
     def serialize(self, result: Any) -> Value:
         """Return the JSON, or the bytes, of what the method returned or yielded.
@@ -214,16 +244,45 @@ def _base64(value: object) -> str:
     raise TypeError(f"{type(value).__name__} is not a JSON type")
 
 
-def _function(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a plain function of the same signature: pydantic asks a bound one for the repr of its agent,
-    which a subclass may have defined over attributes that it has not set yet.
+def _input_of(method: Callable[..., Any], hints: dict[str, Any]) -> str:
+    """Return which parameter is a stream of bytes; "" if none is.
+
+    Raises:
+        TypeError: Several are, or one of something else.
+    """
+    streams = [
+        name for name in inspect.signature(method).parameters if get_origin(hints.get(name)) in _STREAMS
+    ]
+    if len(streams) > 1:
+        raise TypeError(f"{' and '.join(streams)} are streams; one can be")
+    if streams and get_args(hints[streams[0]])[:1] != (bytes,):
+        raise TypeError(f"{streams[0]} is a stream of something else than bytes")
+    return streams[0] if streams else ""
+
+
+def _with_input(schema: dict[str, Any], name: str) -> dict[str, Any]:
+    """Add a stream of bytes to the JSON Schema of the other arguments."""
+    if name:
+        schema.setdefault("properties", {})[name] = {"type": "string", "format": "binary", "stream": True}
+        schema.setdefault("required", []).append(name)
+    return schema
+
+
+def _function(method: Callable[..., Any], without: str) -> Callable[..., Any]:
+    """Return a plain function of the same signature but for one parameter; what it returns takes that one
+    and calls the method.
+
+    Pydantic asks a bound method for the repr of its agent, which a subclass may have defined over attributes
+    that it has not set yet.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return method(*args, **kwargs)
+        return partial(method, *args, **kwargs)
 
-    call.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
-    call.__annotations__ = method.__annotations__
+    signature = inspect.signature(method)
+    kept = [parameter for name, parameter in signature.parameters.items() if name != without]
+    call.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    call.__annotations__ = {name: hint for name, hint in method.__annotations__.items() if name != without}
     call.__module__, call.__name__, call.__qualname__ = method.__module__, _name(method), _name(method)
     return call
 

@@ -34,6 +34,7 @@ class ExecutionArrived:
         args: By name; None while their attachments are still on their way (`ArgumentsArrived`).
         timeout: Seconds, from now.
         is_stream: Whether the caller wants parts and progress.
+        input: Name of the argument that is a stream of bytes (`InputArrived`), if one is.
     """
 
     id: str
@@ -41,6 +42,7 @@ class ExecutionArrived:
     args: dict[str, Value] | None
     timeout: float
     is_stream: bool = False
+    input: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,22 @@ class ArgumentsArrived:
 
     id: str
     args: dict[str, Value]
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class InputArrived:
+    """The next bytes of the stream in the request `id`; `Calls.took` tells when they were taken."""
+
+    id: str
+    chunk: bytes
+
+
+@dataclass(frozen=True)
+class InputEnded:
+    """The stream in the request `id` is complete, or not what was sent (`fault`)."""
+
+    id: str
     fault: str = ""
 
 
@@ -147,6 +165,8 @@ Event: TypeAlias = (
     IntentArrived
     | ExecutionArrived
     | ArgumentsArrived
+    | InputArrived
+    | InputEnded
     | CancelArrived
     | PartArrived
     | ProgressArrived

@@ -20,6 +20,7 @@ class _Arrival:
 
     Attributes:
         assembly: The attachments that are being collected.
+        is_streaming: Whether a stream of bytes follows them.
         arrived: How many bytes have come that need credit.
         granted: For how many of them the sender was given credit.
         collected: How many of them belong to the assembly.
@@ -30,6 +31,7 @@ class _Arrival:
 
     def __init__(self) -> None:
         self.assembly: Assembly | None = None
+        self.is_streaming = False
         self.arrived = 0
         self.granted = 0
         self.collected = 0
@@ -110,7 +112,33 @@ class Inbox:
         if assembly is None or assembly.missing:
             return None
         arrival.assembly, arrival.collected = None, 0
+        arrival.is_streaming = assembly.stream is not None
         return assembly
+
+    def is_streaming(self, call: str) -> bool:
+        """Tell whether what comes of a call are the bytes of a stream in its request."""
+        arrival = self._calls.get(call)
+        return arrival is not None and arrival.is_streaming
+
+    def hold_input(self, call: str, size: int) -> None:
+        """Take note of the next bytes of a stream in a request; they wait for its reader.
+
+        Raises:
+            MalformedMessageError: There is no credit for them.
+        """
+        self.count(call, size)
+        self.hold(call, size, 0)
+
+    def end_input(self, call: str) -> None:
+        """Take note that the stream in a request is complete.
+
+        Raises:
+            MalformedMessageError: There is none.
+        """
+        arrival = self._calls[call]
+        if not arrival.is_streaming:
+            raise MalformedMessageError("no stream that could end", name="bad_frame", message_id=call)
+        arrival.is_streaming = False
 
     def count(self, call: str, size: int) -> None:
         """Take note of a text that needs credit.
@@ -127,6 +155,10 @@ class Inbox:
         arrival = self._calls[call]
         arrival.parts.append((text + attached, attached))
         arrival.held += text + attached
+
+    def release(self, call: str, attached: int) -> None:
+        """Take note that what came with so many bytes of attachments waits for nobody."""
+        self._release(self._calls[call], attached)
 
     def took(self, call: str) -> None:
         """Take note that the reader has taken the first part that waited."""

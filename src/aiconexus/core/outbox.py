@@ -22,14 +22,14 @@ class _Item:
     """An envelope and what is attached to it.
 
     Attributes:
-        text: The envelope; None once it was sent.
+        text: The envelope, or an END frame; None once it was sent.
         attached: Bytes that follow it.
         is_counted: Whether the text counts in the window.
         is_progress: Whether a later one may take its place.
         sent: Called when all of it was sent, or dropped.
     """
 
-    text: str | None
+    text: str | bytes | None
     attached: deque[memoryview]
     is_counted: bool = False
     is_progress: bool = False
@@ -109,6 +109,22 @@ class Outbox:
         self._give_turn(call, lane)
         self.ready()
 
+    def put_data(self, call: str, data: bytes) -> None:
+        """Add the next bytes of the stream in a request."""
+        lane = self._lanes.setdefault(call, _Lane())
+        lane.items.append(_Item(None, deque([memoryview(data)])))
+        self.attached += len(data)
+        self._give_turn(call, lane)
+        self.ready()
+
+    def put_end(self, call: str, frame: bytes) -> None:
+        """Add the END frame of the stream in a request."""
+        lane = self._lanes.setdefault(call, _Lane())
+        lane.items.append(_Item(frame, deque()))
+        self.texts += len(frame)
+        self._give_turn(call, lane)
+        self.ready()
+
     def take(self) -> str | bytes | None:
         """Return the next message to send; None while nothing waits that may be sent."""
         if self._grants:
@@ -121,7 +137,7 @@ class Outbox:
         if item.text is not None:
             message, item.text = item.text, None
             self.texts -= len(message)
-            lane.counted += len(message.encode()) if item.is_counted else 0
+            lane.counted += len(message.encode()) if item.is_counted and isinstance(message, str) else 0
         else:
             view = item.attached[0]
             chunk = view[:CHUNK_MAX_BYTES]
@@ -160,6 +176,11 @@ class Outbox:
         else:
             lane.items[-1].sent = callback
 
+    def holds(self, call: str) -> bool:
+        """Tell whether anything waits of a call."""
+        lane = self._lanes.get(call)
+        return lane is not None and bool(lane.items)
+
     def is_unsent(self, call: str) -> bool:
         """Tell whether the first message of a call still waits as a whole."""
         lane = self._lanes.get(call)
@@ -183,7 +204,7 @@ class Outbox:
         lane = self._lanes.get(call)
         if lane is None:
             return
-        final = [item.text for item in lane.items if item.text is not None and not item.is_counted]
+        final = [item.text for item in lane.items if isinstance(item.text, str) and not item.is_counted]
         is_ending, lane.is_ending = lane.is_ending, False
         self.drop(call)
         for text in final:

@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -40,6 +41,8 @@ from aiconexus.core.events import (
     Event,
     ExecutionArrived,
     Failed,
+    InputArrived,
+    InputEnded,
     IntentArrived,
     Left,
     PartArrived,
@@ -47,6 +50,7 @@ from aiconexus.core.events import (
     Refused,
     Reply,
 )
+from aiconexus.core.input import Input
 from aiconexus.core.intents import Intent, Quote
 from aiconexus.core.keepalive import KeepAlive, Verdict
 from aiconexus.core.peer_connection import Path, PeerConnection
@@ -81,6 +85,7 @@ ACCEPTED_MAX: Final = 4_096  # calls of one peer that run or wait for that
 PARTS_MAX: Final = 65_536  # of a result that is collected for a caller who wants no stream
 UNSENT_MAX_BYTES: Final = 4_194_304  # of texts for one peer: 16 of the largest; what runs may add its answers
 
+_NO_ARGS: Final[Mapping[str, Any]] = MappingProxyType({})
 _STREAMED: Final = object()  # the result of an execution whose parts have gone out
 
 _log: Final = logging.getLogger("aiconexus.core")
@@ -99,6 +104,7 @@ class _Execution:
 
     Attributes:
         args: The arguments, once they are all there.
+        input: The argument that is a stream, if one is.
         cancelled: Done when it was cancelled, with the `CallError.name` of the answer.
         task: What runs.
     """
@@ -109,6 +115,7 @@ class _Execution:
         loop = asyncio.get_running_loop()
         self.deadline = deadline
         self.args: asyncio.Future[dict[str, Value]] = loop.create_future()
+        self.input: Input | None = None
         self.cancelled: asyncio.Future[str] = loop.create_future()
 
     def end(self, reason: str) -> None:
@@ -134,7 +141,7 @@ class Peer:
         channel: Channel,
         *,
         on_intent: Callable[[Intent], Awaitable[Quote]],
-        on_execute: Callable[[str, dict[str, Value]], Awaitable[Value] | AsyncGenerator[Value, None]],
+        on_execute: Callable[[str, dict[str, Any]], Awaitable[Value] | AsyncGenerator[Value, None]],
         on_closed: Callable[[Peer, str], None],
         answers: Answers | None = None,
     ) -> None:
@@ -245,7 +252,8 @@ class Peer:
                 agent is told.
             on_progress: Called with what the capability tells meanwhile (`Call.progress`).
             on_receipt: Called with the signed request and the signed response, whatever that says.
-            args: What it takes, by name: bytes, or anything pydantic can write as JSON.
+            args: What it takes, by name: bytes, or anything pydantic can write as JSON. One may be an async
+                iterable of bytes, which are sent as the other agent reads them.
 
         Raises:
             UnknownCapabilityError: The other agent has none of this name.
@@ -264,6 +272,7 @@ class Peer:
             lambda: self._calls.execute(capability, args, seconds, is_stream=wants_progress),
             seconds,
             capability,
+            args,
         )
 
     async def stream(
@@ -296,7 +305,9 @@ class Peer:
         seconds = time_left(timeout, STREAM_TIMEOUT_SECONDS)
         deadline = self._loop.time() + seconds
         question = Question(on_progress, on_receipt)
-        id_ = self._begin(question, lambda: self._calls.execute(capability, args, seconds, is_stream=True))
+        id_ = self._begin(
+            question, lambda: self._calls.execute(capability, args, seconds, is_stream=True), args
+        )
         count = 0
         try:
             while (part := await question.next_part(deadline - self._loop.time())) is not None:
@@ -329,10 +340,15 @@ class Peer:
         await asyncio.shield(self._end)
 
     async def _ask(
-        self, question: Question, begin: Callable[[], str], timeout: float, capability: str = ""
+        self,
+        question: Question,
+        begin: Callable[[], str],
+        timeout: float,
+        capability: str = "",
+        args: Mapping[str, Any] = _NO_ARGS,
     ) -> Any:
         deadline = self._loop.time() + timeout
-        id_ = self._begin(question, begin)
+        id_ = self._begin(question, begin, args)
         parts: list[Value] = []
         try:
             while (part := await question.next_part(deadline - self._loop.time())) is not None:
@@ -345,12 +361,28 @@ class Peer:
         finally:
             self._end_question(id_)
 
-    def _begin(self, question: Question, begin: Callable[[], str]) -> str:
+    def _begin(self, question: Question, begin: Callable[[], str], args: Mapping[str, Any] = _NO_ARGS) -> str:
         if not self._channel.is_open:
             raise PeerLostError(f"{short_did(self.did)} is not connected: {self._reason}", self.did)
         id_ = begin()
         self._questions[id_] = question
+        for value in args.values():
+            if isinstance(value, AsyncIterable):
+                question.feeding = asyncio.ensure_future(self._feed(id_, question, value))
         return id_
+
+    async def _feed(self, id_: str, question: Question, source: AsyncIterable[bytes]) -> None:
+        """Send the stream among the arguments; the next bytes are asked for when the last have left."""
+        try:
+            async for chunk in source:
+                if not isinstance(chunk, bytes | bytearray | memoryview):
+                    raise TypeError(f"a stream among the arguments has bytes, not {type(chunk).__name__}")
+                if not self._calls.feed(id_, bytes(chunk)):
+                    return
+                await self._sent(id_)
+            self._calls.end_feed(id_)
+        except Exception as error:  # whatever it is, it is the caller's own
+            question.fail(error)
 
     def _late(self, timeout: float, capability: str) -> CallTimeoutError:
         return CallTimeoutError(f"no answer from {short_did(self.did)} in {timeout:g} s", capability)
@@ -467,6 +499,10 @@ class Peer:
                 self._serve_execution(event)
             case ArgumentsArrived(id_, args, fault) if id_ in self._executions:
                 self._take_args(self._executions[id_], args, fault)
+            case InputArrived(id_, chunk) if id_ in self._executions:
+                self._input_of(id_).add(chunk)
+            case InputEnded(id_, fault) if id_ in self._executions:
+                self._input_of(id_).end(fault)
             case CancelArrived(id_) if id_ in self._executions:
                 self._executions[id_].end(CallCancelledError.name)
             case Reply(text):
@@ -532,9 +568,16 @@ class Peer:
         execution = _Execution(self._loop.time() + asked.timeout)
         if asked.args is not None:
             execution.args.set_result(asked.args)
+        stream = asked.input
+        if stream is not None:
+            execution.input = Input(
+                lambda: self._calls.took(asked.id), lambda: self._calls.has_read_input(asked.id)
+            )
 
         async def run() -> Any:
-            args = await execution.args
+            args: dict[str, Any] = await execution.args
+            if stream is not None:
+                args = {**args, stream: execution.input}
             async with self._room:
                 self._enter(asked.id, execution)
                 work = self._on_execute(asked.capability, args)
@@ -550,6 +593,11 @@ class Peer:
                 self._calls.succeed(asked.id, result, seconds)
 
         self._serve(asked.id, execution, run(), asked.timeout, answer)
+
+    def _input_of(self, id_: str) -> Input:
+        stream = self._executions[id_].input
+        assert stream is not None  # Calls lets only those through that were announced
+        return stream
 
     def _take_args(self, execution: _Execution, args: dict[str, Value], fault: str) -> None:
         if execution.args.done():
@@ -600,7 +648,8 @@ class Peer:
         """See an execution to its end, whatever that is, and send its one answer."""
         begin = self._loop.time()
         task, cancelled = execution.task, execution.cancelled
-        await asyncio.wait({task, cancelled}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():  # most are, before this begins
+            await asyncio.wait({task, cancelled}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             execution.end(CallTimeoutError.name)  # if nobody cancelled it before
             await asyncio.wait({task}, timeout=GRACE_SECONDS)
@@ -615,10 +664,13 @@ class Peer:
             name = error.name if isinstance(error, CallError) else CapabilityError.name
             self._calls.fail(id_, name, str(error), seconds)
         await self._sent(id_)
-        await asyncio.wait({task})
+        if not task.done():
+            await asyncio.wait({task})
         if not task.cancelled():
             task.exception()  # taken note of, also where the answer did not wait for it
         execution.args.cancel()
+        if execution.input is not None:
+            execution.input.end("the call is over")
         del self._executions[id_]
 
     # --- its state and its end ------------------------------------------------------------------

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from aiconexus.client.deadline import within
 from aiconexus.protocol.attachments import Value
 from aiconexus.protocol.receipts import Receipt
 
@@ -20,7 +19,10 @@ class Question:
 
     Attributes:
         answer: The answer, or why there is none.
+        feeding: Sends the stream among its arguments, if there is one.
     """
+
+    feeding: asyncio.Task[None] | None = None
 
     def __init__(
         self,
@@ -31,7 +33,7 @@ class Question:
         self._on_progress = on_progress
         self._on_receipt = on_receipt
         self._parts: deque[Value] = deque()
-        self._arrived = asyncio.Event()
+        self._arrived: asyncio.Future[None] | None = None  # while somebody waits
 
     def progress(self, value: Any) -> None:
         """Tell whoever asked how far it is."""
@@ -41,21 +43,21 @@ class Question:
     def add(self, part: Value) -> None:
         """Take the next part."""
         self._parts.append(part)
-        self._arrived.set()
+        self._wake()
 
     def succeed(self, value: Any, receipt: Receipt | None = None) -> None:
         """Take the answer; the first one counts."""
         if not self.answer.done():
             self._hand_over(receipt)
             self.answer.set_result(value)
-            self._arrived.set()
+            self._wake()
 
     def fail(self, error: Exception, receipt: Receipt | None = None) -> None:
         """Take note that there is no answer."""
         if not self.answer.done():
             self._hand_over(receipt)
             self.answer.set_exception(error)
-            self._arrived.set()
+            self._wake()
 
     async def next_part(self, seconds: float) -> tuple[Value] | None:
         """Return the next part, alone in a tuple; None if only the answer is left.
@@ -63,17 +65,26 @@ class Question:
         Raises:
             asyncio.TimeoutError: There was neither in that time.
         """
-        while not self._parts:
-            if self.answer.done():
-                return None
-            self._arrived.clear()
-            await within(self._arrived.wait(), seconds)
-        return (self._parts.popleft(),)
+        if not self._parts and not self.answer.done():
+            self._arrived = asyncio.get_running_loop().create_future()
+            await asyncio.wait((self._arrived,), timeout=seconds)
+            self._arrived = None
+        if self._parts:
+            return (self._parts.popleft(),)
+        if not self.answer.done():
+            raise asyncio.TimeoutError
+        return None
 
     def close(self) -> None:
         """Want no answer any more."""
+        if self.feeding is not None:
+            self.feeding.cancel()
         if not self.answer.cancel() and not self.answer.cancelled():
             self.answer.exception()  # taken note of, also where nobody has waited for it
+
+    def _wake(self) -> None:
+        if self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(None)
 
     def _hand_over(self, receipt: Receipt | None) -> None:
         if receipt is not None and self._on_receipt is not None:

@@ -39,6 +39,7 @@ from aiconexus.core.peer_connection import CANDIDATES_MAX, PeerConnection
 from aiconexus.protocol.errors import (
     AIConexusError,
     ErrorCode,
+    GatewayUnreachableError,
     MalformedMessageError,
     MessageError,
     PeerConnectError,
@@ -64,10 +65,20 @@ BEGINS_MAX: Final = 8  # of one attempt; a stranger may offer anew for ever, at 
 SENDS_MAX: Final = 5  # of one OFFER or ANSWER, where messages get lost
 FAIR_SECONDS: Final = 5.0  # for a stranger to connect; then it gives way to others if there is no room
 RETRY_SECONDS: Final = 0.2  # before a refused message is sent again, where the refusal names no time
+ASK_SECONDS: Final = 2.0  # before a connect() gives up, for the gateway to say what it knows
 CONTEST_SECONDS: Final = 6.0  # for the loser of a glare to answer; it may gather for 5 (aiortc)
 
 # Causes that pass by themselves in a moment.
 _PASSING: Final = frozenset({"rate_limited", "overloaded", "unreachable", "unconfirmed"})
+
+# Why an OFFER was not answered, by what the gateway says of its receiver.
+_UNANSWERED: Final = {
+    "": "it has not answered the OFFER; it may be busy, or an ANSWER was lost: try again",
+    "online": "it is online, but has not answered the OFFER; it may be busy: try again",
+    "away": "it is away: its connection to the gateway is interrupted; try again, it may return",
+    "offline": "it has not answered the OFFER, and is not online any more",
+    "unknown": "it has not answered the OFFER, and the gateway does not answer either",
+}
 
 _log: Final = logging.getLogger("aiconexus.core")
 
@@ -87,6 +98,7 @@ class _Attempt(Generic[Opened]):
         until: How long the last of them waits.
         signal: The payload and `correlation_id` that the other side must get, once it is known.
         sent_id: Id of the last message that carried it.
+        status: What the gateway says of the other agent, see `_UNANSWERED`.
     """
 
     def __init__(self, did: str) -> None:
@@ -114,6 +126,7 @@ class _Attempt(Generic[Opened]):
         self.signal: tuple[Payload, str | None] | None = None
         self.sent_id: str | None = None
         self.is_sending = False
+        self.status = ""
         self.answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     def later(self, seconds: float, callback: Callable[[], None]) -> None:
@@ -130,14 +143,22 @@ class _Attempt(Generic[Opened]):
         if not result.cancelled():
             result.exception()  # nobody may be waiting for it: that is no fault
 
-    def describe(self) -> str:
-        """Tell in words how far it came and what to do."""
+    @property
+    def is_sent(self) -> bool:
+        """Whether the other side may have its signal."""
+        return self.sent_id is not None and not self.is_sending
+
+    def describe(self, lost_gateway: str = "") -> str:
+        """Tell in words how far it came and what to do; `lost_gateway`: URL of one that is not there."""
         if not self.is_offering:
             stage = "its offer was answered, but the connection did not open"
-        elif self.sent_id is None or self.is_sending:
-            stage = "the OFFER could not be sent yet; is the gateway there?"
+        elif not self.is_answered and lost_gateway:
+            what = "it may or may not have the OFFER" if self.is_sent else "the OFFER could not be sent"
+            stage = f"the gateway {lost_gateway} is away, {what}; this agent returns to it: try again"
+        elif not self.is_sent:
+            stage = "the OFFER could not be sent yet: give it more time"
         elif not self.is_answered:
-            stage = "it has not answered the OFFER; it may be busy, or an ANSWER was lost: try again"
+            stage = _UNANSWERED[self.status]
         else:
             stage = "it has answered, but no path was found; behind two NATs give ice_servers with TURN"
         return f"{stage} ({self.pc.describe()})"
@@ -150,6 +171,8 @@ class Signaling(Generic[Opened]):
         did: Of this agent.
         gateway: URL, for error texts.
         gateway_did: Returns the DID that the gateway has proven.
+        has_gateway: Tells whether this agent is registered there now.
+        status_of: Asks the gateway for so many seconds whether an agent is "online", "away" or "offline".
         send: Signs and sends a message by the gateway; may wait for a gateway that is away.
         new_connection: Makes a PeerConnection.
         admit: Says whether a stranger may connect: None, or the cause of its refusal.
@@ -161,6 +184,8 @@ class Signaling(Generic[Opened]):
         did: str,
         gateway: str,
         gateway_did: Callable[[], str | None],
+        has_gateway: Callable[[], bool],
+        status_of: Callable[[str, float], Awaitable[str]],
         send: Callable[[Message], Awaitable[object]],
         new_connection: Callable[[], PeerConnection],
         admit: Callable[[str], Awaitable[str | None]],
@@ -169,6 +194,8 @@ class Signaling(Generic[Opened]):
         self._did = did
         self._gateway = gateway
         self._gateway_did = gateway_did
+        self._has_gateway = has_gateway
+        self._status_of = status_of
         self._send = send
         self._new_connection = new_connection
         self._admit = admit
@@ -201,13 +228,18 @@ class Signaling(Generic[Opened]):
             attempt = _Attempt(did)
             self._offer(attempt)
         attempt.waiting += 1
-        attempt.until = max(attempt.until, asyncio.get_running_loop().time() + timeout)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout
+        attempt.until = max(attempt.until, until)
         try:
-            await asyncio.wait({attempt.result}, timeout=timeout)
+            await asyncio.wait({attempt.result}, timeout=timeout - min(ASK_SECONDS, timeout / 2))
+            if not attempt.result.done():
+                self._ask_gateway(attempt)
+                await asyncio.wait({attempt.result}, timeout=max(0.0, until - loop.time()))
             if attempt.result.done():
                 return attempt.result.result()
-            text = f"no connection to {short_did(did)} in {timeout:g} s: {attempt.describe()}"
-            raise PeerConnectError(text, did)
+            state = attempt.describe("" if self._has_gateway() else self._gateway)
+            raise PeerConnectError(f"no connection to {short_did(did)} in {timeout:.3g} s: {state}", did)
         finally:
             attempt.waiting -= 1
             # The other side's wish to connect is not ours to give up.
@@ -522,6 +554,26 @@ class Signaling(Generic[Opened]):
         if attempt.task is not None and attempt.task is not asyncio.current_task():
             attempt.task.cancel()
         self._spawn(attempt.pc.close(), self._closing)
+
+    def _ask_gateway(self, attempt: _Attempt[Opened]) -> None:
+        """Find out what to tell of an OFFER that is not answered."""
+        if not attempt.is_offering or not attempt.is_sent or attempt.is_answered:
+            return
+        attempt.status = "unknown"
+        begins = attempt.begins
+
+        async def ask() -> None:
+            status = ""
+            try:
+                status = await self._status_of(attempt.did, ASK_SECONDS)
+            except GatewayUnreachableError:
+                status = "unknown"
+            except AIConexusError as error:
+                _log.debug("the gateway does not say where %s is: %s", attempt.did, error)
+            if attempt.begins == begins:
+                attempt.status = status
+
+        self._spawn(ask())
 
     def _attempt_of(self, message_id: object) -> _Attempt[Opened] | None:
         """Return the attempt whose last OFFER or ANSWER has this id."""

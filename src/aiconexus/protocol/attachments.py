@@ -6,11 +6,12 @@ is attached, too.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, TypeAdapter, ValidationError
@@ -29,14 +30,30 @@ _SHA256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}\z", strict=Tr
 
 
 class Attachment(BaseModel):
-    """An entry of `ext.attachments`. `at` is a JSON Pointer into the payload (RFC 6901), `size` in bytes."""
+    """An entry of `ext.attachments`.
+
+    Attributes:
+        at: A JSON Pointer into the payload (RFC 6901).
+        as_: "json" (RFC 8785) or "bytes".
+        size: In bytes; None for a stream of bytes.
+        sha256: Of these bytes, in hexadecimal digits.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, validate_by_name=True)
 
     at: str
     as_: Literal["json", "bytes"] = Field(alias="as")
-    size: int = Field(ge=0, le=INTEGER_MAX)
+    size: int | None = Field(default=None, ge=0, le=INTEGER_MAX)
     sha256: _SHA256 | None = None
+
+
+class InputSummary(BaseModel):
+    """`ext.input` of a final response: what the callee has read of the stream in its request."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+    size: int = Field(ge=0, le=INTEGER_MAX)
+    sha256: _SHA256
 
 
 class StreamSummary(BaseModel):
@@ -47,6 +64,8 @@ class StreamSummary(BaseModel):
     parts: int = Field(ge=0, le=INTEGER_MAX)
     sha256: _SHA256
 
+
+_Summary = TypeVar("_Summary", StreamSummary, InputSummary)
 
 _ATTACHMENTS: Final = TypeAdapter(Annotated[list[Attachment], Field(max_length=ATTACHMENTS_MAX)])
 
@@ -105,14 +124,29 @@ def attachments_of(message: Message) -> list[Attachment]:
     if len({attachment.at for attachment in attachments}) != len(attachments):
         raise _refused(message, "ext.attachments names one place twice")
     for attachment in attachments:
+        is_last = attachment is attachments[-1] and isinstance(message.payload, ExecRequestPayload)
+        may_stream = is_last and attachment.as_ == "bytes" and attachment.sha256 is None
+        if attachment.size is None and not may_stream:
+            raise _refused(message, f"the size of {attachment.at!r} is missing: it cannot be a stream")
         if not _is_free(message, attachment.at):
             text = f"{attachment.at!r} is no place for an attachment of this {message.type.value}"
             raise _refused(message, text)
-        if attachment.sha256 is None and message.signature is not None:
+        is_whole = attachment.size is not None
+        if is_whole and attachment.sha256 is None and message.signature is not None:
             raise _refused(message, f"the digest of {attachment.at!r} is missing: this message is signed")
         if attachment.at == ARGS and attachment.as_ != "json":
             raise _refused(message, "the arguments are an object, not bytes")
     return attachments
+
+
+def input_summary_of(message: Message) -> InputSummary | None:
+    """Return what a final response says that was read of the stream in its request.
+
+    Raises:
+        MalformedMessageError: It says it in another form.
+    """
+    said = message.ext.get("input")
+    return None if said is None else _validated(message, InputSummary, said, "ext.input")
 
 
 def stream_summary_of(message: Message) -> StreamSummary | None:
@@ -122,12 +156,14 @@ def stream_summary_of(message: Message) -> StreamSummary | None:
         MalformedMessageError: It says it in another form.
     """
     said = message.ext.get("stream")
-    if said is None:
-        return None
+    return None if said is None else _validated(message, StreamSummary, said, "ext.stream")
+
+
+def _validated(message: Message, model: type[_Summary], said: object, field: str) -> _Summary:
     try:
-        return StreamSummary.model_validate(said)
+        return model.model_validate(said)
     except ValidationError as error:
-        raise _refused(message, f"ext.stream: {error.errors()[0]['msg']}", "ext.stream") from None
+        raise _refused(message, f"{field}: {error.errors()[0]['msg']}", field) from None
 
 
 def _is_free(message: Message, at: str) -> bool:
@@ -151,18 +187,21 @@ def _refused(message: Message, text: str, field: str = "ext.attachments") -> Mal
 
 
 class Assembly:
-    """The attachments of one envelope, as their bytes come in.
+    """The attachments of one envelope, as their bytes come in; a stream among them is not part of it.
 
     Attributes:
         message: The envelope.
+        stream: Where in the payload a stream follows, if one does.
         missing: How many bytes are still to come.
         size: How many bytes there are together.
     """
 
     def __init__(self, message: Message, attachments: Iterable[Attachment]) -> None:
         self.message: Final = message
-        self._attachments = list(attachments)
-        self.size: Final = sum(attachment.size for attachment in self._attachments)
+        announced = list(attachments)
+        self.stream: Final = next((each.at for each in announced if each.size is None), None)
+        self._attachments = [(each, each.size) for each in announced if each.size is not None]
+        self.size: Final = sum(size for _, size in self._attachments)
         self.missing = self.size
         self._parts = [bytearray() for _ in self._attachments]
         self._next = 0
@@ -172,11 +211,11 @@ class Assembly:
         self.missing -= len(chunk)
         view = memoryview(chunk)
         while view:
-            attachment, part = self._attachments[self._next], self._parts[self._next]
-            room = attachment.size - len(part)
+            (_, size), part = self._attachments[self._next], self._parts[self._next]
+            room = size - len(part)
             part += view[:room]
             view = view[room:]
-            if len(part) == attachment.size:
+            if len(part) == size:
                 self._next += 1
 
     def values(self) -> dict[str, Value]:
@@ -186,7 +225,7 @@ class Assembly:
             MalformedMessageError: They are not what the envelope says.
         """
         values: dict[str, Value] = {}
-        for attachment, part in zip(self._attachments, self._parts, strict=True):
+        for (attachment, _), part in zip(self._attachments, self._parts, strict=True):
             if attachment.sha256 is not None and sha256(part).hexdigest() != attachment.sha256:
                 raise _refused(self.message, f"what came for {attachment.at!r} is not what its digest says")
             values[attachment.at] = bytes(part) if attachment.as_ == "bytes" else self._json(attachment, part)
@@ -200,7 +239,7 @@ class Assembly:
             raise _refused(self.message, f"what came for {attachment.at!r}: {error}") from None
 
 
-# What orjson reads without a word and JCS does not write: an integer beyond 2^53.
+# An integer that may be beyond 2^53: then it is a double, which RFC 8785 writes in digits up to 10^21.
 _LONG_NUMBER: Final = re.compile(rb"[0-9]{16}")
 
 
@@ -213,15 +252,40 @@ def loads_canonical(data: bytes | bytearray) -> JsonValue:
         MalformedMessageError: It is not JSON, or not in canonical form.
     """
     try:
-        value: JsonValue = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
+        value: JsonValue = (
+            json.loads(data.decode(), parse_int=_number) if _LONG_NUMBER.search(data) else orjson.loads(data)
+        )
+    except (ValueError, RecursionError) as error:
         raise MalformedMessageError(f"not JSON: {error}", name="not_json") from None
-    # Written the same by orjson, it needs no look at every value, which takes a second for 10 MB.
-    if orjson.dumps(value, option=orjson.OPT_SORT_KEYS) == data and not _LONG_NUMBER.search(data):
-        return value
     if canonicalize(value) != data:
         raise MalformedMessageError("not in canonical form (RFC 8785)", name="not_canonical")
     return value
+
+
+def _number(text: str) -> int | float:
+    double = float(text)
+    return int(text) if -INTEGER_MAX <= double <= INTEGER_MAX else double
+
+
+class InputDigest:
+    """The running digest over a stream of bytes in a request."""
+
+    def __init__(self) -> None:
+        self._hash = sha256()
+        self._size = 0
+
+    def add(self, data: bytes) -> None:
+        """Take the next bytes."""
+        self._size += len(data)
+        self._hash.update(data)
+
+    def digest(self) -> bytes:
+        """Return the SHA-256 so far."""
+        return self._hash.digest()
+
+    def summary(self) -> InputSummary:
+        """Return what there was so far."""
+        return InputSummary(size=self._size, sha256=self._hash.hexdigest())
 
 
 class StreamDigest:

@@ -405,7 +405,14 @@ class GatewayClosedError(GatewayError):
 
 
 class PeerError(AIConexusError):
-    """Trouble between this agent and another. `did` names the other."""
+    """Trouble between this agent and another.
+
+    Attributes:
+        did: Of the other.
+        temporary: Whether the same may succeed later.
+    """
+
+    temporary: ClassVar[bool] = True
 
     def __init__(self, text: str, did: str = "") -> None:
         self.did = did
@@ -419,9 +426,11 @@ class PeerConnectError(PeerError):
 class PeerIdentityError(PeerError):
     """The other end is not who it should be: a message that it did not sign, or altered on its way."""
 
+    temporary = False
+
 
 class PeerLostError(PeerError):
-    """The DataChannel went away under a running call; whether it finished is not known."""
+    """The DataChannel went away under a running call; whether it finished is not known. Connect again."""
 
 
 class CallError(AIConexusError):
@@ -429,10 +438,12 @@ class CallError(AIConexusError):
 
     Attributes:
         name: The cause as it travels in `ext.error.name` of an EXEC_RESPONSE.
+        temporary: Whether the same may succeed later; nothing was executed then.
         capability: What was called.
     """
 
     name: ClassVar[str] = "error"
+    temporary: ClassVar[bool] = False
 
     def __init__(self, text: str, capability: str = "") -> None:
         self.capability = capability
@@ -461,6 +472,7 @@ class CallBusyError(CallError):
     """The other agent takes no more calls at present; nothing was executed. Try again later."""
 
     name = "busy"
+    temporary = True
 
 
 class CallTimeoutError(CallError, TimeoutError):

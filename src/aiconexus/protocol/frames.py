@@ -11,7 +11,9 @@ from aiconexus.protocol.limits import CHUNK_MAX_BYTES, FRAME_HEAD_BYTES, INTEGER
 
 _DATA: Final = 1
 _CREDIT: Final = 2
+_END: Final = 3
 _COUNT_BYTES: Final = 8
+_DIGEST_BYTES: Final = 32
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,14 @@ class Credit:
     taken: int
 
 
+@dataclass(frozen=True)
+class End:
+    """A stream of bytes in a request is complete; `digest` is its SHA-256."""
+
+    call: str
+    digest: bytes
+
+
 def data_frame(call: str, chunk: bytes | memoryview) -> bytes:
     """Return the frame that carries 1 to 16,384 bytes for the call of the EXEC_REQUEST with this id."""
     return b"".join((b"\x01", UUID(call).bytes, chunk))
@@ -40,7 +50,12 @@ def credit_frame(call: str, taken: int) -> bytes:
     return b"".join((b"\x02", UUID(call).bytes, taken.to_bytes(_COUNT_BYTES, "big")))
 
 
-def parse_frame(frame: bytes) -> Data | Credit:
+def end_frame(call: str, digest: bytes) -> bytes:
+    """Return the frame that ends the stream of bytes in a request, whose SHA-256 is `digest`."""
+    return b"".join((b"\x03", UUID(call).bytes, digest))
+
+
+def parse_frame(frame: bytes) -> Data | Credit | End:
     """Read one binary message.
 
     Raises:
@@ -53,6 +68,8 @@ def parse_frame(frame: bytes) -> Data | Credit:
         taken = int.from_bytes(frame[FRAME_HEAD_BYTES:], "big")
         if taken <= INTEGER_MAX:
             return Credit(_call(frame), taken)
+    if kind == _END and size == _DIGEST_BYTES:
+        return End(_call(frame), frame[FRAME_HEAD_BYTES:])
     raise MalformedMessageError(
         f"{len(frame)} bytes that begin with {frame[:1].hex() or 'nothing'} are no frame", name="bad_frame"
     )

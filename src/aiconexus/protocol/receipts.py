@@ -19,11 +19,12 @@ from pydantic import JsonValue
 from aiconexus.protocol.attachments import (
     ARGS,
     RESULT,
+    Attachment,
     Detached,
     StreamDigest,
     StreamSummary,
     Value,
-    argument_pointer,
+    argument_name,
     attachments_of,
     stream_summary_of,
 )
@@ -94,8 +95,8 @@ class Receipt:
             error=answered.error,
             answered_at=response.timestamp,
             stream=stream_summary_of(response),
-            digests={
-                attachment.at: attachment.sha256 or ""
+            attached={
+                attachment.at: attachment
                 for message in (request, response)
                 for attachment in attachments_of(message)
             },
@@ -117,7 +118,8 @@ class Verified:
         error: What went wrong, in the callee's words.
         answered_at: By the callee's clock, UTC.
         stream: How many parts the result had, and their digest, if it came in parts.
-        digests: SHA-256 of what was attached, by JSON Pointer: `/result`, `/args`, `/args/` and a name.
+        attached: What was attached, by JSON Pointer (`/result`, `/args`, `/args/` and a name), with its
+            SHA-256.
     """
 
     caller: str
@@ -130,44 +132,56 @@ class Verified:
     error: str | None
     answered_at: datetime
     stream: StreamSummary | None
-    digests: dict[str, str]
+    attached: dict[str, Attachment]
 
     def covers_result(self, result: Value) -> bool:
-        """Tell whether this is the result that was signed."""
-        if RESULT in self.digests:
-            return self.digests[RESULT] == _digest(result)
-        return self.stream is None and _is_same(self.result, result)
+        """Tell whether this is the result that was signed; an execution that failed has none."""
+        if self.status is not ExecStatus.SUCCESS or self.stream is not None:
+            return False
+        if RESULT in self.attached:
+            return _is_attached(self.attached[RESULT], result)
+        return _is_same(self.result, result)
 
     def covers_parts(self, parts: Iterable[Value]) -> bool:
         """Tell whether these are the parts of the stream, all and in order."""
         digest = StreamDigest()
-        for part in parts:
-            digest.add(part)
+        try:
+            for part in parts:
+                digest.add(part)
+        except MalformedMessageError:
+            return False
         return self.stream == digest.summary()
 
     def covers_args(self, args: dict[str, Value]) -> bool:
         """Tell whether these are the arguments that were signed."""
         rest: dict[str, Any] = dict(args)
-        for name, value in args.items():
-            at = argument_pointer(name)
-            if at in self.digests:
-                if self.digests[at] != _digest(value):
-                    return False
-                del rest[name]
-        if any(at.startswith(ARGS + "/") and at not in map(argument_pointer, args) for at in self.digests):
-            return False
-        return self.digests[ARGS] == _digest(rest) if ARGS in self.digests else _is_same(self.args, rest)
+        for at, attachment in self.attached.items():
+            name = argument_name(at)
+            if name is None:
+                continue
+            if name not in rest or not _is_attached(attachment, rest.pop(name)):
+                return False
+        return _is_attached(self.attached[ARGS], rest) if ARGS in self.attached else _is_same(self.args, rest)
 
 
-def _digest(value: Value) -> str:
-    return sha256(Detached.of("", value).data).hexdigest()
+def _is_attached(attachment: Attachment, value: Value | dict[str, Any]) -> bool:
+    try:
+        detached = Detached.of(attachment.at, value)
+    except MalformedMessageError:
+        return False
+    is_bytes = attachment.as_ == "bytes"
+    return detached.is_bytes is is_bytes and sha256(detached.data).hexdigest() == attachment.sha256
 
 
-def _is_same(one: JsonValue, other: Value | dict[str, Any]) -> bool:
-    return not isinstance(other, bytes) and canonicalize(one) == canonicalize(other)
+def _is_same(signed: JsonValue, value: Value | dict[str, Any]) -> bool:
+    try:
+        return canonicalize(signed) == canonicalize(value)
+    except MalformedMessageError:  # `value` is bytes, or has them in it
+        return False
 
 
 def _read(text: str) -> Message:
     envelope = loads(text, limit=DATA_MESSAGE_MAX_BYTES)
+    message = parse(envelope, text)
     verify_envelope(envelope)
-    return parse(envelope, text)
+    return message

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import base58
+import orjson
 from nacl.exceptions import BadSignatureError
 from nacl.signing import SigningKey, VerifyKey
 
@@ -35,7 +36,7 @@ from aiconexus.protocol.errors import (
 )
 from aiconexus.protocol.limits import CLOCK_SKEW_SECONDS, MESSAGE_MAX_BYTES, REPLAY_GUARD_CAPACITY
 from aiconexus.protocol.models import Message
-from aiconexus.protocol.serialization import canonicalize, dumps, loads, parse
+from aiconexus.protocol.serialization import canonicalize, loads, parse
 
 DID_PREFIX: Final = "did:key:"
 DID_LENGTH: Final = 56  # "did:key:" + "z" + 47 characters for 34 bytes that begin with 0xed
@@ -242,7 +243,7 @@ def sign_message(message: Message, key: DIDKey) -> Message:
     signature = b64encode(key.sign(canonicalize(envelope))).decode()
     envelope["signature"] = signature
     signed = message.model_copy(update={"signature": signature})
-    signed._wire = dumps(envelope)
+    signed._wire = orjson.dumps(envelope)  # what has a canonical form can be written
     return signed
 
 
