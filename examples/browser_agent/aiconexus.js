@@ -625,10 +625,11 @@ const isInteger = (holder, key) => Number.isSafeInteger(holder[key]) && !written
 /**
  * Parse one JSON text as strictly as section 3 demands. `JSON.parse` would let duplicate keys and large integers pass.
  * @param {string} text
+ * @param {{isCanonical?: boolean}} [options] `isCanonical`: a large integer is a double, as RFC 8785 writes it.
  * @returns {Json}
  * @throws {MalformedMessageError}
  */
-export function parseJson(text) {
+export function parseJson(text, { isCanonical = false } = {}) {
   let at = 0;
 
   /** @param {string} [name] @param {string} [field] @returns {never} */
@@ -668,7 +669,7 @@ export function parseJson(text) {
     const result = Number(found[0]);
     const isFloat = found[1] !== undefined || found[2] !== undefined;
     if (!Number.isFinite(result)) refuse("number_out_of_range");
-    if (!isFloat && !Number.isSafeInteger(result)) refuse("not_canonical");
+    if (!isFloat && !isCanonical && !Number.isSafeInteger(result)) refuse("not_canonical");
     if (isFloat && Number.isInteger(result) && holder !== undefined && key !== undefined) {
       if (!writtenAsFloat.has(holder)) writtenAsFloat.set(holder, new Set());
       writtenAsFloat.get(holder)?.add(key);
@@ -2047,6 +2048,7 @@ class Directory {
 
 const DATA = 1;
 const CREDIT = 2;
+const END = 3;
 
 /** @param {string} call @param {number} kind @param {number} size @returns {DataView} Of a frame with room for `size` bytes behind its head. */
 function frameOf(call, kind, size) {
@@ -2063,6 +2065,13 @@ export function dataFrame(call, chunk) {
   return frame;
 }
 
+/** @param {string} call @param {string} digest SHA-256 of the stream that ends, in hexadecimal digits. */
+export function endFrame(call, digest) {
+  const frame = new Uint8Array(frameOf(call, END, 32).buffer);
+  frame.set(fromHex(digest), LIMITS.FRAME_HEAD_BYTES);
+  return frame;
+}
+
 /** @param {string} call @param {number} taken Bytes, since the call began. */
 export function creditFrame(call, taken) {
   const view = frameOf(call, CREDIT, 8);
@@ -2072,7 +2081,8 @@ export function creditFrame(call, taken) {
 
 /**
  * @param {Uint8Array} frame
- * @returns {{kind: "data", call: string, chunk: Uint8Array} | {kind: "credit", call: string, taken: number}}
+ * @returns {{kind: "data", call: string, chunk: Uint8Array} | {kind: "credit", call: string, taken: number}
+ *   | {kind: "end", call: string, digest: string}}
  * @throws {MalformedMessageError} `bad_frame`
  */
 export function parseFrame(frame) {
@@ -2085,54 +2095,77 @@ export function parseFrame(frame) {
     const taken = new DataView(frame.buffer, frame.byteOffset + LIMITS.FRAME_HEAD_BYTES, 8).getBigUint64(0);
     if (taken <= BigInt(Number.MAX_SAFE_INTEGER)) return { kind: "credit", call, taken: Number(taken) };
   }
+  if (frame[0] === END && size === 32) return { kind: "end", call, digest: toHex(frame.subarray(LIMITS.FRAME_HEAD_BYTES)) };
   throw new MalformedMessageError("bad_frame", `${frame.length} bytes that are no frame`);
 }
 
-/** @typedef {{at: string, as: "json" | "bytes", size: number, sha256?: string}} Attachment */
-/** @typedef {{at: string, as: "json" | "bytes", data: Uint8Array}} Detached A value that travels beside its envelope. */
+/** @typedef {{at: string, as: "json" | "bytes", size?: number, sha256?: string}} Attachment Without `size` it is a stream. */
+/** @typedef {{at: string, as: "json" | "bytes", data: Uint8Array | null}} Detached What travels beside an envelope; null: a stream. */
 
 /** @type {Readonly<Record<string, Field>>} */
 const ATTACHMENT = {
   at: required(isText),
   as: required(isOneOf("json", "bytes")),
-  size: required(isIntegerFrom(0)),
+  size: absentOr(isIntegerFrom(0)),
   sha256: absentOr((value) => typeof value === "string" && /^[0-9a-f]{64}$/.test(value)),
 };
-
-/** Canonical JSON that also a strict reader takes: there a large float would look like an integer. @param {unknown} value */
-function attachable(value) {
-  const text = canonicalize(value);
-  if (/[0-9]{16}/.test(text)) parseJson(text);
-  return utf8(text);
-}
 
 /** @param {unknown} value @returns {Detached | null} What a result is beside its envelope; null if it fits into it. */
 function detachResult(value) {
   const bytes = asBytes(value);
   if (bytes !== null) return { at: "/result", as: "bytes", data: bytes };
   if (!isLonger(serialize(value), LIMITS.INLINE_MAX_BYTES - 1024)) return null;
-  return { at: "/result", as: "json", data: attachable(value) };
+  return { at: "/result", as: "json", data: utf8(canonicalize(value)) };
 }
 
-/** @param {Record<string, any>} args @returns {{inline: Record<string, any>, detached: Detached[]}} */
+/** @param {Record<string, any>} args @returns {{inline: Record<string, any>, detached: Detached[], source: AsyncIterable<unknown> | null}} */
 function detachArguments(args) {
   /** @type {Record<string, any>} */
   let inline = {};
   /** @type {Detached[]} */
   const detached = [];
+  /** @type {Detached[]} */
+  const streams = [];
+  let source = null;
   for (const [name, value] of Object.entries(args)) {
+    const at = `/args/${name.replaceAll("~", "~0").replaceAll("/", "~1")}`;
     const bytes = asBytes(value);
-    if (bytes === null) inline[name] = value;
-    else detached.push({ at: `/args/${name.replaceAll("~", "~0").replaceAll("/", "~1")}`, as: "bytes", data: bytes });
+    const stream = asStream(value);
+    if (bytes !== null) detached.push({ at, as: "bytes", data: bytes });
+    else if (stream === null) inline[name] = value;
+    else {
+      streams.push({ at, as: "bytes", data: null });
+      source = stream;
+    }
   }
+  if (streams.length > 1) throw new MalformedMessageError("invalid_ext", "one argument can be a stream of bytes");
+  detached.push(...streams);
   if (isLonger(serialize(inline), LIMITS.INLINE_MAX_BYTES - 1024)) {
-    detached.unshift({ at: "/args", as: "json", data: attachable(inline) });
+    detached.unshift({ at: "/args", as: "json", data: utf8(canonicalize(inline)) });
     inline = {};
   }
   if (detached.length > LIMITS.ATTACHMENTS_MAX) {
     throw new MalformedMessageError("too_large", `at most ${LIMITS.ATTACHMENTS_MAX} arguments of bytes can be sent`);
   }
-  return { inline, detached };
+  return { inline, detached, source };
+}
+
+/** @param {any} value @returns {AsyncIterable<unknown> | null} What gives bytes one after the other; null if it does not. */
+function asStream(value) {
+  if (isAsyncIterable(value)) return value;
+  if (typeof value?.getReader !== "function") return null;
+  return (async function* () { // a ReadableStream, of a browser in which these cannot be iterated
+    const reader = value.getReader();
+    try {
+      for (;;) {
+        const { done, value: chunk } = await reader.read();
+        if (done) return;
+        yield chunk;
+      }
+    } finally {
+      await reader.cancel();
+    }
+  })();
 }
 
 /** @param {Detached[]} detached @param {Record<string, any>} ext @param {boolean} isSigned */
@@ -2140,7 +2173,8 @@ async function describe(detached, ext, isSigned) {
   if (detached.length === 0) return ext;
   const attachments = [];
   for (const { at, as, data } of detached) {
-    attachments.push({ at, as, size: data.length, ...(isSigned ? { sha256: await sha256(data) } : {}) });
+    if (data === null) attachments.push({ at, as });
+    else attachments.push({ at, as, size: data.length, ...(isSigned ? { sha256: await sha256(data) } : {}) });
   }
   return { ...ext, attachments };
 }
@@ -2158,26 +2192,44 @@ export class Assembly {
     const attachments = envelope.ext?.attachments ?? [];
     if (!isListOf(isObject, LIMITS.ATTACHMENTS_MAX)(attachments, null, "")) this.#refuse("not a list of attachments");
     const places = new Set();
+    /** Name of the argument that is a stream of bytes. @type {string | null} */
+    this.stream = null;
     for (const attachment of attachments) {
       const known = Object.fromEntries(Object.entries(attachment).filter(([key]) => Object.hasOwn(ATTACHMENT, key)));
       const wrong = misfit(known, ATTACHMENT);
-      if (wrong !== null || !isInteger(attachment, "size")) this.#refuse(`an attachment: ${wrong ?? "size is wrong"}`);
+      if (wrong !== null) this.#refuse(`an attachment: ${wrong}`);
       if (!this.#isFree(attachment) || places.has(attachment.at)) this.#refuse(`${attachment.at} is no place for one`);
-      if (attachment.sha256 === undefined && (envelope.signature ?? null) !== null) {
+      places.add(attachment.at);
+      if (attachment.size === undefined) {
+        const isLast = attachment === attachments.at(-1) && envelope.type === "EXEC_REQUEST";
+        if (!isLast || attachment.as !== "bytes" || attachment.sha256 !== undefined) this.#refuse(`${attachment.at} cannot be a stream`);
+        this.stream = argumentName(attachment.at);
+      } else if (attachment.sha256 === undefined && (envelope.signature ?? null) !== null) {
         this.#refuse(`the digest of ${attachment.at} is missing: this message is signed`);
       }
-      places.add(attachment.at);
     }
-    this.#parts = attachments.map((/** @type {Attachment} */ attachment) => ({
-      attachment,
-      chunks: [],
-      missing: attachment.size,
-      digest: attachment.sha256 === undefined ? null : new Sha256(),
-    }));
+    this.#parts = attachments.filter((/** @type {Attachment} */ { size }) => size !== undefined).map(
+      (/** @type {Required<Attachment>} */ attachment) => ({
+        attachment,
+        chunks: [],
+        missing: attachment.size,
+        digest: attachment.sha256 === undefined ? null : new Sha256(),
+      }),
+    );
     /** Bytes of all together. */
-    this.size = attachments.reduce((/** @type {number} */ sum, /** @type {Attachment} */ { size }) => sum + size, 0);
+    this.size = this.#parts.reduce((sum, { missing }) => sum + missing, 0);
     /** Bytes that are still to come. */
     this.missing = this.size;
+    this.#skipEmpty();
+  }
+
+  /** Bytes of the attachment that is being collected: a frame never holds some of two. */
+  get room() {
+    return this.#parts[this.#next]?.missing ?? 0;
+  }
+
+  #skipEmpty() {
+    while (this.#parts[this.#next]?.missing === 0) this.#next++;
   }
 
   /** @param {Attachment} attachment */
@@ -2194,18 +2246,14 @@ export class Assembly {
     throw new MalformedMessageError("invalid_ext", `ext.attachments: ${text}`, { field: "ext.attachments", id: this.#envelope.id });
   }
 
-  /** Take the next bytes, at most as many as are missing. @param {Uint8Array} chunk */
+  /** Take the next bytes, at most as many as there is `room` for. @param {Uint8Array} chunk */
   add(chunk) {
+    const part = this.#parts[this.#next];
+    part.digest?.update(chunk);
+    part.chunks.push(chunk);
+    part.missing -= chunk.length;
     this.missing -= chunk.length;
-    while (chunk.length > 0) {
-      const part = this.#parts[this.#next];
-      const taken = chunk.subarray(0, part.missing);
-      part.digest?.update(taken);
-      part.chunks.push(taken);
-      part.missing -= taken.length;
-      chunk = chunk.subarray(taken.length);
-      if (part.missing === 0) this.#next++;
-    }
+    this.#skipEmpty();
   }
 
   /**
@@ -2214,16 +2262,23 @@ export class Assembly {
    */
   payload() {
     const payload = { ...this.#envelope.payload };
+    /** @type {Record<string, any>} */
+    const more = {};
     for (const { attachment, chunks, digest } of this.#parts) {
       const { at, as, sha256: expected } = attachment;
       if (digest !== null && digest.hex() !== expected) this.#refuse(`what came for ${at} is not what its digest says`);
       const value = as === "bytes" ? concat(chunks) : this.#parse(concat(chunks));
       const name = argumentName(at);
       if (at === "/result") payload.result = value;
-      else if (name !== null) payload.args = { ...payload.args, [name]: value };
-      else if (isObject(value, null, "")) payload.args = { ...payload.args, .../** @type {object} */ (value) };
+      else if (name !== null) more[name] = value;
+      else if (isObject(value, null, "")) payload.args = value;
       else this.#refuse("the arguments are no object");
     }
+    if (this.#envelope.type !== "EXEC_REQUEST") return payload;
+    for (const name of [...Object.keys(more), this.stream ?? ""]) {
+      if (Object.hasOwn(payload.args, name)) this.#refuse(`the argument ${name.slice(0, 64)} comes twice`);
+    }
+    payload.args = { ...payload.args, ...more };
     return payload;
   }
 
@@ -2231,7 +2286,7 @@ export class Assembly {
   #parse(bytes) {
     try {
       const text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
-      const value = parseJson(text);
+      const value = parseJson(text, { isCanonical: true });
       if (canonicalize(value) === text) return value;
     } catch (error) {
       this.#refuse(`not JSON: ${/** @type {Error} */ (error).message}`);
@@ -2268,11 +2323,83 @@ export class StreamDigest {
   }
 }
 
+/** The running digest over a stream of bytes in a request. */
+class InputDigest {
+  #hash = new Sha256();
+  #size = 0;
+
+  /** @param {Uint8Array} bytes */
+  add(bytes) {
+    this.#size += bytes.length;
+    this.#hash.update(bytes);
+  }
+
+  /** `ext.input`; nothing can be added after it. */
+  summary() {
+    return { size: this.#size, sha256: this.#hash.hex() };
+  }
+}
+
+/**
+ * An argument that is a stream: what a capability iterates over, while it comes. Reading is what gives the sender credit.
+ * @implements {AsyncIterable<Uint8Array>}
+ */
+class Input {
+  /** @type {Queue<Uint8Array | Error | null>} Null: its end. */
+  #chunks = new Queue();
+  #digest = new InputDigest();
+  #took;
+  isEnded = false;
+  /** What was read, once that is all of it. @type {{size: number, sha256: string} | null} */
+  read = null;
+
+  /** @param {() => void} took Called when a chunk was read. */
+  constructor(took) {
+    this.#took = took;
+  }
+
+  /** @param {Uint8Array} chunk */
+  put(chunk) {
+    this.#digest.add(chunk);
+    this.#chunks.put(chunk);
+  }
+
+  /** The sender says that this was all. @param {string} digest */
+  end(digest) {
+    this.isEnded = true;
+    this.#summary = this.#digest.summary();
+    const isWhole = this.#summary.sha256 === digest;
+    this.#chunks.put(isWhole ? null : new InvalidArgumentsError("what came of the stream is not what was sent", "invalid_arguments"));
+  }
+
+  /** Nothing more will come. @param {Error} error */
+  fail(error) {
+    if (!this.isEnded) this.#chunks.put(error);
+    this.isEnded = true;
+  }
+
+  /** @type {{size: number, sha256: string} | null} */
+  #summary = null;
+
+  async *[Symbol.asyncIterator]() {
+    for (;;) {
+      const chunk = await this.#chunks.take();
+      if (chunk === null) {
+        this.read = this.#summary;
+        return;
+      }
+      if (chunk instanceof Error) throw chunk;
+      this.#took();
+      yield chunk;
+    }
+  }
+}
+
 // =================================================================================================================
 // The channel and what waits for it (sections 13.2 and 13.6)
 // =================================================================================================================
 
-/** @typedef {{text: string | null, attached: Uint8Array[], isCounted: boolean, isProgress: boolean, sent: (() => void) | null}} Item */
+/** @typedef {{text: string | Uint8Array | null, attached: Uint8Array[], isCounted: boolean, isProgress: boolean, sent: (() => void) | null}} Item */
 /** @typedef {{items: Item[], counted: number, taken: number}} Lane `counted` bytes were sent that need credit; for `taken` there was some. */
 
 /**
@@ -2318,7 +2445,7 @@ class Outbox {
 
   /**
    * Add a message of a call behind those that wait of it.
-   * @param {string} call @param {string} text
+   * @param {string} call @param {string | Uint8Array | null} text An envelope, or a frame; null for bytes alone.
    * @param {{attached?: Uint8Array[], isCounted?: boolean, isProgress?: boolean}} [options] `isCounted`: the text needs
    *   credit, too; `isProgress`: a later one takes its place.
    * @returns {Promise<void>} Done when all of it was sent, or dropped.
@@ -2327,11 +2454,11 @@ class Outbox {
     const lane = this.#lane(call);
     const last = lane.items.at(-1);
     if (isProgress && last?.isProgress && last.text !== null) {
-      this.texts += text.length - last.text.length;
+      this.texts += (text?.length ?? 0) - last.text.length;
       last.text = text;
       return Promise.resolve();
     }
-    this.texts += text.length;
+    this.texts += text?.length ?? 0;
     this.attached += bytesOf(attached);
     return new Promise((sent) => {
       lane.items.push({ text, attached: attached.filter(({ length }) => length > 0), isCounted, isProgress, sent });
@@ -2437,7 +2564,7 @@ class Outbox {
       message = item.text;
       item.text = null;
       this.texts -= message.length;
-      if (item.isCounted) lane.counted += utf8(message).length;
+      if (item.isCounted && typeof message === "string") lane.counted += utf8(message).length;
     } else {
       const chunk = item.attached[0].subarray(0, LIMITS.CHUNK_MAX_BYTES);
       message = dataFrame(call, chunk);
@@ -2519,6 +2646,8 @@ class OutgoingCall {
   events = new Queue();
   count = 0;
   kept = 0; // bytes of parts that wait for their reader
+  /** What was sent of the stream in the request, once that is all of it. @type {{size: number, sha256: string} | null} */
+  fed = null;
   isOver = false;
 
   /** The text of the EXEC_REQUEST. */
@@ -2545,6 +2674,8 @@ class IncomingCall {
   controller = new AbortController();
   begunAt = Date.now();
   isOver = false;
+  /** The stream in the request. @type {Input | null} */
+  input = null;
   /** @type {any} */
   timer;
 
@@ -2713,7 +2844,8 @@ export class Peer {
    * Execute a capability of the other agent and return its result: JSON, or a Uint8Array. The parts of a stream come as
    * one list, or, if all are bytes, joined.
    * @param {string} capability
-   * @param {Record<string, any>} [args] By name: JSON, or bytes (ArrayBuffer, typed arrays).
+   * @param {Record<string, any>} [args] By name: JSON, or bytes (ArrayBuffer, typed arrays); one of them may be a stream
+   * of bytes (ReadableStream, async iterable) that is sent while it is made.
    * @param {CallOptions} [options]
    * @returns {Promise<any>}
    * @throws {CallError} It did not succeed. @throws {PeerLostError} The connection went away; whether it was executed is not known.
@@ -2840,13 +2972,14 @@ export class Peer {
     const timer = setTimeout(late, timeout);
     signal?.addEventListener("abort", abort);
     try {
-      const { text, attached, envelope } = await this.#request(capability, args, timeout, isStream);
+      const { text, attached, source, envelope } = await this.#request(capability, args, timeout, isStream);
       id = envelope.id;
       call.request = text;
       if (!call.isOver) {
         this.#checkOpen(); // signing takes a moment
         this.#calls.set(id, call);
         void this.#outbox.put(id, text, { attached });
+        if (source !== null) void this.#feed(id, call, source);
       }
       for (;;) {
         const event = await call.events.take();
@@ -2891,16 +3024,36 @@ export class Peer {
   /** @param {string} capability @param {Record<string, any>} args @param {number} timeout @param {boolean} isStream */
   async #request(capability, args, timeout, isStream) {
     try {
-      const { inline, detached } = detachArguments(args);
-      const size = bytesOf(detached.map(({ data }) => data));
+      const { inline, detached, source } = detachArguments(args);
+      const attached = detached.flatMap(({ data }) => data ?? []);
+      const size = bytesOf(attached);
       if (size > LIMITS.ATTACHMENTS_MAX_BYTES) throw new MalformedMessageError("too_large", `${size} bytes are too many`);
       const payload = { args: inline, timeout_ms: Math.ceil(timeout), ...(isStream ? { stream: true } : {}) };
       const ext = await describe(detached, { capability }, true);
       const envelope = await sign(this.#message("EXEC_REQUEST", payload, { ext }), this.#hooks.identity);
-      return { text: this.#text(envelope), attached: detached.map(({ data }) => data), envelope };
+      return { text: this.#text(envelope), attached, source, envelope };
     } catch (error) {
       if (!(error instanceof MessageError)) throw error;
       throw new InvalidArgumentsError(`the arguments cannot be sent: ${error.message}`, "invalid_arguments", error);
+    }
+  }
+
+  /** Send the stream in a request as its source gives it. @param {string} id @param {OutgoingCall} call @param {AsyncIterable<unknown>} source */
+  async #feed(id, call, source) {
+    const digest = new InputDigest();
+    try {
+      for await (const value of source) {
+        const data = asBytes(value);
+        if (data === null) throw new TypeError("a stream of bytes gives bytes");
+        if (!this.#calls.has(id)) return;
+        digest.add(data);
+        await this.#outbox.put(id, null, { attached: [data] });
+        if (!this.#calls.has(id)) return;
+      }
+      call.fed = digest.summary();
+      await this.#outbox.put(id, endFrame(id, call.fed.sha256));
+    } catch (error) {
+      this.#giveUp(id, call, new InvalidArgumentsError(`the stream of bytes failed: ${error}`, "invalid_arguments", error));
     }
   }
 
@@ -3158,6 +3311,12 @@ export class Peer {
   /** @param {string} id @param {OutgoingCall} call @param {Envelope} envelope @param {any} payload */
   #finish(id, call, { ext = {} }, { status, result, error }) {
     this.#calls.delete(id);
+    this.#outbox.drop(id); // of a stream that the other side has read enough of
+    const { input = null } = ext;
+    if (input !== null && (input.size !== call.fed?.size || input.sha256 !== call.fed?.sha256)) {
+      call.end({ error: new PeerIdentityError(`what ${this.did} has read is not the stream that was sent`, "bad_stream") });
+      return;
+    }
     if (status !== "success") {
       const name = status === "cancelled" ? "cancelled" : ext.error?.name;
       call.end({ error: callError(typeof name === "string" ? name : "error", error ?? `${call.capability} failed without saying why`) });
@@ -3202,7 +3361,19 @@ export class Peer {
     if (call === undefined) return;
     const { arrival } = call;
     const { collecting } = arrival;
-    if (collecting === null || collecting.assembly.missing < frame.chunk.length) {
+    const input = collecting === null && incoming?.input?.isEnded === false ? incoming.input : null;
+    if (frame.kind === "end" && input !== null) {
+      input.end(frame.digest);
+      return;
+    }
+    if (frame.kind === "data" && input !== null && !arrival.isFlooded) {
+      arrival.beginPart();
+      arrival.count(frame.chunk.length);
+      arrival.hold();
+      input.put(frame.chunk);
+      return;
+    }
+    if (frame.kind === "end" || collecting === null || collecting.assembly.room < frame.chunk.length) {
       const error = new MalformedMessageError("bad_frame", "data that no attachment has announced", { id });
       this.#refuse(error, null);
       this.#fail(id, new CallError(`${shortDid(this.did)} sent data that nothing has announced`, "bad_frame", error));
@@ -3270,6 +3441,13 @@ export class Peer {
     } catch (error) {
       this.#failCall(call, "invalid_arguments", /** @type {Error} */ (error).message);
       return;
+    }
+    if (assembly.stream !== null) {
+      call.input = new Input(() => {
+        call.arrival.took();
+        this.#credit(call.id, call.arrival);
+      });
+      payload.args[assembly.stream] = call.input;
     }
     void this.#serve(call, (context) => this.#hooks.onExecute(envelope.ext?.capability, payload.args, context));
   }
@@ -3349,7 +3527,7 @@ export class Peer {
     const ext = await describe(detached === null ? [] : [detached], {}, false);
     if (call.isOver) return;
     const text = this.#text(this.#message("EXEC_RESPONSE", payload, { correlationId: call.id, ext }));
-    await this.#outbox.put(call.id, text, { attached: detached === null ? [] : [detached.data], isCounted: true });
+    await this.#outbox.put(call.id, text, { attached: detached?.data ? [detached.data] : [], isCounted: true });
   }
 
   /** @param {IncomingCall} call @param {unknown} value */
@@ -3380,12 +3558,13 @@ export class Peer {
    */
   async #respond(call, payload, detached = [], ext = {}) {
     payload = { ...payload, execution_time_ms: Date.now() - call.begunAt };
+    ext = { ...inputOf(call), ...ext };
     const message = this.#message("EXEC_RESPONSE", payload, { correlationId: call.id, ext: await describe(detached, ext, true) });
     const text = this.#text(await sign(message, this.#hooks.identity));
     if (!this.#over(call)) return;
     // A stream cannot be told again, nor what was attached.
     this.#hooks.answers.end(call.envelope, detached.length > 0 || ext.stream !== undefined ? null : text);
-    await this.#outbox.put(call.id, text, { attached: detached.map(({ data }) => data) });
+    await this.#outbox.put(call.id, text, { attached: detached.flatMap(({ data }) => data ?? []) });
     this.#outbox.end(call.id);
   }
 
@@ -3400,7 +3579,7 @@ export class Peer {
       return;
     }
     const payload = { status: name === "cancelled" ? "cancelled" : "error", error: text, execution_time_ms: Date.now() - call.begunAt };
-    const message = this.#message("EXEC_RESPONSE", payload, { correlationId: call.id, ext: { error: { name } } });
+    const message = this.#message("EXEC_RESPONSE", payload, { correlationId: call.id, ext: { ...inputOf(call), error: { name } } });
     void this.#sign(message, async (answer) => {
       this.#hooks.answers.end(call.envelope, answer);
       await this.#outbox.put(call.id, answer);
@@ -3434,6 +3613,7 @@ export class Peer {
     if (call.isOver) return false;
     call.isOver = true;
     clearTimeout(call.timer);
+    call.input?.fail(new CallCancelledError("the call is over", "cancelled"));
     this.#serving.delete(call.id);
     this.#release(call);
     return true;
@@ -3552,6 +3732,9 @@ export class Peer {
     this.#hooks.closed(this, reason);
   }
 }
+
+/** `ext.input` of a final response, if the stream in the request was read to its end. @param {IncomingCall} call */
+const inputOf = ({ input }) => ((input?.read ?? null) === null ? {} : { input: input?.read });
 
 /** @param {unknown} value @returns {value is AsyncIterable<unknown>} */
 const isAsyncIterable = (value) => typeof (/** @type {any} */ (value)?.[Symbol.asyncIterator]) === "function";
@@ -4109,7 +4292,8 @@ function checkDescription(sdp) {
 /**
  * What a capability does.
  * @callback Run
- * @param {any} args By name; bytes come as Uint8Array.
+ * @param {any} args By name; bytes come as Uint8Array, and as an async iterable of these where the schema of the argument
+ * says `"stream": true`.
  * @param {Call} call
  * @returns {unknown} JSON or bytes, a promise of it, or an async iterable of parts (an async generator function).
  */
@@ -4338,6 +4522,12 @@ export class Agent extends EventTarget {
       const known = [...this.#capabilities.keys()].join(", ") || "none";
       throw new UnknownCapabilityError(`no capability ${JSON.stringify(name)}; there is: ${known}`, "unknown_capability");
     }
+    for (const [name, value] of Object.entries(args)) {
+      const takesStream = capability.input?.properties?.[name]?.stream === true;
+      const bytes = asBytes(value);
+      if (takesStream && bytes !== null) args[name] = (async function* () { yield bytes; })();
+      else if (isAsyncIterable(value) && !takesStream) throw new InvalidArgumentsError(`${name} takes no stream`, "invalid_arguments");
+    }
     const wrong = capability.input === undefined ? null : misfitOfSchema(args, capability.input, "");
     if (wrong !== null) throw new InvalidArgumentsError(wrong, "invalid_arguments");
     return capability.run(args, call);
@@ -4346,9 +4536,10 @@ export class Agent extends EventTarget {
 
 /** @type {Readonly<Record<string, (value: any) => boolean>>} */
 const SCHEMA_TYPES = {
-  object: (value) => isObject(value, null, "") && asBytes(value) === null,
+  object: (value) => isObject(value, null, "") && asBytes(value) === null && !isAsyncIterable(value),
   array: Array.isArray,
-  string: (value) => typeof value === "string" || asBytes(value) !== null, // bytes are described as a string, too
+  // Bytes, and a stream of them, are described as a string, too.
+  string: (value) => typeof value === "string" || asBytes(value) !== null || isAsyncIterable(value),
   number: (value) => typeof value === "number",
   integer: Number.isInteger,
   boolean: (value) => typeof value === "boolean",

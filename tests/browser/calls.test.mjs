@@ -132,6 +132,22 @@ test("bytes and long JSON travel beside their envelope", async () => {
   assert.equal(await peer.execute("echo", { value: 1e20 }), 1e20);
 });
 
+test("an argument may be a stream of bytes, which is read while it is made", async () => {
+  async function* source(count, fault) {
+    for (let number = 0; number < count; number++) yield new Uint8Array(50_000).fill(number);
+    if (fault) throw fault;
+  }
+  assert.equal(await peer.execute("measure", { data: source(8) }), 400_000);
+  assert.equal(await peer.execute("measure", { data: source(0) }), 0);
+  assert.equal(await peer.execute("measure", { data: new Blob(["€".repeat(1000)]).stream() }), 3000);
+  assert.equal(await peer.execute("measure", { data: new Uint8Array(7) }), 7);
+  assert.ok((await peer.execute("measure", { data: source(1e9), enough: 100_000 })) >= 100_000); // it has read enough
+  await assert.rejects(peer.execute("measure", { data: source(2, new Error("no more")) }), /no more/);
+  await assert.rejects(peer.execute("double", { value: source(1) }), /value takes no stream/);
+  await assert.rejects(peer.execute("measure", { data: source(1), more: source(1) }), ioap.InvalidArgumentsError);
+  assert.equal(await peer.execute("double", { value: 1 }), 2);
+});
+
 test("calls take turns: a short one overtakes a long one", async () => {
   const order = [];
   await Promise.all([

@@ -24,6 +24,11 @@ assert.deepEqual(await peer.execute("count", { to: 2 }), [0, 1]);
 const bytes = new Uint8Array(1_500_000).map((_, i) => i * 31);
 assert.deepEqual(await peer.execute("echo", { value: bytes }), bytes);
 
+async function* source() {
+  for (let number = 0; number < 10; number++) yield new Uint8Array(50_000);
+}
+assert.equal(await peer.execute("measure", { data: source() }), 500_000);
+
 const controller = new AbortController();
 process.stdin.once("data", () => controller.abort(new Error("enough")));
 await assert.rejects(peer.execute("hold", {}, { signal: controller.signal }), { message: "enough" });

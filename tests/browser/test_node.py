@@ -126,6 +126,10 @@ class Worker(Agent):
         return value
 
     @capability
+    async def measure(self, data: AsyncIterator[bytes]) -> int:
+        return sum([len(chunk) async for chunk in data])
+
+    @capability
     async def hold(self) -> None:
         self.started.set()
         try:
@@ -241,6 +245,19 @@ async def test_bytes_of_any_size_come_back_from_node(worker: Worker, theirs: tup
         long = ["x" * 1000] * 300
         assert await peer.execute("echo", value=long) == long
         assert await peer.execute("echo", value=b"") == b""
+
+
+async def test_stream_of_bytes_goes_to_node(worker: Worker, theirs: tuple[NodeAgent, str]) -> None:
+    async def source() -> AsyncIterator[bytes]:
+        for _ in range(10):
+            yield bytes(50_000)
+
+    _, did = theirs
+    async with worker.connect(did) as peer:
+        assert await peer.execute("measure", data=source()) == 500_000
+        assert await peer.execute("measure", data=bytes(7)) == 7
+        with pytest.raises(InvalidArgumentsError, match="value takes no stream"):
+            await peer.execute("double", value=source())
 
 
 async def test_agent_in_node_says_goodbye(worker: Worker, theirs: tuple[NodeAgent, str]) -> None:

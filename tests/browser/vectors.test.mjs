@@ -260,7 +260,10 @@ for (const { frame, kind, call, chunk, taken } of read("frames")) {
     const found = ioap.parseFrame(bytes);
     assert.equal(found.kind, kind);
     assert.equal(found.call, call);
-    if (kind === "data") {
+    if (kind === "end") {
+      assert.equal(found.digest, chunk);
+      assert.equal(toHex(ioap.endFrame(call, chunk)), frame);
+    } else if (kind === "data") {
       assert.equal(toHex(found.chunk), chunk);
       assert.equal(toHex(ioap.dataFrame(call, fromHex(chunk))), frame);
     } else {
@@ -306,15 +309,25 @@ test("attachments come to their places", () => {
     id: uuid(1), type: "EXEC_REQUEST", payload: { args: {} },
     ext: { attachments: places.map((at, i) => ({ at, as: i === 0 ? "json" : "bytes", size: data[i].length })) },
   });
-  const all = Uint8Array.from([...data[0], ...data[1]]);
-  assembly.add(all.subarray(0, 5)); // a frame may hold the end of one and the beginning of the next
-  assembly.add(all.subarray(5));
+  assert.equal(assembly.room, data[0].length); // a frame never holds bytes of two
+  assembly.add(data[0].subarray(0, 5));
+  assembly.add(data[0].subarray(5));
+  assert.equal(assembly.room, 3);
+  assembly.add(data[1]);
+  assert.equal(assembly.missing, 0);
   assert.deepEqual(assembly.payload().args, { b: [1, 2.5], ü: "€", "a/b~": data[1], empty: data[2] });
+});
+
+test("an integer in canonical JSON that is too large for one is a double", () => {
+  const bytes = new TextEncoder().encode("[1e+21,100000000000000000000,9007199254740992]");
+  const assembly = new Assembly({ id: uuid(1), type: "EXEC_REQUEST", payload: { args: {} }, ext: { attachments: [{ at: "/args/x", as: "json", size: bytes.length }] } });
+  assembly.add(bytes);
+  assert.deepEqual(assembly.payload().args.x, [1e21, 1e20, 2 ** 53]);
 });
 
 test("an attachment that is not canonical JSON, or has no place, is refused", () => {
   const of = (entries, payload = { args: {} }, type = "EXEC_REQUEST") => new Assembly({ id: uuid(1), type, payload, ext: { attachments: entries } });
-  for (const text of ['{"b":1,"a":2}', '{"a": 1}', '{"a":1,"a":1}', '{"a":9007199254740992}', "{", '"\\u0041"', "1.0"]) {
+  for (const text of ['{"b":1,"a":2}', '{"a": 1}', '{"a":1,"a":1}', '{"a":9007199254740993}', "{", '"\\u0041"', "1.0"]) {
     const bytes = new TextEncoder().encode(text);
     const assembly = of([{ at: "/args/x", as: "json", size: bytes.length }]);
     assembly.add(bytes);
@@ -323,7 +336,7 @@ test("an attachment that is not canonical JSON, or has no place, is refused", ()
   const one = { at: "/args/x", as: "json", size: 1 };
   const wrong = [
     [{ ...one, at: "/result" }], [{ ...one, at: "/args/a/b" }], [{ ...one, at: "/args/~2" }], [{ ...one, at: "x" }], [one, one],
-    [{ ...one, as: "text" }], [{ ...one, size: -1 }], [{ ...one, size: 1.5 }], [{ ...one, sha256: "ff" }], [{ at: "/args", as: "bytes", size: 1 }],
+    [{ ...one, as: "text" }], [{ at: "/args/x", as: "json" }], [{ at: "/args/x", as: "bytes", sha256: "0".repeat(64) }], [{ at: "/args/x", as: "bytes" }, one], [{ ...one, size: -1 }], [{ ...one, size: 1.5 }], [{ ...one, sha256: "ff" }], [{ at: "/args", as: "bytes", size: 1 }],
     Array.from({ length: 65 }, (_, i) => ({ ...one, at: `/args/${i}` })), {}, [1],
   ];
   for (const entries of wrong) assert.throws(() => of(entries), { code: "invalid_ext" }, JSON.stringify(entries).slice(0, 80));

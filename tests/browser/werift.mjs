@@ -44,6 +44,21 @@ export function capabilities() {
         throw new RangeError("there is nothing here");
       },
       echo: async (args) => args.value,
+      measure: {
+        input: {
+          type: "object",
+          properties: { data: { type: "string", format: "binary", stream: true }, enough: { type: "integer" } },
+          required: ["data"],
+        },
+        run: async ({ data, enough = Infinity }) => {
+          let size = 0;
+          for await (const chunk of data) {
+            size += chunk.length;
+            if (size >= enough) break;
+          }
+          return size;
+        },
+      },
       hold: (args, { signal, progress }) => new Promise((resolve, reject) => {
         seen.running++;
         progress("holding");
