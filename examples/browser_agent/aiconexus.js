@@ -29,8 +29,9 @@
  *     signaling               section 13.1: from a DID to an open DataChannel
  *     agent                   what an application uses
  *
- * What Node.js lacks is given as options: `WebSocket` (before Node.js 22; npm: ws) and `RTCPeerConnection` (npm: werift,
- * node-datachannel). All times in the API are in milliseconds, as everywhere in JavaScript.
+ * What Node.js lacks is given as options: `WebSocket` (before Node.js 22; npm: ws) and `RTCPeerConnection` (npm: werift).
+ * Browsers must have Ed25519 in WebCrypto: Chromium from 137, Firefox from 129, Safari from 17 on. All times in the API
+ * are in milliseconds, as everywhere in JavaScript.
  */
 
 // =================================================================================================================
@@ -100,14 +101,25 @@ const ERROR_TEXT_MAX = 4_096; // characters of an exception's text that travel
 /** All causes by name, as an ERROR's `details` has them. @type {Readonly<Record<string, Cause>>} */
 export const CAUSES = (() => {
   const codes = [
-    ["MALFORMED_MESSAGE", 100, "not_json not_object invalid_utf8 lone_surrogate too_deep too_large duplicate_key "
-      + "escaped_key escaped_value unknown_field missing_field wrong_type bad_id bad_did unknown_type binary_frame "
-      + "unexpected_type invalid_payload invalid_ext not_canonical number_out_of_range bad_frame"],
-    ["INVALID_SIGNATURE", 200, "bad_signature missing_signature wrong_sender wrong_key wrong_nonce wrong_audience "
-      + "stale_timestamp replayed wrong_recipient"],
+    [
+      "MALFORMED_MESSAGE",
+      100,
+      "not_json not_object invalid_utf8 lone_surrogate too_deep too_large duplicate_key " +
+        "escaped_key escaped_value unknown_field missing_field wrong_type bad_id bad_did unknown_type binary_frame " +
+        "unexpected_type invalid_payload invalid_ext not_canonical number_out_of_range bad_frame",
+    ],
+    [
+      "INVALID_SIGNATURE",
+      200,
+      "bad_signature missing_signature wrong_sender wrong_key wrong_nonce wrong_audience " +
+        "stale_timestamp replayed wrong_recipient",
+    ],
     ["UNKNOWN_AGENT", 300, "not_online away_expired away_full unreachable"],
-    ["CONNECTION_REFUSED", 400, "data_plane_only slow_consumer not_offered declined busy overloaded rate_limited "
-      + "gateway_full"],
+    [
+      "CONNECTION_REFUSED",
+      400,
+      "data_plane_only slow_consumer not_offered declined busy overloaded rate_limited " + "gateway_full",
+    ],
     ["TIMEOUT", 500, "register_timeout deadline"],
     ["UNSUPPORTED_VERSION", 600, "unsupported_version"],
     ["INTERNAL_ERROR", 700, "internal unconfirmed"],
@@ -128,22 +140,45 @@ export const CAUSES = (() => {
 /** Close codes of the WebSocket, and how long to wait before a return. @type {ReadonlyMap<number, CloseCode>} */
 export const CLOSE_CODES = new Map(
   /** @type {[number, string, number?][]} */ ([
-    [1000, "normal"], [1001, "going_away", 500], [1002, "protocol_error", 5000], [1003, "unsupported_data", 5000],
-    [1005, "no_status", 500], [1006, "abnormal", 500], [1007, "invalid_text", 5000], [1009, "too_large", 5000],
-    [1011, "internal_error", 1000], [1012, "service_restart", 1000], [1013, "try_again_later", 5000],
-    [4001, "draining", 500], [4002, "internal", 1000], [4003, "slow_consumer", 1000], [4004, "no_pong", 500],
-    [4005, "rate_limited", 5000], [4006, "idle", 1000], [4007, "register_timeout", 1000],
-    [4500, "protocol_violation"], [4502, "authentication_failed"], [4503, "not_allowed"], [4504, "replaced"],
+    [1000, "normal"],
+    [1001, "going_away", 500],
+    [1002, "protocol_error", 5000],
+    [1003, "unsupported_data", 5000],
+    [1005, "no_status", 500],
+    [1006, "abnormal", 500],
+    [1007, "invalid_text", 5000],
+    [1009, "too_large", 5000],
+    [1011, "internal_error", 1000],
+    [1012, "service_restart", 1000],
+    [1013, "try_again_later", 5000],
+    [4001, "draining", 500],
+    [4002, "internal", 1000],
+    [4003, "slow_consumer", 1000],
+    [4004, "no_pong", 500],
+    [4005, "rate_limited", 5000],
+    [4006, "idle", 1000],
+    [4007, "register_timeout", 1000],
+    [4500, "protocol_violation"],
+    [4502, "authentication_failed"],
+    [4503, "not_allowed"],
+    [4504, "replaced"],
     [4505, "unsupported_version"],
   ]).map(([number, name, retryAfter]) => [
-    number, { number, name, reconnect: retryAfter !== undefined, retryAfter: retryAfter ?? 0 },
+    number,
+    { number, name, reconnect: retryAfter !== undefined, retryAfter: retryAfter ?? 0 },
   ]),
 );
 
 /** Look a close code up; one that is not in the table follows its range. @param {number} number @returns {CloseCode} */
 export function closeCode(number) {
-  return CLOSE_CODES.get(number)
-    ?? { number, name: "unknown", reconnect: !(number >= 4500 && number <= 4999), retryAfter: 1000 };
+  return (
+    CLOSE_CODES.get(number) ?? {
+      number,
+      name: "unknown",
+      reconnect: !(number >= 4500 && number <= 4999),
+      retryAfter: 1000,
+    }
+  );
 }
 
 /**
@@ -224,7 +259,9 @@ export class MessageError extends AIConexusError {
 
   /** Whether the message is not from whom it should be, or not as they sent it. */
   get isForged() {
-    return CAUSES[this.code].code === "INVALID_SIGNATURE" && this.code !== "stale_timestamp" && this.code !== "replayed";
+    return (
+      CAUSES[this.code].code === "INVALID_SIGNATURE" && this.code !== "stale_timestamp" && this.code !== "replayed"
+    );
   }
 }
 export class MalformedMessageError extends MessageError {}
@@ -301,7 +338,11 @@ const webcrypto = globalThis.crypto ?? (await import(/** @type {any} */ ("node:c
 /** @param {string} text */
 const utf8 = (text) => encoder.encode(text);
 
-/** Bytes of a text in UTF-8, without making them where that is not needed. @param {string} text @param {number} limit */
+/**
+ * Bytes of a text in UTF-8, without making them where that is not needed.
+ * @param {string} text
+ * @param {number} limit
+ */
 const isLonger = (text, limit) => text.length > limit || (3 * text.length > limit && utf8(text).length > limit);
 
 /** @param {Uint8Array} bytes */
@@ -327,7 +368,10 @@ function concat(chunks) {
   return bytes;
 }
 
-/** @param {unknown} value @returns {Uint8Array | null} The bytes of a buffer or a view, shared; null if it is neither. */
+/**
+ * @param {unknown} value
+ * @returns {Uint8Array | null} The bytes of a buffer or a view, shared; null if it is neither.
+ */
 function asBytes(value) {
   if (value instanceof Uint8Array) return value;
   if (value instanceof ArrayBuffer) return new Uint8Array(value);
@@ -471,7 +515,11 @@ const GROUP_ORDER = (1n << 252n) + 27742317777372353535851937790883648493n;
 const HALF = (1n << 255n) - 1n;
 // y of the points of order 1, 2, 4 and 8 (RFC 7748 has the curve; libsodium refuses the same).
 const SMALL_ORDER_Y = new Set([
-  0n, 1n, FIELD_PRIME - 1n, FIELD_PRIME, FIELD_PRIME + 1n,
+  0n,
+  1n,
+  FIELD_PRIME - 1n,
+  FIELD_PRIME,
+  FIELD_PRIME + 1n,
   littleEndian(fromHex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05")),
   littleEndian(fromHex("c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a")),
 ]);
@@ -543,7 +591,8 @@ export class Identity {
     const { x = "" } = await webcrypto.subtle.exportKey("jwk", copy);
     const publicKey = Uint8Array.from(atob(x.replaceAll("-", "+").replaceAll("_", "/")), (c) => c.charCodeAt(0));
     return new Identity(
-      await webcrypto.subtle.importKey("pkcs8", source(pkcs8), "Ed25519", false, ["sign"]), publicKey,
+      await webcrypto.subtle.importKey("pkcs8", source(pkcs8), "Ed25519", false, ["sign"]),
+      publicKey,
     );
   }
 
@@ -564,7 +613,10 @@ export class Identity {
         const made = await generateKeys();
         const store = database.transaction("identities", "readwrite").objectStore("identities");
         // Another tab may have been faster: `add` keeps what is there.
-        keys = await fulfilled(store.add(made, name)).then(() => made, () => undefined);
+        keys = await fulfilled(store.add(made, name)).then(
+          () => made,
+          () => undefined,
+        );
         keys ??= await fulfilled(database.transaction("identities").objectStore("identities").get(name));
       }
       return await Identity.#of(/** @type {CryptoKeyPair} */ (keys));
@@ -609,7 +661,14 @@ const LONE_SURROGATE = /[\ud800-\udfff]/u; // with the flag u, pairs are one cha
 const NUMBER = /-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?/y;
 const PLAIN = /[^"\\\u0000-\u001f]*/y;
 const ESCAPES = /** @type {Record<string, string>} */ ({
-  '"': '"', "\\": "\\", "/": "/", b: "\b", f: "\f", n: "\n", r: "\r", t: "\t",
+  '"': '"',
+  "\\": "\\",
+  "/": "/",
+  b: "\b",
+  f: "\f",
+  n: "\n",
+  r: "\r",
+  t: "\t",
 });
 
 /**
@@ -646,13 +705,20 @@ export function parseJson(text, { isCanonical = false } = {}) {
   function value(depth, holder, key) {
     skipSpace();
     switch (text[at]) {
-      case "{": return object(depth + 1);
-      case "[": return array(depth + 1);
-      case '"': return string();
-      case "t": return literal("true", true);
-      case "f": return literal("false", false);
-      case "n": return literal("null", null);
-      default: return number(holder, key);
+      case "{":
+        return object(depth + 1);
+      case "[":
+        return array(depth + 1);
+      case '"':
+        return string();
+      case "t":
+        return literal("true", true);
+      case "f":
+        return literal("false", false);
+      case "n":
+        return literal("null", null);
+      default:
+        return number(holder, key);
     }
   }
   /** @template T @param {string} word @param {T} meaning @returns {T} */
@@ -679,7 +745,7 @@ export function parseJson(text, { isCanonical = false } = {}) {
   }
   function string() {
     let result = "";
-    for (at++; ; ) {
+    for (at++; ;) {
       PLAIN.lastIndex = at;
       const plain = /** @type {RegExpExecArray} */ (PLAIN.exec(text))[0];
       result += plain;
@@ -778,7 +844,8 @@ function writeJson(value, depth, isCanonical) {
   }
   if (value === null) return "null";
   if (typeof value.toJSON === "function") return writeJson(value.toJSON(), depth, isCanonical);
-  if (depth > LIMITS.MESSAGE_MAX_DEPTH) throw new MalformedMessageError("too_deep", "it nests more than 32 levels deep");
+  if (depth > LIMITS.MESSAGE_MAX_DEPTH)
+    throw new MalformedMessageError("too_deep", "it nests more than 32 levels deep");
   if (Array.isArray(value)) {
     return `[${value.map((item) => writeJson(item ?? null, depth + 1, isCanonical)).join(",")}]`;
   }
@@ -788,7 +855,9 @@ function writeJson(value, depth, isCanonical) {
   }
   const keys = Object.keys(value).filter((key) => value[key] !== undefined);
   if (isCanonical) keys.sort(); // by UTF-16 code units, as RFC 8785 section 3.2.3 wants
-  const members = keys.map((key) => `${writeJson(key, 0, isCanonical)}:${writeJson(value[key], depth + 1, isCanonical)}`);
+  const members = keys.map(
+    (key) => `${writeJson(key, 0, isCanonical)}:${writeJson(value[key], depth + 1, isCanonical)}`,
+  );
   return `{${members.join(",")}}`;
 }
 
@@ -820,7 +889,11 @@ export const serialize = (value) => writeJson(value, 1, false);
  * @property {Record<string, any>} [ext]
  */
 
-/** @typedef {{code: string, message: string, details?: {num?: number, name?: string, temporary?: boolean, retry_after_ms?: number, field?: string} | null}} ErrorPayload */
+/**
+ * @typedef
+ *   {{num?: number, name?: string, temporary?: boolean, retry_after_ms?: number, field?: string}} ErrorDetails
+ * @typedef {{code: string, message: string, details?: ErrorDetails | null}} ErrorPayload
+ */
 
 const UUID = /^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$/;
 const TIMESTAMP = /^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,9})?Z$/;
@@ -834,16 +907,25 @@ const isBoolean = (value) => typeof value === "boolean";
 /** @type {Check} */
 const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
 /** @param {number} least @param {number} [most] @returns {Check} */
-const isIntegerFrom = (least, most = Infinity) => (value, holder, key) =>
-  isInteger(holder, key) && value >= least && value <= most;
+const isIntegerFrom =
+  (least, most = Infinity) =>
+  (value, holder, key) =>
+    isInteger(holder, key) && value >= least && value <= most;
 /** Counted in code points, as JSON Schema and Python do. @param {number} least @param {number} most @returns {Check} */
 const isTextOf = (least, most) => (value) =>
   typeof value === "string" && value.length >= least && (value.length <= most || [...value].length <= most);
 /** @param {Check} check @param {number} [most] @returns {Check} */
-const isListOf = (check, most = Infinity) => (value) =>
-  Array.isArray(value) && value.length <= most && value.every((item, i) => check(item, value, /** @type {any} */ (i)));
+const isListOf =
+  (check, most = Infinity) =>
+  (value) =>
+    Array.isArray(value) &&
+    value.length <= most &&
+    value.every((item, i) => check(item, value, /** @type {any} */ (i)));
 /** @param {...string} names @returns {Check} */
-const isOneOf = (...names) => (value) => names.includes(value);
+const isOneOf =
+  (...names) =>
+  (value) =>
+    names.includes(value);
 
 /** @typedef {{check: Check, isRequired: boolean, isNullable: boolean}} Field */
 
@@ -913,7 +995,11 @@ const PAYLOADS = {
 
 /** @type {Readonly<Record<string, Check>>} */
 const ERROR_DETAILS = {
-  num: isIntegerFrom(-Infinity), name: isText, temporary: isBoolean, retry_after_ms: isIntegerFrom(0), field: isText,
+  num: isIntegerFrom(-Infinity),
+  name: isText,
+  temporary: isBoolean,
+  retry_after_ms: isIntegerFrom(0),
+  field: isText,
 };
 
 /** @param {Record<string, any>} details */
@@ -923,7 +1009,11 @@ function isErrorDetails(details) {
   );
 }
 
-/** @param {Record<string, any>} object @param {Readonly<Record<string, Field>>} fields @returns {string | null} What is wrong. */
+/**
+ * @param {Record<string, any>} object
+ * @param {Readonly<Record<string, Field>>} fields
+ * @returns {string | null} What is wrong.
+ */
 function misfit(object, fields) {
   for (const key of Object.keys(object)) if (!Object.hasOwn(fields, key)) return `${key.slice(0, 64)} is unknown`;
   for (const [key, field] of Object.entries(fields)) {
@@ -1082,7 +1172,10 @@ async function isSignedBy(signed, did) {
 export async function verify(envelope, { recipient, guard, sender, now }) {
   const { id } = envelope;
   if (sender !== undefined && envelope.from !== sender) {
-    throw new InvalidSignatureError("wrong_sender", `sent by ${envelope.from}, not by ${sender}`, { field: "from", id });
+    throw new InvalidSignatureError("wrong_sender", `sent by ${envelope.from}, not by ${sender}`, {
+      field: "from",
+      id,
+    });
   }
   if ((envelope.signature ?? null) === null) {
     throw new InvalidSignatureError("missing_signature", undefined, { field: "signature", id });
@@ -1168,7 +1261,8 @@ export class ReplayGuard {
       const isShared = largest.seen.size <= 1;
       /** @type {[{seen: Map<string, number>, floor: number}, string, number][]} */
       const entries = [...(isShared ? this.#senders.values() : [largest])].flatMap((sender) =>
-        [...sender.seen].map(([id, moment]) => /** @type {any} */ ([sender, id, moment])));
+        [...sender.seen].map(([id, moment]) => /** @type {any} */ ([sender, id, moment])),
+      );
       entries.sort((a, b) => a[2] - b[2]);
       const many = isShared ? this.#count - room : Math.max(1, Math.min(this.#count - room, largest.seen.size >> 1));
       for (const [sender, id, moment] of entries.slice(0, many)) this.#forget(sender, id, moment, isShared);
@@ -1176,7 +1270,12 @@ export class ReplayGuard {
     for (const [did, sender] of this.#senders) if (sender.seen.size === 0) this.#senders.delete(did);
   }
 
-  /** @param {{seen: Map<string, number>, floor: number}} sender @param {string} id @param {number} moment @param {boolean} isForAll */
+  /**
+   * @param {{seen: Map<string, number>, floor: number}} sender
+   * @param {string} id
+   * @param {number} moment
+   * @param {boolean} isForAll
+   */
   #forget(sender, id, moment, isForAll) {
     sender.seen.delete(id);
     this.#count--;
@@ -1188,7 +1287,11 @@ export class ReplayGuard {
 /** @param {string} cause @param {string} [message] @param {{field?: string}} [details] @returns {ErrorPayload} */
 function errorPayload(cause, message, details = {}) {
   const { num, name, code, temporary } = CAUSES[cause];
-  return { code, message: wellFormed(message ?? name.replaceAll("_", " "), 512), details: { num, name, temporary, ...details } };
+  return {
+    code,
+    message: wellFormed(message ?? name.replaceAll("_", " "), 512),
+    details: { num, name, temporary, ...details },
+  };
 }
 
 /** @param {MessageError} error */
@@ -1246,8 +1349,10 @@ function misfitOfCapabilities(capabilities) {
   if (new Set(capabilities.map(({ name }) => name)).size !== capabilities.length) return "a name stands twice";
   const size = utf8(canonicalize(capabilities)).length;
   if (capabilities.length > LIMITS.CAPABILITIES_MAX || size > LIMITS.CAPABILITIES_MAX_BYTES) {
-    return `${capabilities.length} capabilities of together ${size} bytes; `
-      + `at most ${LIMITS.CAPABILITIES_MAX} of ${LIMITS.CAPABILITIES_MAX_BYTES} are kept`;
+    return (
+      `${capabilities.length} capabilities of together ${size} bytes; ` +
+      `at most ${LIMITS.CAPABILITIES_MAX} of ${LIMITS.CAPABILITIES_MAX_BYTES} are kept`
+    );
   }
   return null;
 }
@@ -1281,7 +1386,11 @@ export async function verifyCard(card, did) {
 // Waiting
 // =================================================================================================================
 
-/** @template T @typedef {{promise: Promise<T>, resolve: (value: T) => void, reject: (reason: unknown) => void, isSettled: boolean}} Deferred */
+/**
+ * @template T
+ * @typedef {{promise: Promise<T>, resolve: (value: T) => void, reject: (reason: unknown) => void, isSettled: boolean}}
+ *   Deferred
+ */
 
 /** @template T @returns {Deferred<T>} A promise that may fail without anybody waiting for it. */
 function deferred() {
@@ -1439,7 +1548,9 @@ class Gateway {
 
   /**
    * @param {string} url @param {Identity} identity @param {GatewayHooks} hooks
-   * @param {{gatewayDid?: string, hidden: boolean, capabilities: CapabilityCard[], WebSocket: typeof WebSocket}} options
+   * @param {{
+   *   gatewayDid?: string, hidden: boolean, capabilities: CapabilityCard[], WebSocket: typeof WebSocket
+   * }} options
    */
   constructor(url, identity, hooks, { gatewayDid, hidden, capabilities, WebSocket }) {
     this.#url = new URL(url);
@@ -1598,15 +1709,18 @@ class Gateway {
           giveUp(new GatewayUnreachableError("the gateway sends faster than signatures can be verified", "flood"));
           return;
         }
-        turn = turn.then(() => {
-          unread -= size;
-          return handle(data);
-        }).catch((error) => {
-          // Who refuses also closes, with the code that says whether to come back.
-          if (error instanceof RegistrationError) fault ??= error;
-          else if (error instanceof GatewayIdentityError) giveUp(error);
-          else giveUp(new GatewayIdentityError(`the gateway cannot be understood: ${error.message}`, "protocol", error));
-        });
+        turn = turn
+          .then(() => {
+            unread -= size;
+            return handle(data);
+          })
+          .catch((error) => {
+            // Who refuses also closes, with the code that says whether to come back.
+            if (error instanceof RegistrationError) fault ??= error;
+            else if (error instanceof GatewayIdentityError) giveUp(error);
+            else
+              giveUp(new GatewayIdentityError(`the gateway cannot be understood: ${error.message}`, "protocol", error));
+          });
       };
       socket.onclose = ({ code, reason }) => void turn.then(() => end(code, reason));
       socket.onerror = () => {
@@ -1640,7 +1754,10 @@ class Gateway {
     };
   }
 
-  /** Our REGISTER: nonce and audience are signed together, so nobody can pass the proof on. @param {{gatewayDid: string, nonce: string}} challenge */
+  /**
+   * Our REGISTER: nonce and audience are signed together, so nobody can pass the proof on.
+   * @param {{gatewayDid: string, nonce: string}} challenge
+   */
   async #proof({ gatewayDid, nonce }) {
     /** @type {Record<string, any>} */
     const ext = { nonce, aud: this.url };
@@ -1654,7 +1771,9 @@ class Gateway {
 
   /**
    * Check the answer to our REGISTER.
-   * @param {string} text @param {{gatewayDid: string, features: string[], limits: any}} challenge @param {string} proofId
+   * @param {string} text
+   * @param {{gatewayDid: string, features: string[], limits: any}} challenge
+   * @param {string} proofId
    * @returns {Promise<Session>}
    */
   async #readAnswer(text, { gatewayDid, features, limits }, proofId) {
@@ -1685,7 +1804,8 @@ class Gateway {
       // Unsigned, and that is enough: who could forge it could also cut the connection.
       const { message } = envelope.payload;
       throw new RegistrationError(
-        `the gateway refused to register this agent: ${message}`, envelope.payload.details?.name ?? envelope.payload.code,
+        `the gateway refused to register this agent: ${message}`,
+        envelope.payload.details?.name ?? envelope.payload.code,
         remoteError(envelope.payload),
       );
     }
@@ -1751,7 +1871,8 @@ class Gateway {
     const deadline = Date.now() + timeout;
     while (this.#socket === null || this.#socket.readyState !== 1) {
       if (this.state === "closed") throw this.#closedError();
-      if (this.state === "disconnected") throw new NotConnectedError("not registered: call start() first", "disconnected");
+      if (this.state === "disconnected")
+        throw new NotConnectedError("not registered: call start() first", "disconnected");
       const late = () => new NotConnectedError(`no connection to ${this.url} in time`, "timeout");
       // A socket that is closing takes no message any more, and has its close event in a moment.
       const change = this.state === "registered" ? sleep(10) : this.#settled.promise;
@@ -1807,12 +1928,18 @@ class Gateway {
     const isFromGateway = envelope.from === this.session?.gatewayDid;
     // An event of a watch names the DISCOVER, too, but does not answer it.
     const isAnswer = !(envelope.type === "PRESENCE" && (envelope.payload.event ?? null) !== null);
-    if (pending !== undefined && isAnswer && (envelope.from === pending.to || (isFromGateway && envelope.type === "ERROR"))) {
+    if (
+      pending !== undefined &&
+      isAnswer &&
+      (envelope.from === pending.to || (isFromGateway && envelope.type === "ERROR"))
+    ) {
       pending.answer.resolve(envelope);
     } else if (envelope.type === "PING") {
-      this.#socket?.send(serialize(createMessage(
-        this.#identity.did, envelope.from, "PONG", envelope.payload, { correlationId: envelope.id },
-      )));
+      this.#socket?.send(
+        serialize(
+          createMessage(this.#identity.did, envelope.from, "PONG", envelope.payload, { correlationId: envelope.id }),
+        ),
+      );
     } else if (!(envelope.type === "ERROR" && this.#answerIds.has(asked))) {
       this.#hooks.received(envelope);
     }
@@ -1826,7 +1953,10 @@ class Gateway {
     if (isUnsigned && from === gateway && to === this.#identity.did && UNSIGNED_BY_GATEWAY.has(type)) return;
     await verify(envelope, { recipient: this.#identity.did, guard: this.#guard });
     if (from !== gateway && !FROM_AGENTS.has(type)) {
-      throw new MalformedMessageError("unexpected_type", `an agent does not send ${type} by the gateway`, { field: "type", id });
+      throw new MalformedMessageError("unexpected_type", `an agent does not send ${type} by the gateway`, {
+        field: "type",
+        id,
+      });
     }
   }
 
@@ -1847,7 +1977,8 @@ class Gateway {
   reply(envelope, payload) {
     const answer = createMessage(this.#identity.did, envelope.from, "ERROR", payload, { correlationId: envelope.id });
     this.#answerIds.add(answer.id);
-    if (this.#answerIds.size > 64) this.#answerIds.delete(/** @type {string} */ (this.#answerIds.values().next().value));
+    if (this.#answerIds.size > 64)
+      this.#answerIds.delete(/** @type {string} */ (this.#answerIds.values().next().value));
     this.send(answer).catch((error) => this.#hooks.warn(`${shortDid(envelope.from)} was not told: ${error.message}`));
   }
 }
@@ -1856,7 +1987,10 @@ class Gateway {
 // Directory (section 9: DISCOVER, PRESENCE)
 // =================================================================================================================
 
-/** @typedef {{did: string, status: "online" | "away" | "offline", card: Card | null, capabilities: CapabilityCard[]}} Found */
+/**
+ * @typedef {{did: string, status: "online" | "away" | "offline", card: Card | null, capabilities: CapabilityCard[]}}
+ *   Found
+ */
 /** @typedef {{event: "join" | "update" | "away" | "leave", agent: Found}} PresenceEvent */
 /** @typedef {{capability?: string, tag?: string, text?: string, dids?: string[]}} Query */
 
@@ -1865,7 +1999,10 @@ class Directory {
   #gateway;
   #did;
   #warn;
-  /** @type {Map<string, (envelope: Envelope | null) => void>} Watches by the id of their DISCOVER; null: another connection. */
+  /**
+   * @type {Map<string, (envelope: Envelope | null) => void>} Watches by the id of their DISCOVER; null: another
+   *   connection.
+   */
   #watches = new Map();
 
   /** @param {Gateway} gateway @param {string} did @param {(text: string) => void} warn */
@@ -1955,7 +2092,8 @@ class Directory {
         }
       } catch (error) {
         if (error instanceof NotConnectedError) return; // it begins again with the next connection
-        if (!(error instanceof RemoteError && error.temporary) && !(error instanceof GatewayUnreachableError)) throw error;
+        if (!(error instanceof RemoteError && error.temporary) && !(error instanceof GatewayUnreachableError))
+          throw error;
         clearTimeout(retry);
         retry = setTimeout(() => queue.put(watchId === undefined ? { event: "missed" } : null), backoff.next(1000));
         return;
@@ -2008,7 +2146,11 @@ class Directory {
     this.#gateway.request(end).catch((error) => this.#warn(`a watch could not be ended: ${error.message}`));
   }
 
-  /** @param {Record<string, any>} query @param {string} [id] Of the first DISCOVER. @returns {AsyncGenerator<any, void, void>} */
+  /**
+   * @param {Record<string, any>} query
+   * @param {string} [id] Of the first DISCOVER.
+   * @returns {AsyncGenerator<any, void, void>}
+   */
   async *#pages(query, id) {
     const { session } = this.#gateway;
     if (session === null) throw new NotConnectedError("not registered: call start() first", "disconnected");
@@ -2029,12 +2171,21 @@ class Directory {
     }
   }
 
-  /** An agent of a PRESENCE; null if the gateway tells lies about it. @param {any} entry @returns {Promise<Found | null>} */
+  /**
+   * An agent of a PRESENCE; null if the gateway tells lies about it.
+   * @param {any} entry
+   * @returns {Promise<Found | null>}
+   */
   async #read({ did, status, card: value }) {
     try {
       decodeDid(did);
       const card = (value ?? null) === null ? null : await verifyCard(value, did);
-      return { did, status: ["away", "offline"].includes(status) ? status : "online", card, capabilities: card?.capabilities ?? [] };
+      return {
+        did,
+        status: ["away", "offline"].includes(status) ? status : "online",
+        card,
+        capabilities: card?.capabilities ?? [],
+      };
     } catch (error) {
       this.#warn(`an agent of the gateway's directory is left out: ${/** @type {Error} */ (error).message}`);
       return null;
@@ -2050,7 +2201,12 @@ const DATA = 1;
 const CREDIT = 2;
 const END = 3;
 
-/** @param {string} call @param {number} kind @param {number} size @returns {DataView} Of a frame with room for `size` bytes behind its head. */
+/**
+ * @param {string} call
+ * @param {number} kind
+ * @param {number} size
+ * @returns {DataView} Of a frame with room for `size` bytes behind its head.
+ */
 function frameOf(call, kind, size) {
   const frame = new Uint8Array(LIMITS.FRAME_HEAD_BYTES + size);
   frame[0] = kind;
@@ -2095,12 +2251,19 @@ export function parseFrame(frame) {
     const taken = new DataView(frame.buffer, frame.byteOffset + LIMITS.FRAME_HEAD_BYTES, 8).getBigUint64(0);
     if (taken <= BigInt(Number.MAX_SAFE_INTEGER)) return { kind: "credit", call, taken: Number(taken) };
   }
-  if (frame[0] === END && size === 32) return { kind: "end", call, digest: toHex(frame.subarray(LIMITS.FRAME_HEAD_BYTES)) };
+  if (frame[0] === END && size === 32)
+    return { kind: "end", call, digest: toHex(frame.subarray(LIMITS.FRAME_HEAD_BYTES)) };
   throw new MalformedMessageError("bad_frame", `${frame.length} bytes that are no frame`);
 }
 
-/** @typedef {{at: string, as: "json" | "bytes", size?: number, sha256?: string}} Attachment Without `size` it is a stream. */
-/** @typedef {{at: string, as: "json" | "bytes", data: Uint8Array | null}} Detached What travels beside an envelope; null: a stream. */
+/**
+ * @typedef {{at: string, as: "json" | "bytes", size?: number, sha256?: string}} Attachment Without `size` it is a
+ *   stream.
+ */
+/**
+ * @typedef {{at: string, as: "json" | "bytes", data: Uint8Array | null}} Detached What travels beside an envelope;
+ *   null: a stream.
+ */
 
 /** @type {Readonly<Record<string, Field>>} */
 const ATTACHMENT = {
@@ -2118,7 +2281,10 @@ function detachResult(value) {
   return { at: "/result", as: "json", data: utf8(canonicalize(value)) };
 }
 
-/** @param {Record<string, any>} args @returns {{inline: Record<string, any>, detached: Detached[], source: AsyncIterable<unknown> | null}} */
+/**
+ * @param {Record<string, any>} args
+ * @returns {{inline: Record<string, any>, detached: Detached[], source: AsyncIterable<unknown> | null}}
+ */
 function detachArguments(args) {
   /** @type {Record<string, any>} */
   let inline = {};
@@ -2150,11 +2316,15 @@ function detachArguments(args) {
   return { inline, detached, source };
 }
 
-/** @param {any} value @returns {AsyncIterable<unknown> | null} What gives bytes one after the other; null if it does not. */
+/**
+ * @param {any} value
+ * @returns {AsyncIterable<unknown> | null} What gives bytes one after the other; null if it does not.
+ */
 function asStream(value) {
   if (isAsyncIterable(value)) return value;
   if (typeof value?.getReader !== "function") return null;
-  return (async function* () { // a ReadableStream, of a browser in which these cannot be iterated
+  return (async function* () {
+    // a ReadableStream, of a browser in which these cannot be iterated
     const reader = value.getReader();
     try {
       for (;;) {
@@ -2202,20 +2372,21 @@ export class Assembly {
       places.add(attachment.at);
       if (attachment.size === undefined) {
         const isLast = attachment === attachments.at(-1) && envelope.type === "EXEC_REQUEST";
-        if (!isLast || attachment.as !== "bytes" || attachment.sha256 !== undefined) this.#refuse(`${attachment.at} cannot be a stream`);
+        if (!isLast || attachment.as !== "bytes" || attachment.sha256 !== undefined)
+          this.#refuse(`${attachment.at} cannot be a stream`);
         this.stream = argumentName(attachment.at);
       } else if (attachment.sha256 === undefined && (envelope.signature ?? null) !== null) {
         this.#refuse(`the digest of ${attachment.at} is missing: this message is signed`);
       }
     }
-    this.#parts = attachments.filter((/** @type {Attachment} */ { size }) => size !== undefined).map(
-      (/** @type {Required<Attachment>} */ attachment) => ({
+    this.#parts = attachments
+      .filter((/** @type {Attachment} */ { size }) => size !== undefined)
+      .map((/** @type {Required<Attachment>} */ attachment) => ({
         attachment,
         chunks: [],
         missing: attachment.size,
         digest: attachment.sha256 === undefined ? null : new Sha256(),
-      }),
-    );
+      }));
     /** Bytes of all together. */
     this.size = this.#parts.reduce((sum, { missing }) => sum + missing, 0);
     /** Bytes that are still to come. */
@@ -2243,7 +2414,10 @@ export class Assembly {
 
   /** @param {string} text @returns {never} */
   #refuse(text) {
-    throw new MalformedMessageError("invalid_ext", `ext.attachments: ${text}`, { field: "ext.attachments", id: this.#envelope.id });
+    throw new MalformedMessageError("invalid_ext", `ext.attachments: ${text}`, {
+      field: "ext.attachments",
+      id: this.#envelope.id,
+    });
   }
 
   /** Take the next bytes, at most as many as there is `room` for. @param {Uint8Array} chunk */
@@ -2341,7 +2515,7 @@ class InputDigest {
 }
 
 /**
- * An argument that is a stream: what a capability iterates over, while it comes. Reading is what gives the sender credit.
+ * An argument that is a stream: what a capability iterates over, while it comes. Reading it gives the sender credit.
  * @implements {AsyncIterable<Uint8Array>}
  */
 class Input {
@@ -2369,7 +2543,9 @@ class Input {
     this.isEnded = true;
     this.#summary = this.#digest.summary();
     const isWhole = this.#summary.sha256 === digest;
-    this.#chunks.put(isWhole ? null : new InvalidArgumentsError("what came of the stream is not what was sent", "invalid_arguments"));
+    this.#chunks.put(
+      isWhole ? null : new InvalidArgumentsError("what came of the stream is not what was sent", "invalid_arguments"),
+    );
   }
 
   /** Nothing more will come. @param {Error} error */
@@ -2399,12 +2575,21 @@ class Input {
 // The channel and what waits for it (sections 13.2 and 13.6)
 // =================================================================================================================
 
-/** @typedef {{text: string | Uint8Array | null, attached: Uint8Array[], isCounted: boolean, isProgress: boolean, sent: (() => void) | null}} Item */
-/** @typedef {{items: Item[], counted: number, taken: number}} Lane `counted` bytes were sent that need credit; for `taken` there was some. */
+/**
+ * @typedef
+ *   {{
+ *     text: string | Uint8Array | null, attached: Uint8Array[], isCounted: boolean, isProgress: boolean,
+ *     sent: (() => void) | null
+ *   }} Item
+ */
+/**
+ * @typedef {{items: Item[], counted: number, taken: number}} Lane `counted` bytes were sent that need credit; for
+ *   `taken` there was some.
+ */
 
 /**
- * What waits to be sent over one DataChannel. The calls take turns, and each keeps within its credit: a turn is one text
- * or one DATA frame, so a call with 1 GB to send holds up the others by 16 KiB at a time.
+ * What waits to be sent over one DataChannel. The calls take turns, and each keeps within its credit: a turn is one
+ * text or one DATA frame, so a call with 1 GB to send holds up the others by 16 KiB at a time.
  */
 class Outbox {
   #channel;
@@ -2629,13 +2814,17 @@ class Arrival {
   }
 }
 
-/** @typedef {{request: string, response: string}} Receipt A signed EXEC_REQUEST and the signed EXEC_RESPONSE that ended it. */
+/**
+ * @typedef {{request: string, response: string}} Receipt A signed EXEC_REQUEST and the signed EXEC_RESPONSE that ended
+ *   it.
+ */
 /**
  * @typedef {object} CallOptions
  * @property {number} [timeout] Milliseconds; the other agent is told.
  * @property {AbortSignal} [signal] Cancels the execution over there, too.
  * @property {(value: any) => void} [onProgress] Called with what the capability tells meanwhile.
- * @property {(receipt: Receipt) => void} [onReceipt] Called with what both have signed, whatever that says: keep these very texts.
+ * @property {(receipt: Receipt) => void} [onReceipt] Called with what both have signed, whatever that says. Only these
+ *   very texts verify.
  */
 
 /** A call of this side. Its parts come in order, then its end. */
@@ -2646,7 +2835,10 @@ class OutgoingCall {
   events = new Queue();
   count = 0;
   kept = 0; // bytes of parts that wait for their reader
-  /** What was sent of the stream in the request, once that is all of it. @type {{size: number, sha256: string} | null} */
+  /**
+   * What was sent of the stream in the request, once that is all of it.
+   * @type {{size: number, sha256: string} | null}
+   */
   fed = null;
   isOver = false;
 
@@ -2719,7 +2911,9 @@ class Answers {
       if (answers.size === 0) this.#agents.delete(did);
     }
     if (!this.#agents.has(from)) this.#agents.set(from, new Map());
-    this.#agents.get(from)?.set(id.toLowerCase(), { signature: signature ?? "", since: now, isOver: false, text: null });
+    this.#agents
+      .get(from)
+      ?.set(id.toLowerCase(), { signature: signature ?? "", since: now, isOver: false, text: null });
   }
 
   /** @param {Envelope} request @param {string | null} text Null if it cannot be repeated. */
@@ -2749,7 +2943,10 @@ class Answers {
  * @property {number} deadline When it must be done: milliseconds since the epoch.
  * @property {(value: any) => void} progress Tells the caller how far it is, if it wants to know: anything short.
  */
-/** @typedef {{local: string, remote: string, protocol: string, kind: string, roundTrip: number | null}} Path How two agents are connected; milliseconds. */
+/**
+ * @typedef {{local: string, remote: string, protocol: string, kind: string, roundTrip: number | null}} Path How two
+ *   agents are connected; milliseconds.
+ */
 
 /**
  * What a Peer needs of its agent.
@@ -2757,7 +2954,8 @@ class Answers {
  * @property {Identity} identity
  * @property {Answers} answers
  * @property {(intent: Intent, call: Call) => Promise<Quote> | Quote} onIntent
- * @property {(name: string, args: Record<string, any>, call: Call) => unknown} onExecute A promise, or an async iterable.
+ * @property {(name: string, args: Record<string, any>, call: Call) => unknown} onExecute Returns a promise, or an async
+ *   iterable.
  * @property {(peer: Peer, reason: string) => void} closed
  * @property {(text: string) => void} warn
  */
@@ -2765,7 +2963,7 @@ class Answers {
 /**
  * An agent that this one is connected with. Connections are made by `Agent.connect`.
  *
- * Everything that arrives goes through one queue, for a signature is verified in turns of the event loop, and order counts.
+ * Everything that arrives goes through one queue: a signature is verified in turns of the event loop, and order counts.
  */
 export class Peer {
   #hooks;
@@ -2835,20 +3033,26 @@ export class Peer {
    */
   async intent(intent, { timeout = LIMITS.CALL_TIMEOUT_MS, signal } = {}) {
     const payload = typeof intent === "string" ? { query: intent } : intent;
-    if (payload.query === undefined && payload.task === undefined) throw new TypeError("an intent needs a query or a task");
+    if (payload.query === undefined && payload.task === undefined)
+      throw new TypeError("an intent needs a query or a task");
     const { status, required_input: requiredInput, cost } = await this.#ask("INTENT", payload, timeout, signal);
-    return { status, ...((requiredInput ?? null) === null ? {} : { requiredInput }), ...((cost ?? null) === null ? {} : { cost }) };
+    return {
+      status,
+      ...((requiredInput ?? null) === null ? {} : { requiredInput }),
+      ...((cost ?? null) === null ? {} : { cost }),
+    };
   }
 
   /**
    * Execute a capability of the other agent and return its result: JSON, or a Uint8Array. The parts of a stream come as
    * one list, or, if all are bytes, joined.
    * @param {string} capability
-   * @param {Record<string, any>} [args] By name: JSON, or bytes (ArrayBuffer, typed arrays); one of them may be a stream
-   * of bytes (ReadableStream, async iterable) that is sent while it is made.
+   * @param {Record<string, any>} [args] By name: JSON, or bytes (ArrayBuffer, typed arrays); one of them may be a
+   *   stream of bytes (ReadableStream, async iterable) that is sent while it is made.
    * @param {CallOptions} [options]
    * @returns {Promise<any>}
-   * @throws {CallError} It did not succeed. @throws {PeerLostError} The connection went away; whether it was executed is not known.
+   * @throws {CallError} It did not succeed.
+   * @throws {PeerLostError} The connection went away; whether it was executed is not known.
    * @throws {PeerIdentityError} The answer was not signed by the other agent.
    */
   async execute(capability, args = {}, options = {}) {
@@ -2883,11 +3087,20 @@ export class Peer {
     return performance.now() - begin;
   }
 
-  /** Over which addresses the data goes; null where the WebRTC implementation does not tell. @returns {Promise<Path | null>} */
+  /**
+   * Over which addresses the data goes; null where the WebRTC implementation does not tell.
+   * @returns {Promise<Path | null>}
+   */
   async path() {
     const stats = await statsOf(this.#pc);
-    const pairId = [...stats.values()].find(({ type, selectedCandidatePairId: id }) => type === "transport" && id)?.selectedCandidatePairId;
-    const pair = stats.get(pairId) ?? [...stats.values()].find(({ type, nominated, state }) => type === "candidate-pair" && nominated && state === "succeeded");
+    const pairId = [...stats.values()].find(
+      ({ type, selectedCandidatePairId: id }) => type === "transport" && id,
+    )?.selectedCandidatePairId;
+    const pair =
+      stats.get(pairId) ??
+      [...stats.values()].find(
+        ({ type, nominated, state }) => type === "candidate-pair" && nominated && state === "succeeded",
+      );
     const local = stats.get(pair?.localCandidateId);
     const remote = stats.get(pair?.remoteCandidateId);
     if (local === undefined || remote === undefined) return null;
@@ -2908,7 +3121,10 @@ export class Peer {
     await this.#closeIfDone();
   }
 
-  /** Say goodbye and close the connection for both sides; the goodbye leaves before the first `await`. @param {string} [reason] */
+  /**
+   * Say goodbye and close the connection for both sides; the goodbye leaves before the first `await`.
+   * @param {string} [reason]
+   */
   close(reason = "it is done") {
     return (this.#closing ??= this.#close(reason));
   }
@@ -2940,7 +3156,13 @@ export class Peer {
     return this.#state;
   }
 
-  /** @param {"INTENT" | "PING"} kind @param {Record<string, any>} payload @param {number} timeout @param {AbortSignal} [signal] @param {Record<string, any>} [ext] */
+  /**
+   * @param {"INTENT" | "PING"} kind
+   * @param {Record<string, any>} payload
+   * @param {number} timeout
+   * @param {AbortSignal} [signal]
+   * @param {Record<string, any>} [ext]
+   */
   async #ask(kind, payload, timeout, signal, ext) {
     signal?.throwIfAborted();
     this.#checkTimeout(timeout);
@@ -2968,7 +3190,8 @@ export class Peer {
     const call = new OutgoingCall(capability, listeners);
     let id = "";
     const abort = () => this.#giveUp(id, call, signal?.reason);
-    const late = () => this.#giveUp(id, call, new CallTimeoutError(`${capability}: no result in ${timeout} ms`, "timeout"));
+    const late = () =>
+      this.#giveUp(id, call, new CallTimeoutError(`${capability}: no result in ${timeout} ms`, "timeout"));
     const timer = setTimeout(late, timeout);
     signal?.addEventListener("abort", abort);
     try {
@@ -3027,7 +3250,8 @@ export class Peer {
       const { inline, detached, source } = detachArguments(args);
       const attached = detached.flatMap(({ data }) => data ?? []);
       const size = bytesOf(attached);
-      if (size > LIMITS.ATTACHMENTS_MAX_BYTES) throw new MalformedMessageError("too_large", `${size} bytes are too many`);
+      if (size > LIMITS.ATTACHMENTS_MAX_BYTES)
+        throw new MalformedMessageError("too_large", `${size} bytes are too many`);
       const payload = { args: inline, timeout_ms: Math.ceil(timeout), ...(isStream ? { stream: true } : {}) };
       const ext = await describe(detached, { capability }, true);
       const envelope = await sign(this.#message("EXEC_REQUEST", payload, { ext }), this.#hooks.identity);
@@ -3038,7 +3262,12 @@ export class Peer {
     }
   }
 
-  /** Send the stream in a request as its source gives it. @param {string} id @param {OutgoingCall} call @param {AsyncIterable<unknown>} source */
+  /**
+   * Send the stream in a request as its source gives it.
+   * @param {string} id
+   * @param {OutgoingCall} call
+   * @param {AsyncIterable<unknown>} source
+   */
   async #feed(id, call, source) {
     const digest = new InputDigest();
     try {
@@ -3053,7 +3282,11 @@ export class Peer {
       call.fed = digest.summary();
       await this.#outbox.put(id, endFrame(id, call.fed.sha256));
     } catch (error) {
-      this.#giveUp(id, call, new InvalidArgumentsError(`the stream of bytes failed: ${error}`, "invalid_arguments", error));
+      this.#giveUp(
+        id,
+        call,
+        new InvalidArgumentsError(`the stream of bytes failed: ${error}`, "invalid_arguments", error),
+      );
     }
   }
 
@@ -3066,7 +3299,8 @@ export class Peer {
 
   /** @param {number} timeout */
   #checkTimeout(timeout) {
-    if (!(timeout > 0 && timeout <= TIMEOUT_MAX_MS)) throw new RangeError(`a timeout is above 0 and at most a day, not ${timeout} ms`);
+    if (!(timeout > 0 && timeout <= TIMEOUT_MAX_MS))
+      throw new RangeError(`a timeout is above 0 and at most a day, not ${timeout} ms`);
   }
 
   #checkOpen() {
@@ -3135,9 +3369,12 @@ export class Peer {
     const { type, correlation_id: correlationId } = envelope ?? error.envelope;
     const asked = typeof correlationId === "string" ? correlationId.toLowerCase() : "";
     if (error.code !== "replayed") {
-      this.#fail(asked, error.isForged
-        ? new PeerIdentityError(`what came in answer is not from ${this.did}: ${error.message}`, error.code, error)
-        : new CallError(`the answer of ${shortDid(this.did)} cannot be used: ${error.message}`, error.code, error));
+      this.#fail(
+        asked,
+        error.isForged
+          ? new PeerIdentityError(`what came in answer is not from ${this.did}: ${error.message}`, error.code, error)
+          : new CallError(`the answer of ${shortDid(this.did)} cannot be used: ${error.message}`, error.code, error),
+      );
     }
     if (type !== "ERROR") this.#error(error.messageId, refusalOf(error)); // or two would never stop
   }
@@ -3164,19 +3401,28 @@ export class Peer {
     const { type, payload, correlation_id: correlationId, id } = envelope;
     const asked = correlationId?.toLowerCase() ?? "";
     switch (type) {
-      case "INTENT": return this.#takeIntent(envelope, asked);
-      case "EXEC_REQUEST": return this.#takeRequest(envelope);
-      case "EXEC_RESPONSE": return this.#takeResponse(envelope, asked, text);
-      case "ERROR": return this.#takeError(asked, payload);
-      case "PING": return this.#takePing(envelope);
-      case "PONG": return this.#answer(asked, "PING", envelope.ext?.done === true);
+      case "INTENT":
+        return this.#takeIntent(envelope, asked);
+      case "EXEC_REQUEST":
+        return this.#takeRequest(envelope);
+      case "EXEC_RESPONSE":
+        return this.#takeResponse(envelope, asked, text);
+      case "ERROR":
+        return this.#takeError(asked, payload);
+      case "PING":
+        return this.#takePing(envelope);
+      case "PONG":
+        return this.#answer(asked, "PING", envelope.ext?.done === true);
       case "UNREGISTER":
         this.#setState("closing");
         this.#reason = `it closed the connection: ${payload.reason ?? "it gave no reason"}`;
         this.#channel.raw.close();
         return void Promise.race([this.#channel.closed, sleep(GOODBYE_MS)]).then(() => this.#lost(this.#reason));
       default:
-        throw new MalformedMessageError("unexpected_type", `${type} has no place on the DataChannel`, { field: "type", id });
+        throw new MalformedMessageError("unexpected_type", `${type} has no place on the DataChannel`, {
+          field: "type",
+          id,
+        });
     }
   }
 
@@ -3190,7 +3436,10 @@ export class Peer {
 
   /** @param {string} asked @param {ErrorPayload} payload */
   #takeError(asked, payload) {
-    this.#fail(asked, payload.code === "TIMEOUT" ? new CallTimeoutError(payload.message, "timeout") : remoteError(payload));
+    this.#fail(
+      asked,
+      payload.code === "TIMEOUT" ? new CallTimeoutError(payload.message, "timeout") : remoteError(payload),
+    );
   }
 
   /** @param {Envelope} envelope */
@@ -3228,7 +3477,10 @@ export class Peer {
       return;
     }
     if ((payload.query ?? payload.task ?? null) === null) {
-      throw new MalformedMessageError("invalid_payload", "an INTENT that asks needs query or task", { field: "payload", id });
+      throw new MalformedMessageError("invalid_payload", "an INTENT that asks needs query or task", {
+        field: "payload",
+        id,
+      });
     }
     if (ext !== undefined && Object.hasOwn(ext, "timeout_ms") && !isIntegerFrom(1)(ext.timeout_ms, ext, "timeout_ms")) {
       throw new MalformedMessageError("invalid_ext", "ext.timeout_ms is wrong", { field: "ext.timeout_ms", id });
@@ -3253,7 +3505,9 @@ export class Peer {
     if (status === "partial" || status === "progress") call.arrival.count(utf8(text).length);
     const assembly = new Assembly(envelope);
     if (this.#kept + assembly.size > LIMITS.ATTACHMENTS_MAX_BYTES) {
-      throw new MalformedMessageError("too_large", `${assembly.size} bytes are more than are kept`, { id: envelope.id });
+      throw new MalformedMessageError("too_large", `${assembly.size} bytes are more than are kept`, {
+        id: envelope.id,
+      });
     }
     this.#kept += assembly.size;
     call.arrival.collecting = { assembly, envelope, text };
@@ -3279,7 +3533,10 @@ export class Peer {
       payload = assembly.payload();
     } catch (error) {
       const { message } = /** @type {MessageError} */ (error);
-      this.#fail(id, new PeerIdentityError(`the answer of ${this.did} cannot be used: ${message}`, "bad_attachment", error));
+      this.#fail(
+        id,
+        new PeerIdentityError(`the answer of ${this.did} cannot be used: ${message}`, "bad_attachment", error),
+      );
       return;
     }
     if (payload.status === "progress") {
@@ -3299,7 +3556,12 @@ export class Peer {
     this.#credit(id, call.arrival);
   }
 
-  /** Call what the application gave us; what it throws is its own matter. @template T @param {((value: T) => void) | undefined} listener @param {T} value */
+  /**
+   * Call what the application gave us; what it throws is its own matter.
+   * @template T
+   * @param {((value: T) => void) | undefined} listener
+   * @param {T} value
+   */
   #tell(listener, value) {
     try {
       listener?.(value);
@@ -3314,12 +3576,19 @@ export class Peer {
     this.#outbox.drop(id); // of a stream that the other side has read enough of
     const { input = null } = ext;
     if (input !== null && (input.size !== call.fed?.size || input.sha256 !== call.fed?.sha256)) {
-      call.end({ error: new PeerIdentityError(`what ${this.did} has read is not the stream that was sent`, "bad_stream") });
+      call.end({
+        error: new PeerIdentityError(`what ${this.did} has read is not the stream that was sent`, "bad_stream"),
+      });
       return;
     }
     if (status !== "success") {
       const name = status === "cancelled" ? "cancelled" : ext.error?.name;
-      call.end({ error: callError(typeof name === "string" ? name : "error", error ?? `${call.capability} failed without saying why`) });
+      call.end({
+        error: callError(
+          typeof name === "string" ? name : "error",
+          error ?? `${call.capability} failed without saying why`,
+        ),
+      });
       return;
     }
     const isStream = (ext.stream ?? null) !== null || call.count > 0;
@@ -3397,7 +3666,11 @@ export class Peer {
     this.#serving.set(call.id, call);
     const isFull = this.#running >= EXECUTIONS_MAX || this.#serving.size > EXECUTIONS_MAX;
     if (isFull || this.#outbox.texts > UNSENT_MAX_BYTES || this.#outbox.attached > LIMITS.ATTACHMENTS_MAX_BYTES) {
-      this.#failCall(call, "busy", `busy: ${this.#running} calls of yours run, or their answers wait to be read; try again`);
+      this.#failCall(
+        call,
+        "busy",
+        `busy: ${this.#running} calls of yours run, or their answers wait to be read; try again`,
+      );
       return null;
     }
     if (!call.isIntent) this.#hooks.answers.begin(envelope);
@@ -3409,9 +3682,13 @@ export class Peer {
   #takeRequest(envelope) {
     const { ext, id } = envelope;
     if (typeof ext?.capability !== "string") {
-      throw new MalformedMessageError("invalid_ext", "ext.capability must name what to execute", { field: "ext.capability", id });
+      throw new MalformedMessageError("invalid_ext", "ext.capability must name what to execute", {
+        field: "ext.capability",
+        id,
+      });
     }
-    if (this.#hooks.answers.find(envelope) !== undefined) { // it came over an earlier connection
+    if (this.#hooks.answers.find(envelope) !== undefined) {
+      // it came over an earlier connection
       if (this.#repeat(envelope)) return;
       throw new InvalidSignatureError("replayed", undefined, { field: "id", id });
     }
@@ -3419,7 +3696,11 @@ export class Peer {
     const call = this.#begin(envelope);
     if (call === null) return;
     if (assembly.size > LIMITS.ATTACHMENTS_MAX_BYTES) {
-      this.#failCall(call, "invalid_arguments", `${assembly.size} bytes are attached; at most ${LIMITS.ATTACHMENTS_MAX_BYTES} are kept`);
+      this.#failCall(
+        call,
+        "invalid_arguments",
+        `${assembly.size} bytes are attached; at most ${LIMITS.ATTACHMENTS_MAX_BYTES} are kept`,
+      );
     } else if (this.#kept + assembly.size > LIMITS.ATTACHMENTS_MAX_BYTES) {
       this.#failCall(call, "busy", `busy: ${this.#kept} bytes of your calls are kept here; try again`);
     } else {
@@ -3482,7 +3763,12 @@ export class Peer {
       }
     } catch (error) {
       if (error instanceof CallError) this.#failCall(call, error.code, error.message);
-      else this.#failCall(call, "capability_error", error instanceof Error ? `${error.name}: ${error.message}` : String(error));
+      else
+        this.#failCall(
+          call,
+          "capability_error",
+          error instanceof Error ? `${error.name}: ${error.message}` : String(error),
+        );
     } finally {
       this.#running--;
     }
@@ -3503,7 +3789,8 @@ export class Peer {
         } else {
           collected.push(value);
           size += asBytes(value)?.length ?? 0;
-          if (size > LIMITS.ATTACHMENTS_MAX_BYTES) throw new CapabilityError("its parts are too much for one result", "capability_error");
+          if (size > LIMITS.ATTACHMENTS_MAX_BYTES)
+            throw new CapabilityError("its parts are too much for one result", "capability_error");
         }
         if (call.isOver) return;
       }
@@ -3519,7 +3806,11 @@ export class Peer {
     }
   }
 
-  /** Send a part, and wait until it has left: that is what slows a capability down. @param {IncomingCall} call @param {unknown} value */
+  /**
+   * Send a part, and wait until it has left: that is what slows a capability down.
+   * @param {IncomingCall} call
+   * @param {unknown} value
+   */
   async #part(call, value) {
     const detached = detachResult(value ?? null);
     call.digest.add(value ?? null);
@@ -3542,24 +3833,38 @@ export class Peer {
   /** @param {IncomingCall} call @param {unknown} value */
   async #succeed(call, value = null) {
     const detached = detachResult(value);
-    await this.#respond(call, { status: "success", ...(detached === null ? { result: value } : {}) }, detached === null ? [] : [detached]);
+    await this.#respond(
+      call,
+      { status: "success", ...(detached === null ? { result: value } : {}) },
+      detached === null ? [] : [detached],
+    );
   }
 
   /** @param {IncomingCall} call @param {Quote} quote */
   async #quote(call, { status, requiredInput, cost }) {
-    const payload = { status, ...(requiredInput === undefined ? {} : { required_input: requiredInput }), ...(cost === undefined ? {} : { cost }) };
-    const text = this.#text(await sign(this.#message("INTENT", payload, { correlationId: call.id }), this.#hooks.identity));
+    const payload = {
+      status,
+      ...(requiredInput === undefined ? {} : { required_input: requiredInput }),
+      ...(cost === undefined ? {} : { cost }),
+    };
+    const text = this.#text(
+      await sign(this.#message("INTENT", payload, { correlationId: call.id }), this.#hooks.identity),
+    );
     if (this.#over(call)) this.#outbox.urgent(text);
   }
 
   /**
    * Send the final response, behind the parts that wait.
-   * @param {IncomingCall} call @param {Record<string, any>} payload @param {Detached[]} [detached] @param {Record<string, any>} [ext]
+   * @param {IncomingCall} call @param {Record<string, any>} payload @param {Detached[]} [detached]
+   * @param {Record<string, any>} [ext]
    */
   async #respond(call, payload, detached = [], ext = {}) {
     payload = { ...payload, execution_time_ms: Date.now() - call.begunAt };
     ext = { ...inputOf(call), ...ext };
-    const message = this.#message("EXEC_RESPONSE", payload, { correlationId: call.id, ext: await describe(detached, ext, true) });
+    const message = this.#message("EXEC_RESPONSE", payload, {
+      correlationId: call.id,
+      ext: await describe(detached, ext, true),
+    });
     const text = this.#text(await sign(message, this.#hooks.identity));
     if (!this.#over(call)) return;
     // A stream cannot be told again, nor what was attached.
@@ -3568,7 +3873,12 @@ export class Peer {
     this.#outbox.end(call.id);
   }
 
-  /** Answer a call by its failure; what waits of it is dropped. @param {IncomingCall} call @param {string} name @param {string} text */
+  /**
+   * Answer a call by its failure; what waits of it is dropped.
+   * @param {IncomingCall} call
+   * @param {string} name
+   * @param {string} text
+   */
   #failCall(call, name, text) {
     if (!this.#over(call)) return;
     this.#outbox.drop(call.id);
@@ -3578,8 +3888,15 @@ export class Peer {
       this.#error(call.id, errorPayload(cause, text));
       return;
     }
-    const payload = { status: name === "cancelled" ? "cancelled" : "error", error: text, execution_time_ms: Date.now() - call.begunAt };
-    const message = this.#message("EXEC_RESPONSE", payload, { correlationId: call.id, ext: { ...inputOf(call), error: { name } } });
+    const payload = {
+      status: name === "cancelled" ? "cancelled" : "error",
+      error: text,
+      execution_time_ms: Date.now() - call.begunAt,
+    };
+    const message = this.#message("EXEC_RESPONSE", payload, {
+      correlationId: call.id,
+      ext: { ...inputOf(call), error: { name } },
+    });
     void this.#sign(message, async (answer) => {
       this.#hooks.answers.end(call.envelope, answer);
       await this.#outbox.put(call.id, answer);
@@ -3593,7 +3910,12 @@ export class Peer {
     if (call !== undefined) this.#abort(call, "cancelled", text);
   }
 
-  /** Stop what runs. Its caller has the answer at once, also if it does not stop. @param {IncomingCall} call @param {string} name @param {string} text */
+  /**
+   * Stop what runs. Its caller has the answer at once, also if it does not stop.
+   * @param {IncomingCall} call
+   * @param {string} name
+   * @param {string} text
+   */
   #abort(call, name, text) {
     call.controller.abort(callError(name, text));
     this.#failCall(call, name, text);
@@ -3621,13 +3943,21 @@ export class Peer {
 
   // --- messages --------------------------------------------------------------------------------------------------
 
-  /** @param {string} type @param {Record<string, any>} payload @param {{correlationId?: string, ext?: Record<string, any>}} [more] */
+  /**
+   * @param {string} type
+   * @param {Record<string, any>} payload
+   * @param {{correlationId?: string, ext?: Record<string, any>}} [more]
+   */
   #message(type, payload, more = {}) {
     const ext = more.ext !== undefined && Object.keys(more.ext).length > 0 ? more.ext : undefined;
     return createMessage(this.#hooks.identity.did, this.did, type, payload, { ...more, ext });
   }
 
-  /** Sign a message of which nobody waits to be told. @param {Envelope} envelope @param {(text: string) => unknown} then */
+  /**
+   * Sign a message of which nobody waits to be told.
+   * @param {Envelope} envelope
+   * @param {(text: string) => unknown} then
+   */
   async #sign(envelope, then) {
     try {
       await then(this.#text(await sign(envelope, this.#hooks.identity)));
@@ -3639,7 +3969,8 @@ export class Peer {
   /** @param {Envelope} envelope */
   #text(envelope) {
     const text = serialize(envelope);
-    if (isLonger(text, this.#limit)) throw new MalformedMessageError("too_large", `at most ${this.#limit} bytes can be sent to this peer`);
+    if (isLonger(text, this.#limit))
+      throw new MalformedMessageError("too_large", `at most ${this.#limit} bytes can be sent to this peer`);
     return text;
   }
 
@@ -3686,12 +4017,17 @@ export class Peer {
   #watch() {
     const now = Date.now();
     const isPinged = !Number.isNaN(this.#pingedAt);
-    const wait = isPinged ? LIMITS.PEER_PONG_TIMEOUT_MS / 4 : Math.max(0, this.#heardAt + LIMITS.PEER_PING_INTERVAL_MS - now);
+    const wait = isPinged
+      ? LIMITS.PEER_PONG_TIMEOUT_MS / 4
+      : Math.max(0, this.#heardAt + LIMITS.PEER_PING_INTERVAL_MS - now);
     clearTimeout(this.#timer);
     this.#timer = setTimeout(() => void this.#check(Date.now() - now - wait), wait);
   }
 
-  /** Ping a silent peer, give up a dead one. @param {number} late Milliseconds: whoever slept has not read what came. */
+  /**
+   * Ping a silent peer, give up a dead one.
+   * @param {number} late Milliseconds: whoever slept has not read what came.
+   */
   async #check(late) {
     const { received = 0 } = await bytesReceived(this.#pc);
     if (this.#state === "closed" || this.#isExpiring) return;
@@ -3704,7 +4040,10 @@ export class Peer {
     }
     if (now - this.#leftAt >= LIMITS.PEER_STALL_MS) {
       this.#lost("it has read nothing for a minute");
-    } else if (!Number.isNaN(this.#pingedAt) && now - Math.max(this.#aliveAt, this.#pingedAt) >= LIMITS.PEER_PONG_TIMEOUT_MS) {
+    } else if (
+      !Number.isNaN(this.#pingedAt) &&
+      now - Math.max(this.#aliveAt, this.#pingedAt) >= LIMITS.PEER_PONG_TIMEOUT_MS
+    ) {
       this.#lost("it was silent");
     } else {
       if (Number.isNaN(this.#pingedAt) && now - this.#heardAt >= LIMITS.PEER_PING_INTERVAL_MS) {
@@ -3724,7 +4063,8 @@ export class Peer {
     this.#reason = reason;
     clearTimeout(this.#timer);
     const text = `${shortDid(this.did)} went away: ${reason}`;
-    for (const id of [...this.#questions.keys(), ...this.#calls.keys()]) this.#fail(id, new PeerLostError(text, "lost"));
+    for (const id of [...this.#questions.keys(), ...this.#calls.keys()])
+      this.#fail(id, new PeerLostError(text, "lost"));
     for (const call of [...this.#serving.values()]) this.#abandon(call, text);
     this.#outbox.clear();
     this.#channel.raw.close();
@@ -3868,7 +4208,10 @@ class Signaling {
   #asking = new Map();
   /** @type {string[]} Ids of the last OFFERs that were answered. */
   #answered = [];
-  /** @type {Map<string, {since: number, found: {candidate: Candidate, offerId: string | null}[]}>} Candidates before their OFFER. */
+  /**
+   * @type {Map<string, {since: number, found: {candidate: Candidate, offerId: string | null}[]}>} Candidates before
+   *   their OFFER.
+   */
   #early = new Map();
   #isClosed = false;
 
@@ -3891,22 +4234,24 @@ class Signaling {
       this.#offer(attempt);
     }
     attempt.waiting++;
-    const { result, pc } = attempt;
-    const late = () => new PeerConnectError(
-      `no connection to ${shortDid(did)} in ${timeout} ms (ICE ${attempt?.pc?.iceConnectionState ?? pc?.iceConnectionState})`, "timeout",
-    );
+    const { result } = attempt;
+    const ice = () => attempt?.pc?.iceConnectionState ?? "closed";
+    const late = () =>
+      new PeerConnectError(`no connection to ${shortDid(did)} in ${timeout} ms (ICE ${ice()})`, "timeout");
     try {
       return await within(unlessAborted(result.promise, signal), timeout, late);
     } finally {
       attempt.waiting--;
       // The other side's wish to connect is not ours to give up.
-      if (attempt.waiting === 0 && attempt.isOffering) this.#end(attempt, new PeerConnectError("nobody waits for it any more", "abandoned"));
+      if (attempt.waiting === 0 && attempt.isOffering)
+        this.#end(attempt, new PeerConnectError("nobody waits for it any more", "abandoned"));
     }
   }
 
   close() {
     this.#isClosed = true;
-    for (const attempt of [...this.#attempts.values()]) this.#end(attempt, new PeerConnectError("this agent was closed", "closed"));
+    for (const attempt of [...this.#attempts.values()])
+      this.#end(attempt, new PeerConnectError("this agent was closed", "closed"));
   }
 
   /** Signal again what may have got lost with the connection to the gateway. */
@@ -3920,19 +4265,30 @@ class Signaling {
   received(envelope) {
     if (this.#isClosed) return;
     switch (envelope.type) {
-      case "OFFER": return this.#takeOffer(envelope, false);
-      case "ANSWER": return this.#takeAnswer(envelope);
-      case "ICE_CANDIDATE": return this.#takeCandidate(envelope);
-      case "ERROR": return this.#takeError(envelope);
+      case "OFFER":
+        return this.#takeOffer(envelope, false);
+      case "ANSWER":
+        return this.#takeAnswer(envelope);
+      case "ICE_CANDIDATE":
+        return this.#takeCandidate(envelope);
+      case "ERROR":
+        return this.#takeError(envelope);
     }
   }
 
-  /** A message that did not verify: it may be the ANSWER that somebody waits for. @param {MessageError} error @param {Record<string, any>} envelope */
+  /**
+   * A message that did not verify: it may be the ANSWER that somebody waits for.
+   * @param {MessageError} error
+   * @param {Record<string, any>} envelope
+   */
   rejected(error, { correlation_id: asked }) {
     const attempt = error.code === "replayed" ? undefined : this.#attemptOf(asked);
     if (attempt === undefined || !attempt.isOffering || attempt.isAnswered) return;
     const text = `what came in answer to the OFFER to ${shortDid(attempt.did)} cannot be used: ${error.message}`;
-    this.#end(attempt, error.isForged ? new PeerIdentityError(text, error.code, error) : new PeerConnectError(text, error.code, error));
+    this.#end(
+      attempt,
+      error.isForged ? new PeerIdentityError(text, error.code, error) : new PeerConnectError(text, error.code, error),
+    );
   }
 
   /** @param {Envelope} offer @param {boolean} isAdmitted */
@@ -4000,7 +4356,10 @@ class Signaling {
       this.#answered.push(attempt.sentId);
       if (this.#answered.length > ATTEMPTS_MAX) this.#answered.shift();
       void this.#describeRemote(attempt, "answer", payload.sdp).catch((error) => {
-        this.#end(attempt, new PeerConnectError(`the ANSWER of ${shortDid(from)} cannot be used: ${error.message}`, "bad_answer", error));
+        this.#end(
+          attempt,
+          new PeerConnectError(`the ANSWER of ${shortDid(from)} cannot be used: ${error.message}`, "bad_answer", error),
+        );
       });
     }
   }
@@ -4022,7 +4381,8 @@ class Signaling {
     let early = this.#early.get(from);
     if (early === undefined) this.#early.set(from, (early = { since: now, found: [] }));
     if (early.found.length < CANDIDATES_MAX) early.found.push({ candidate: payload, offerId });
-    if (this.#early.size > EARLY_SENDERS_MAX) this.#early.delete(/** @type {string} */ (this.#early.keys().next().value));
+    if (this.#early.size > EARLY_SENDERS_MAX)
+      this.#early.delete(/** @type {string} */ (this.#early.keys().next().value));
   }
 
   /** @param {Envelope} envelope */
@@ -4055,17 +4415,26 @@ class Signaling {
   /** @param {Attempt} attempt @param {ErrorPayload} payload @param {() => void} action */
   #later(attempt, payload, action) {
     const { pc } = attempt;
-    setTimeout(() => {
-      if (attempt.pc === pc && !attempt.result.isSettled) action();
-    }, (payload.details?.retry_after_ms ?? RETRY_MS) + Math.random() * RETRY_MS);
+    setTimeout(
+      () => {
+        if (attempt.pc === pc && !attempt.result.isSettled) action();
+      },
+      (payload.details?.retry_after_ms ?? RETRY_MS) + Math.random() * RETRY_MS,
+    );
   }
 
   /** @param {string} did @param {ErrorPayload} payload @param {string} name */
   #errorOf(did, payload, name) {
     if (payload.code === "INVALID_SIGNATURE" && name !== "stale_timestamp") {
-      return new PeerIdentityError(`${shortDid(did)} refused the OFFER, it was altered on its way: ${payload.message}`, name);
+      return new PeerIdentityError(
+        `${shortDid(did)} refused the OFFER, it was altered on its way: ${payload.message}`,
+        name,
+      );
     }
-    return remoteError(payload, `${shortDid(did)} ${name === "not_online" ? "is not online" : `cannot be reached: ${payload.message}`}`);
+    return remoteError(
+      payload,
+      `${shortDid(did)} ${name === "not_online" ? "is not online" : `cannot be reached: ${payload.message}`}`,
+    );
   }
 
   // --- attempts --------------------------------------------------------------------------------------------------
@@ -4084,15 +4453,21 @@ class Signaling {
   #answer(attempt, offer) {
     void this.#negotiate(attempt, offer, async (pc) => {
       pc.ondatachannel = ({ channel }) => {
-        const isUsable = channel.label === CHANNEL_LABEL && channel.ordered !== false
-          && (channel.maxRetransmits ?? null) === null && (channel.maxPacketLifeTime ?? null) === null;
+        const isUsable =
+          channel.label === CHANNEL_LABEL &&
+          channel.ordered !== false &&
+          (channel.maxRetransmits ?? null) === null &&
+          (channel.maxPacketLifeTime ?? null) === null;
         if (isUsable) this.#await(attempt, pc, new Channel(channel));
         else channel.close();
       };
       try {
         await this.#describeRemote(attempt, "offer", offer.payload.sdp);
       } catch (error) {
-        const refusal = error instanceof MessageError ? error : new MalformedMessageError("invalid_payload", String(error), { field: "payload.sdp" });
+        const refusal =
+          error instanceof MessageError
+            ? error
+            : new MalformedMessageError("invalid_payload", String(error), { field: "payload.sdp" });
         this.#hooks.reply(offer, refusalOf(refusal));
         throw error;
       }
@@ -4100,7 +4475,10 @@ class Signaling {
       await this.#signal(attempt, pc);
     });
     attempt.expiry = setTimeout(() => {
-      this.#answeredInVain(attempt, new PeerConnectError(`${shortDid(attempt.did)} did not open the connection`, "timeout"));
+      this.#answeredInVain(
+        attempt,
+        new PeerConnectError(`${shortDid(attempt.did)} did not open the connection`, "timeout"),
+      );
     }, LIMITS.CONNECT_TIMEOUT_MS);
   }
 
@@ -4120,21 +4498,35 @@ class Signaling {
     try {
       pc = this.#hooks.connection();
       Object.assign(attempt, {
-        pc, offer, isOffering: offer === null, isAnswered: false, isContested: false, isRetried: false, sends: 0,
-        offerId: offer?.id.toLowerCase() ?? "", sentId: "", gathered: [], trickled: new Map(), early: [], candidates: 0,
+        pc,
+        offer,
+        isOffering: offer === null,
+        isAnswered: false,
+        isContested: false,
+        isRetried: false,
+        sends: 0,
+        offerId: offer?.id.toLowerCase() ?? "",
+        sentId: "",
+        gathered: [],
+        trickled: new Map(),
+        early: [],
+        candidates: 0,
         begins: attempt.begins + 1,
       });
       if (offer !== null) {
         const early = this.#early.get(attempt.did)?.found ?? [];
         this.#early.delete(attempt.did);
-        attempt.early = early.filter(({ offerId }) => offerId === null || offerId === attempt.offerId).map(({ candidate }) => candidate);
+        attempt.early = early
+          .filter(({ offerId }) => offerId === null || offerId === attempt.offerId)
+          .map(({ candidate }) => candidate);
       }
       const made = pc;
       pc.onicecandidate = ({ candidate }) => void this.#trickle(attempt, ourCandidate(candidate), true, made);
       pc.onconnectionstatechange = () => {
         if (attempt.pc !== made || !["failed", "closed"].includes(made.connectionState)) return;
         const error = new PeerConnectError(
-          `no path to ${shortDid(attempt.did)}; behind two NATs give iceServers with TURN (ICE ${made.iceConnectionState})`, "failed",
+          `no path to ${shortDid(attempt.did)} (ICE ${made.iceConnectionState}); behind two NATs give iceServers with TURN`,
+          "failed",
         );
         if (attempt.isOffering) this.#end(attempt, error);
         else this.#answeredInVain(attempt, error);
@@ -4143,7 +4535,12 @@ class Signaling {
     } catch (error) {
       if (pc !== undefined && attempt.pc !== pc) return; // another one counts since
       const { message } = /** @type {Error} */ (error);
-      this.#end(attempt, error instanceof AIConexusError ? error : new PeerConnectError(`${shortDid(attempt.did)}: ${message}`, "webrtc", error));
+      this.#end(
+        attempt,
+        error instanceof AIConexusError
+          ? error
+          : new PeerConnectError(`${shortDid(attempt.did)}: ${message}`, "webrtc", error),
+      );
     }
   }
 
@@ -4193,7 +4590,9 @@ class Signaling {
     attempt.limit = checkDescription(sdp);
     attempt.candidates += sdp.split("a=candidate:").length - 1;
     if (attempt.candidates > CANDIDATES_MAX) {
-      throw new MalformedMessageError("invalid_payload", `more than ${CANDIDATES_MAX} candidates`, { field: "payload.sdp" });
+      throw new MalformedMessageError("invalid_payload", `more than ${CANDIDATES_MAX} candidates`, {
+        field: "payload.sdp",
+      });
     }
     await pc.setRemoteDescription({ type, sdp });
     if (attempt.pc !== pc) return;
@@ -4206,8 +4605,9 @@ class Signaling {
   #addCandidate(pc, { candidate, sdp_mid: sdpMid = null, sdp_mline_index: sdpMLineIndex = null }) {
     const place = sdpMid === null && sdpMLineIndex === null ? { sdpMLineIndex: 0 } : { sdpMid, sdpMLineIndex };
     // One that cannot be used is no reason to give up the others.
-    Promise.resolve(pc.addIceCandidate(/** @type {any} */ ({ candidate, ...place })))
-      .catch((error) => this.#hooks.warn(`a candidate is not used: ${error.message}`));
+    Promise.resolve(pc.addIceCandidate(/** @type {any} */ ({ candidate, ...place }))).catch((error) =>
+      this.#hooks.warn(`a candidate is not used: ${error.message}`),
+    );
   }
 
   /**
@@ -4225,7 +4625,11 @@ class Signaling {
     await this.#hooks.send(message).catch((error) => this.#hooks.warn(`a candidate was not sent: ${error.message}`));
   }
 
-  /** Send the OFFER or ANSWER, then what was gathered meanwhile. @param {Attempt} attempt @param {RTCPeerConnection} pc */
+  /**
+   * Send the OFFER or ANSWER, then what was gathered meanwhile.
+   * @param {Attempt} attempt
+   * @param {RTCPeerConnection} pc
+   */
   async #signal(attempt, pc) {
     if (attempt.pc !== pc) return;
     const [type, correlationId] = attempt.isOffering ? ["OFFER", null] : ["ANSWER", attempt.offer?.id ?? null];
@@ -4272,7 +4676,8 @@ function checkDescription(sdp) {
   };
   const lines = sdp.split(/\r?\n/);
   const media = lines.filter((line) => line.startsWith("m="));
-  if (media.length !== 1 || !/^m=application \d+ \S*DTLS\/SCTP .+/.test(media[0])) refuse("the SDP must hold exactly one m=application section");
+  if (media.length !== 1 || !/^m=application \d+ \S*DTLS\/SCTP .+/.test(media[0]))
+    refuse("the SDP must hold exactly one m=application section");
   if (!lines.some((line) => line.startsWith("a=fingerprint:"))) refuse("the SDP names no DTLS fingerprint");
   let limit = Infinity;
   for (const line of lines) {
@@ -4292,12 +4697,15 @@ function checkDescription(sdp) {
 /**
  * What a capability does.
  * @callback Run
- * @param {any} args By name; bytes come as Uint8Array, and as an async iterable of these where the schema of the argument
- * says `"stream": true`.
+ * @param {any} args By name; bytes come as Uint8Array, and as an async iterable of these where the schema of the
+ *   argument says `"stream": true`.
  * @param {Call} call
  * @returns {unknown} JSON or bytes, a promise of it, or an async iterable of parts (an async generator function).
  */
-/** @typedef {Run | (Omit<CapabilityCard, "name"> & {run: Run})} Capability A function; or what others are told of it, with `run`. */
+/**
+ * @typedef {Run | (Omit<CapabilityCard, "name"> & {run: Run})} Capability A function; or what others are told of it,
+ *   with `run`.
+ */
 
 /**
  * @typedef {object} AgentOptions
@@ -4305,7 +4713,8 @@ function checkDescription(sdp) {
  * @property {Identity} identity
  * @property {Record<string, Capability>} [capabilities] By name.
  * @property {(intent: Intent, call: Call) => Promise<Quote> | Quote} [onIntent] Says what an intent would take.
- * @property {(did: string) => Promise<boolean> | boolean} [onOffer] Whether another agent may connect; it learns our addresses only then.
+ * @property {(did: string) => Promise<boolean> | boolean} [onOffer] Whether another agent may connect; it learns our
+ *   addresses only then.
  * @property {string} [gatewayDid] The DID that the gateway must prove. Without it, TLS alone says which gateway it is.
  * @property {boolean} [hidden] Only those who know its DID find it.
  * @property {RTCIceServer[]} [iceServers] Instead of those that the gateway names.
@@ -4316,8 +4725,8 @@ function checkDescription(sdp) {
  */
 
 /**
- * Events: `state` (detail: GatewayState), `peer` (a connection was made; detail: Peer), `peerlost` (detail: {peer, reason}),
- * `warning` (detail: a text; what was refused or dropped, for a log).
+ * Events: `state` (detail: GatewayState), `peer` (a connection was made; detail: Peer), `peerlost` (detail:
+ * {peer, reason}), `warning` (detail: a text; what was refused or dropped, for a log).
  */
 export class AgentEvent extends Event {
   /** @param {string} type @param {any} detail */
@@ -4359,15 +4768,20 @@ export class Agent extends EventTarget {
     const WebSocketClass = options.WebSocket ?? globalThis.WebSocket;
     if (WebSocketClass === undefined) throw new TypeError("this runtime has no WebSocket: give one (npm: ws)");
     const warn = (/** @type {string} */ text) => this.#emit("warning", text);
-    this.#gateway = new Gateway(gateway, identity, {
-      received: (envelope) => {
-        if (envelope.type === "PRESENCE") this.#directory.received(envelope);
-        else this.#signaling.received(envelope);
+    this.#gateway = new Gateway(
+      gateway,
+      identity,
+      {
+        received: (envelope) => {
+          if (envelope.type === "PRESENCE") this.#directory.received(envelope);
+          else this.#signaling.received(envelope);
+        },
+        rejected: (error, envelope) => this.#signaling.rejected(error, envelope),
+        stateChanged: (state) => this.#stateChanged(state),
+        warn,
       },
-      rejected: (error, envelope) => this.#signaling.rejected(error, envelope),
-      stateChanged: (state) => this.#stateChanged(state),
-      warn,
-    }, { gatewayDid, hidden, capabilities: cards, WebSocket: WebSocketClass });
+      { gatewayDid, hidden, capabilities: cards, WebSocket: WebSocketClass },
+    );
     this.#directory = new Directory(this.#gateway, identity.did, warn);
     this.#signaling = new Signaling(identity.did, {
       send: (envelope) => this.#gateway.send(envelope, LIMITS.CONNECT_TIMEOUT_MS),
@@ -4421,7 +4835,7 @@ export class Agent extends EventTarget {
   }
 
   /**
-   * Find agents by what they can do; all conditions must hold for one capability. Cards that do not verify are left out.
+   * Find agents by what they can do; all conditions must hold for one capability. Whose card does not verify is left out.
    * @param {Query} [query] @param {{limit?: number}} [options]
    * @throws {IncompleteAnswerError} Behind what it found: the gateway could not ask all.
    */
@@ -4430,7 +4844,7 @@ export class Agent extends EventTarget {
   }
 
   /**
-   * Hear who comes and goes; first "join" for those that are there. Ends when the signal is aborted or the agent closed.
+   * Hear who comes and goes; first "join" for those that are there. It ends with the signal, or with the agent.
    * @param {Query} [query] @param {{signal?: AbortSignal}} [options]
    */
   watch(query = {}, { signal } = {}) {
@@ -4442,7 +4856,10 @@ export class Agent extends EventTarget {
    * @param {string} did
    * @param {{timeout?: number, signal?: AbortSignal}} [options] `timeout` in milliseconds.
    * @returns {Promise<Peer>}
-   * @throws {DIDError} @throws {UnknownAgentError} It is not online. @throws {PeerRefusedError} @throws {PeerConnectError}
+   * @throws {DIDError}
+   * @throws {UnknownAgentError} It is not online.
+   * @throws {PeerRefusedError}
+   * @throws {PeerConnectError}
    * @throws {PeerIdentityError} Somebody else answered for it.
    */
   async connect(did, { timeout = LIMITS.CONNECT_TIMEOUT_MS, signal } = {}) {
@@ -4482,7 +4899,10 @@ export class Agent extends EventTarget {
   #newConnection() {
     const PeerConnection = this.#options.RTCPeerConnection ?? globalThis.RTCPeerConnection;
     if (PeerConnection === undefined) {
-      throw new PeerConnectError("this runtime has no RTCPeerConnection: give one (npm: werift, node-datachannel)", "no_webrtc");
+      throw new PeerConnectError(
+        "this runtime has no RTCPeerConnection: give one (npm: werift, node-datachannel)",
+        "no_webrtc",
+      );
     }
     const iceServers = this.#options.iceServers ?? this.session?.iceServers ?? [];
     return /** @type {RTCPeerConnection} */ (new PeerConnection({ iceServers, ...this.#options.rtcConfiguration }));
@@ -4491,7 +4911,8 @@ export class Agent extends EventTarget {
   /** @param {string} did */
   async #admit(did) {
     // One that is connected already was started anew: it replaces its connection.
-    if (!this.#peers.has(did) && this.#peers.size + this.#signaling.strangers > (this.#options.peersMax ?? PEERS_MAX)) return "busy";
+    if (!this.#peers.has(did) && this.#peers.size + this.#signaling.strangers > (this.#options.peersMax ?? PEERS_MAX))
+      return "busy";
     return ((await this.#options.onOffer?.(did)) ?? true) ? null : "declined";
   }
 
@@ -4520,13 +4941,20 @@ export class Agent extends EventTarget {
     const capability = this.#capabilities.get(name);
     if (capability === undefined) {
       const known = [...this.#capabilities.keys()].join(", ") || "none";
-      throw new UnknownCapabilityError(`no capability ${JSON.stringify(name)}; there is: ${known}`, "unknown_capability");
+      throw new UnknownCapabilityError(
+        `no capability ${JSON.stringify(name)}; there is: ${known}`,
+        "unknown_capability",
+      );
     }
     for (const [name, value] of Object.entries(args)) {
       const takesStream = capability.input?.properties?.[name]?.stream === true;
       const bytes = asBytes(value);
-      if (takesStream && bytes !== null) args[name] = (async function* () { yield bytes; })();
-      else if (isAsyncIterable(value) && !takesStream) throw new InvalidArgumentsError(`${name} takes no stream`, "invalid_arguments");
+      if (takesStream && bytes !== null)
+        args[name] = (async function* () {
+          yield bytes;
+        })();
+      else if (isAsyncIterable(value) && !takesStream)
+        throw new InvalidArgumentsError(`${name} takes no stream`, "invalid_arguments");
     }
     const wrong = capability.input === undefined ? null : misfitOfSchema(args, capability.input, "");
     if (wrong !== null) throw new InvalidArgumentsError(wrong, "invalid_arguments");
@@ -4556,10 +4984,15 @@ function misfitOfSchema(value, schema, where) {
   const name = where || "the arguments";
   const { type, enum: values, minimum, maximum, minLength, maxLength, properties = {}, required = [], items } = schema;
   const types = type === undefined ? [] : [type].flat();
-  if (types.length > 0 && !types.some((type) => SCHEMA_TYPES[type]?.(value) ?? true)) return `${name}: not ${types.join(" or ")}`;
+  if (types.length > 0 && !types.some((type) => SCHEMA_TYPES[type]?.(value) ?? true))
+    return `${name}: not ${types.join(" or ")}`;
   if (Array.isArray(values) && !values.includes(value)) return `${name}: not one of ${JSON.stringify(values)}`;
-  if (typeof value === "number" && (value < (minimum ?? -Infinity) || value > (maximum ?? Infinity))) return `${name}: out of range`;
-  if (typeof value === "string" && ([...value].length < (minLength ?? 0) || [...value].length > (maxLength ?? Infinity))) {
+  if (typeof value === "number" && (value < (minimum ?? -Infinity) || value > (maximum ?? Infinity)))
+    return `${name}: out of range`;
+  if (
+    typeof value === "string" &&
+    ([...value].length < (minLength ?? 0) || [...value].length > (maxLength ?? Infinity))
+  ) {
     return `${name}: its length is out of range`;
   }
   if (Array.isArray(value) && items !== undefined) {

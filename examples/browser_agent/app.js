@@ -18,7 +18,8 @@ const LOG_MAX = 40; // entries that stay
 const PARTS_MAX = 500; // of a stream that stay on the page
 
 const address = new URLSearchParams(location.search);
-const GATEWAY = address.get("gateway") ?? `${location.protocol === "https:" ? "wss" : "ws"}://${location.hostname}:8000/ws`;
+const GATEWAY =
+  address.get("gateway") ?? `${location.protocol === "https:" ? "wss" : "ws"}://${location.hostname}:8000/ws`;
 
 /** @param {string} id @returns {any} */
 const $ = (id) => document.getElementById(id);
@@ -54,7 +55,8 @@ function identicon(did) {
       if (next() < 118) continue;
       for (const column of new Set([x, 4 - x])) {
         const cell = document.createElementNS(svg.namespaceURI, "rect");
-        for (const [name, value] of Object.entries({ x: column, y, width: 1.02, height: 1.02, fill: color })) cell.setAttribute(name, String(value));
+        for (const [name, value] of Object.entries({ x: column, y, width: 1.02, height: 1.02, fill: color }))
+          cell.setAttribute(name, String(value));
         svg.append(cell);
       }
     }
@@ -63,17 +65,30 @@ function identicon(did) {
 }
 
 /** @param {number} ms */
-const duration = (ms) => (ms < 10 ? `${ms.toFixed(1)} ms` : ms < 1000 ? `${ms.toFixed(0)} ms` : `${(ms / 1000).toFixed(1)} s`);
+const duration = (ms) =>
+  ms < 10 ? `${ms.toFixed(1)} ms` : ms < 1000 ? `${ms.toFixed(0)} ms` : `${(ms / 1000).toFixed(1)} s`;
 
 /** @param {number} bytes */
-const amount = (bytes) => (bytes < 1024 ? `${bytes} bytes` : bytes < 1 << 20 ? `${(bytes / 1024).toFixed(1)} KiB` : `${(bytes / (1 << 20)).toFixed(1)} MiB`);
+const amount = (bytes) =>
+  bytes < 1024
+    ? `${bytes} bytes`
+    : bytes < 1 << 20
+      ? `${(bytes / 1024).toFixed(1)} KiB`
+      : `${(bytes / (1 << 20)).toFixed(1)} MiB`;
 
 // --- what others ask of this page ---------------------------------------------------------------------------------
 
 /** @param {...(Node | string)} what */
 function note(...what) {
   const now = new Date();
-  $("log").prepend(element("li", {}, element("time", { dateTime: now.toISOString() }, now.toLocaleTimeString()), element("p", {}, ...what)));
+  $("log").prepend(
+    element(
+      "li",
+      {},
+      element("time", { dateTime: now.toISOString() }, now.toLocaleTimeString()),
+      element("p", {}, ...what),
+    ),
+  );
   while ($("log").children.length > LOG_MAX) $("log").lastElementChild.remove();
   $("no-calls").hidden = true;
 }
@@ -93,31 +108,45 @@ const capabilities = {
       additionalProperties: false,
     },
     output: { type: "string" },
-    run: ({ question }, { caller, signal }) => new Promise((resolve, reject) => {
-      const input = element("textarea", { required: true, ariaLabel: "Your answer", placeholder: "Your answer" });
-      const form = element("form", { className: "question" },
-        element("small", {}, "asked by ", code(shortDid(caller))),
-        element("p", {}, question),
-        input,
-        element("div", { className: "row" },
-          element("button", { type: "submit", className: "primary" }, "Answer"),
-          element("button", { type: "button", onclick: () => end(() => reject(new Error("the person declined to answer")), "was told nothing") }, "Decline")));
-      /** @param {() => void} settle @param {string} what */
-      const end = (settle, what) => {
-        form.remove();
-        signal.removeEventListener("abort", withdraw);
-        note(code(shortDid(caller)), ` asked “${question}” and ${what}`);
-        settle();
-      };
-      const withdraw = () => end(() => reject(signal.reason), "has withdrawn the question");
-      form.addEventListener("submit", (/** @type {Event} */ event) => {
-        event.preventDefault();
-        end(() => resolve(input.value), "has your answer");
-      });
-      signal.addEventListener("abort", withdraw);
-      $("questions").append(form);
-      input.focus({ preventScroll: true });
-    }),
+    run: ({ question }, { caller, signal }) =>
+      new Promise((resolve, reject) => {
+        const input = element("textarea", { required: true, ariaLabel: "Your answer", placeholder: "Your answer" });
+        const form = element(
+          "form",
+          { className: "question" },
+          element("small", {}, "asked by ", code(shortDid(caller))),
+          element("p", {}, question),
+          input,
+          element(
+            "div",
+            { className: "row" },
+            element("button", { type: "submit", className: "primary" }, "Answer"),
+            element(
+              "button",
+              {
+                type: "button",
+                onclick: () => end(() => reject(new Error("the person declined to answer")), "was told nothing"),
+              },
+              "Decline",
+            ),
+          ),
+        );
+        /** @param {() => void} settle @param {string} what */
+        const end = (settle, what) => {
+          form.remove();
+          signal.removeEventListener("abort", withdraw);
+          note(code(shortDid(caller)), ` asked “${question}” and ${what}`);
+          settle();
+        };
+        const withdraw = () => end(() => reject(signal.reason), "has withdrawn the question");
+        form.addEventListener("submit", (/** @type {Event} */ event) => {
+          event.preventDefault();
+          end(() => resolve(input.value), "has your answer");
+        });
+        signal.addEventListener("abort", withdraw);
+        $("questions").append(form);
+        input.focus({ preventScroll: true });
+      }),
   },
   count_down: {
     description: "Count down to zero, one number after the other.",
@@ -157,32 +186,58 @@ const capabilities = {
 /** Show a value that somebody sent. @param {any} value @returns {HTMLElement} */
 function show(value) {
   if (value instanceof Uint8Array) {
-    const link = element("a", { download: "result.bin", href: URL.createObjectURL(new Blob([/** @type {any} */ (value)])) }, "Save");
+    const link = element(
+      "a",
+      { download: "result.bin", href: URL.createObjectURL(new Blob([/** @type {any} */ (value)])) },
+      "Save",
+    );
     return element("div", { className: "value" }, `${amount(value.length)} of bytes. `, link);
   }
   if (typeof value === "string") return element("div", { className: "value" }, value);
-  const isFlat = (/** @type {any} */ row) => typeof row === "object" && row !== null && !Array.isArray(row)
-    && Object.values(row).every((cell) => typeof cell !== "object" || cell === null);
+  const isFlat = (/** @type {any} */ row) =>
+    typeof row === "object" &&
+    row !== null &&
+    !Array.isArray(row) &&
+    Object.values(row).every((cell) => typeof cell !== "object" || cell === null);
   const rows = Array.isArray(value) ? value : [value];
   if (rows.length > 0 && rows.length <= 200 && rows.every(isFlat)) {
     const columns = [...new Set(rows.flatMap(Object.keys))];
     if (columns.length > 0 && columns.length <= 8) {
-      return element("table", {},
+      return element(
+        "table",
+        {},
         element("thead", {}, element("tr", {}, ...columns.map((name) => element("th", { scope: "col" }, name)))),
-        element("tbody", {}, ...rows.map((row) => element("tr", {}, ...columns.map((name) => element("td", {}, String(row[name] ?? "")))))));
+        element(
+          "tbody",
+          {},
+          ...rows.map((row) => element("tr", {}, ...columns.map((name) => element("td", {}, String(row[name] ?? ""))))),
+        ),
+      );
     }
   }
   const text = JSON.stringify(value, null, 2);
-  return element("div", { className: "value" }, element("pre", {}, text.length > 20_000 ? `${text.slice(0, 20_000)}…` : text));
+  return element(
+    "div",
+    { className: "value" },
+    element("pre", {}, text.length > 20_000 ? `${text.slice(0, 20_000)}…` : text),
+  );
 }
 
 // --- forms from JSON Schema ---------------------------------------------------------------------------------------
 
-/** Follow `$ref` and take the part of a choice that is not null. @param {any} schema @param {any} root @returns {any} */
+/**
+ * Follow `$ref` and take the part of a choice that is not null.
+ * @param {any} schema
+ * @param {any} root
+ * @returns {any}
+ */
 function resolved(schema, root) {
   for (let depth = 0; depth < 8 && typeof schema === "object" && schema !== null; depth++) {
     if (typeof schema.$ref === "string") {
-      const found = schema.$ref.replace(/^#\//, "").split("/").reduce((/** @type {any} */ at, /** @type {string} */ key) => at?.[key], root);
+      const found = schema.$ref
+        .replace(/^#\//, "")
+        .split("/")
+        .reduce((/** @type {any} */ at, /** @type {string} */ key) => at?.[key], root);
       schema = { ...found, ...schema, $ref: undefined };
     } else if (Array.isArray(schema.anyOf)) {
       const choices = schema.anyOf.filter((/** @type {any} */ choice) => choice?.type !== "null");
@@ -198,13 +253,21 @@ function resolved(schema, root) {
 /**
  * A field for one argument.
  * @param {string} name @param {any} schema @param {boolean} isRequired
- * @returns {{row: HTMLElement, read: () => any}} `read` gives undefined where nothing was filled in; it may throw, or be a promise.
+ * @returns {{row: HTMLElement, read: () => any}} `read` gives undefined where nothing was filled in; it may throw, or
+ *   be a promise.
  */
 function field(name, schema, isRequired) {
   const id = `argument-${name}`;
   const { type, description, enum: choices, default: initial } = schema;
-  const isBytes = type === "string" && (schema.format === "binary" || schema.format === "base64url" || schema.contentEncoding !== undefined);
-  const shown = initial === undefined || initial === null ? "" : typeof initial === "object" ? JSON.stringify(initial) : String(initial);
+  const isBytes =
+    type === "string" &&
+    (schema.format === "binary" || schema.format === "base64url" || schema.contentEncoding !== undefined);
+  const shown =
+    initial === undefined || initial === null
+      ? ""
+      : typeof initial === "object"
+        ? JSON.stringify(initial)
+        : String(initial);
   /** @type {any} */
   let input;
   /** @type {() => any} */
@@ -212,8 +275,14 @@ function field(name, schema, isRequired) {
   let kind = type ?? "JSON";
 
   if (Array.isArray(choices)) {
-    input = element("select", {}, ...(isRequired ? [] : [element("option", { value: "" }, "–")]),
-      ...choices.map((choice, index) => element("option", { value: String(index), selected: choice === initial }, String(choice))));
+    input = element(
+      "select",
+      {},
+      ...(isRequired ? [] : [element("option", { value: "" }, "–")]),
+      ...choices.map((choice, index) =>
+        element("option", { value: String(index), selected: choice === initial }, String(choice)),
+      ),
+    );
     read = () => (input.value === "" ? undefined : choices[Number(input.value)]);
   } else if (type === "boolean") {
     input = element("input", { type: "checkbox", checked: initial === true });
@@ -229,12 +298,20 @@ function field(name, schema, isRequired) {
     read = () => (input.value === "" ? undefined : Number(input.value));
   } else if (type === "string") {
     const isLong = (schema.maxLength ?? 200) >= 200 && /text|body|content|message|question|prompt/i.test(name);
-    input = isLong ? element("textarea", { value: shown }) : element("input", { type: "text", value: shown, autocomplete: "off" });
+    input = isLong
+      ? element("textarea", { value: shown })
+      : element("input", { type: "text", value: shown, autocomplete: "off" });
     read = () => (input.value === "" && !isRequired ? undefined : input.value);
   } else if (type === "array" && schema.items?.type === "string") {
-    input = element("textarea", { value: Array.isArray(initial) ? initial.join("\n") : "", placeholder: "one in each line" });
+    input = element("textarea", {
+      value: Array.isArray(initial) ? initial.join("\n") : "",
+      placeholder: "one in each line",
+    });
     kind = "list";
-    read = () => (input.value.trim() === "" && !isRequired ? undefined : input.value.split("\n").filter((/** @type {string} */ line) => line.trim() !== ""));
+    read = () =>
+      input.value.trim() === "" && !isRequired
+        ? undefined
+        : input.value.split("\n").filter((/** @type {string} */ line) => line.trim() !== "");
   } else {
     input = element("textarea", { value: shown, placeholder: "JSON", spellcheck: false });
     read = () => (input.value.trim() === "" ? undefined : JSON.parse(input.value));
@@ -242,10 +319,24 @@ function field(name, schema, isRequired) {
   input.id = id;
   input.name = name;
   if (isRequired && type !== "boolean") input.required = true;
-  const label = element("label", { htmlFor: id }, name, " ", element("span", { className: "type" }, isRequired ? kind : `${kind}, optional`));
+  const label = element(
+    "label",
+    { htmlFor: id },
+    name,
+    " ",
+    element("span", { className: "type" }, isRequired ? kind : `${kind}, optional`),
+  );
   const hint = typeof description === "string" ? [element("span", { className: "hint" }, description)] : [];
   const isCheck = type === "boolean";
-  return { row: element("div", { className: isCheck ? "field check" : "field" }, ...(isCheck ? [input, label] : [label, input]), ...hint), read };
+  return {
+    row: element(
+      "div",
+      { className: isCheck ? "field check" : "field" },
+      ...(isCheck ? [input, label] : [label, input]),
+      ...hint,
+    ),
+    read,
+  };
 }
 
 // --- the page -----------------------------------------------------------------------------------------------------
@@ -278,23 +369,37 @@ function banner(text) {
 
 function renderAgents() {
   const words = $("filter").value.toLowerCase().trim();
-  const list = [...agents.values()].filter(({ did, capabilities }) => words === "" || did.toLowerCase().includes(words)
-    || capabilities.some(({ name, description = "", tags = [] }) => [name, description, ...tags].some((text) => text.toLowerCase().includes(words))));
+  const list = [...agents.values()].filter(
+    ({ did, capabilities }) =>
+      words === "" ||
+      did.toLowerCase().includes(words) ||
+      capabilities.some(({ name, description = "", tags = [] }) =>
+        [name, description, ...tags].some((text) => text.toLowerCase().includes(words)),
+      ),
+  );
   list.sort((a, b) => (a.did < b.did ? -1 : 1));
   const focused = document.activeElement?.getAttribute("data-did");
-  $("agents").replaceChildren(...list.map(({ did, status, capabilities }) => {
-    const icon = element("span", { className: "identicon" }, identicon(did));
-    const chips = capabilities.slice(0, 8).map(({ name }) => element("span", { className: "chip" }, name));
-    if (capabilities.length > 8) chips.push(element("span", { className: "chip" }, `+${capabilities.length - 8}`));
-    if (chips.length === 0) chips.push(element("span", { className: "chip" }, "offers nothing"));
-    const button = element("button", { type: "button", className: "agent", onclick: () => select(did), title: did },
-      icon, code(shortDid(did)), element("span", { className: "status", title: status, "data-status": status }),
-      element("span", { className: "chips" }, ...chips));
-    button.dataset.did = did;
-    button.setAttribute("aria-pressed", String(did === selected));
-    return element("li", {}, button);
-  }));
-  if (focused) /** @type {HTMLElement | null} */ (document.querySelector(`.agent[data-did="${CSS.escape(focused)}"]`))?.focus();
+  $("agents").replaceChildren(
+    ...list.map(({ did, status, capabilities }) => {
+      const icon = element("span", { className: "identicon" }, identicon(did));
+      const chips = capabilities.slice(0, 8).map(({ name }) => element("span", { className: "chip" }, name));
+      if (capabilities.length > 8) chips.push(element("span", { className: "chip" }, `+${capabilities.length - 8}`));
+      if (chips.length === 0) chips.push(element("span", { className: "chip" }, "offers nothing"));
+      const button = element(
+        "button",
+        { type: "button", className: "agent", onclick: () => select(did), title: did },
+        icon,
+        code(shortDid(did)),
+        element("span", { className: "status", title: status, "data-status": status }),
+        element("span", { className: "chips" }, ...chips),
+      );
+      button.dataset.did = did;
+      button.setAttribute("aria-pressed", String(did === selected));
+      return element("li", {}, button);
+    }),
+  );
+  if (focused)
+    /** @type {HTMLElement | null} */ (document.querySelector(`.agent[data-did="${CSS.escape(focused)}"]`))?.focus();
   $("agent-count").textContent = String(agents.size);
   $("no-agents").hidden = agents.size > 0;
 }
@@ -317,11 +422,18 @@ function select(did) {
 
 function renderCapabilities() {
   const { capabilities = [] } = agents.get(selected) ?? {};
-  $("capabilities").replaceChildren(...capabilities.map((capability) => {
-    const input = element("input", { type: "radio", name: "capability", value: capability.name, onchange: () => choose(capability) });
-    input.checked = capability.name === chosen?.name;
-    return element("label", { className: "tab" }, input, element("span", {}, capability.name));
-  }));
+  $("capabilities").replaceChildren(
+    ...capabilities.map((capability) => {
+      const input = element("input", {
+        type: "radio",
+        name: "capability",
+        value: capability.name,
+        onchange: () => choose(capability),
+      });
+      input.checked = capability.name === chosen?.name;
+      return element("label", { className: "tab" }, input, element("span", {}, capability.name));
+    }),
+  );
   if (capabilities.length === 0) $("capabilities").append(element("p", { className: "empty" }, "It offers none."));
   if (chosen === null && capabilities.length > 0) {
     $("capabilities").querySelector("input").checked = true;
@@ -335,7 +447,10 @@ function choose(capability) {
   const { description = "", input = {} } = capability;
   const properties = Object.entries(input.properties ?? {});
   const required = new Set(Array.isArray(input.required) ? input.required : []);
-  const fields = properties.map(([name, schema]) => ({ name, ...field(name, resolved(schema, input), required.has(name)) }));
+  const fields = properties.map(([name, schema]) => ({
+    name,
+    ...field(name, resolved(schema, input), required.has(name)),
+  }));
   $("description").textContent = description;
   $("fields").replaceChildren(...fields.map(({ row }) => row));
   $("run").textContent = capability.stream ? "Stream" : "Execute";
@@ -369,7 +484,11 @@ async function renderPeer() {
   const did = selected;
   const peer = me.peers.get(did);
   const isOpen = peer !== undefined && peer.state !== "closed";
-  setState($("peer-state"), isOpen ? peer.state : "disconnected", isOpen ? (peer.state === "open" ? "connected" : peer.state) : "not connected");
+  setState(
+    $("peer-state"),
+    isOpen ? peer.state : "disconnected",
+    isOpen ? (peer.state === "open" ? "connected" : peer.state) : "not connected",
+  );
   $("facts").hidden = $("disconnect").hidden = !isOpen;
   if (!isOpen) return;
   const [path, roundTrip] = await Promise.all([peer.path(), peer.ping().catch(() => null)]);
@@ -381,11 +500,13 @@ async function renderPeer() {
 
 /** How far a call is: a share of 1, or `done` of `total`; anything else is shown as it is. @param {any} value */
 function showProgress(value) {
-  const share = typeof value === "number" ? value : typeof value === "object" && value?.total > 0 ? value.done / value.total : NaN;
+  const share =
+    typeof value === "number" ? value : typeof value === "object" && value?.total > 0 ? value.done / value.total : NaN;
   $("progress").hidden = $("progress-note").hidden = false;
   if (Number.isFinite(share)) $("progress").value = Math.max(0, Math.min(1, share));
   const text = typeof value === "string" ? value : value?.text;
-  $("progress-note").textContent = text ?? (Number.isFinite(share) ? `${Math.round(share * 100)} %` : JSON.stringify(value));
+  $("progress-note").textContent =
+    text ?? (Number.isFinite(share) ? `${Math.round(share * 100)} %` : JSON.stringify(value));
 }
 
 /** @param {SubmitEvent} event */
@@ -420,7 +541,8 @@ async function run(event) {
     } else {
       $("values").replaceChildren(show(await peer.execute(name, args, options)));
     }
-    $("timing").textContent = `${isStream ? `${parts} parts in ` : ""}${duration(performance.now() - begin)}, signed by the agent`;
+    $("timing").textContent =
+      `${isStream ? `${parts} parts in ` : ""}${duration(performance.now() - begin)}, signed by the agent`;
   } catch (error) {
     const { name: kind, message } = /** @type {Error} */ (error);
     $("fault").hidden = false;
@@ -516,4 +638,10 @@ main().catch((error) => {
   banner(`${error.message}. Is a gateway running at ${GATEWAY}?`);
 });
 
-Object.assign(globalThis, { aiconexus: { get agent() { return me; } } }); // for the console, and for tests
+Object.assign(globalThis, {
+  aiconexus: {
+    get agent() {
+      return me;
+    },
+  },
+}); // for the console, and for tests

@@ -20,12 +20,15 @@ async function until(condition) {
   assert.fail(`it did not happen: ${condition}`);
 }
 
-before(async () => {
-  other = await newAgent(served);
-  me = await newAgent(capabilities());
-  await Promise.all([other.start(), me.start()]);
-  peer = await me.connect(other.did);
-}, { timeout: 30_000 });
+before(
+  async () => {
+    other = await newAgent(served);
+    me = await newAgent(capabilities());
+    await Promise.all([other.start(), me.start()]);
+    peer = await me.connect(other.did);
+  },
+  { timeout: 30_000 },
+);
 after(async () => {
   await me.close();
   await other.close();
@@ -49,19 +52,27 @@ test("a watch tells who comes, what changes, and who goes", async () => {
   const controller = new AbortController();
   const events = [];
   const watching = (async () => {
-    for await (const { event, agent } of me.watch({ capability: "sing" }, { signal: controller.signal })) events.push([event, agent.did]);
+    for await (const { event, agent } of me.watch({ capability: "sing" }, { signal: controller.signal }))
+      events.push([event, agent.did]);
   })();
   await late.start();
   await until(() => events.length === 1);
   await late.close();
   await until(() => events.length === 2);
-  assert.deepEqual(events, [["join", late.did], ["leave", late.did]]);
+  assert.deepEqual(events, [
+    ["join", late.did],
+    ["leave", late.did],
+  ]);
   controller.abort();
   await watching;
 });
 
 test("an intent is answered, both ways", async () => {
-  assert.deepEqual(await peer.intent("double it"), { status: "understood", requiredInput: ["value"], cost: "nothing for double it" });
+  assert.deepEqual(await peer.intent("double it"), {
+    status: "understood",
+    requiredInput: ["value"],
+    cost: "nothing for double it",
+  });
   const back = await other.connect(me.did);
   assert.equal((await back.intent({ task: "double", params: { value: 1 } })).cost, "nothing for double");
   await back.release();
@@ -70,12 +81,21 @@ test("an intent is answered, both ways", async () => {
 
 test("executions give results, and every failure its error", async () => {
   assert.equal(await peer.execute("double", { value: 21 }), 42);
-  await assert.rejects(peer.execute("triple"), (error) => error instanceof ioap.UnknownCapabilityError && /there is: double/.test(error.message));
+  await assert.rejects(
+    peer.execute("triple"),
+    (error) => error instanceof ioap.UnknownCapabilityError && /there is: double/.test(error.message),
+  );
   await assert.rejects(peer.execute("double", { value: "1" }), ioap.InvalidArgumentsError);
   await assert.rejects(peer.execute("double", { value: 1, more: 1 }), ioap.InvalidArgumentsError);
-  await assert.rejects(peer.execute("fail"), (error) => error instanceof ioap.CapabilityError && error.message === "RangeError: there is nothing here");
+  await assert.rejects(
+    peer.execute("fail"),
+    (error) => error instanceof ioap.CapabilityError && error.message === "RangeError: there is nothing here",
+  );
   await assert.rejects(peer.execute("echo", { value: { nested: new Uint8Array(1) } }), ioap.InvalidArgumentsError);
-  await assert.rejects(peer.execute("hold", {}, { timeout: 100 }), (error) => error instanceof ioap.CallTimeoutError && error.code === "timeout");
+  await assert.rejects(
+    peer.execute("hold", {}, { timeout: 100 }),
+    (error) => error instanceof ioap.CallTimeoutError && error.code === "timeout",
+  );
   assert.equal(await peer.execute("double", { value: 1 }), 2);
 });
 
@@ -83,7 +103,11 @@ test("what a signal aborts is cancelled over there", async () => {
   await until(() => served.seen.running === 0);
   served.seen.aborted.length = 0;
   const controller = new AbortController();
-  const call = peer.execute("hold", {}, { signal: controller.signal, onProgress: () => controller.abort(new Error("enough")) });
+  const call = peer.execute(
+    "hold",
+    {},
+    { signal: controller.signal, onProgress: () => controller.abort(new Error("enough")) },
+  );
   await assert.rejects(call, { message: "enough" });
   await until(() => served.seen.running === 0);
   assert.deepEqual(served.seen.aborted, ["cancelled"]);
@@ -92,7 +116,8 @@ test("what a signal aborts is cancelled over there", async () => {
 
 test("a stream comes in parts, with progress; collected it is a list", async () => {
   const seen = [];
-  for await (const part of peer.stream("count", { to: 5 }, { onProgress: ({ done }) => seen.push(`p${done}`) })) seen.push(part);
+  for await (const part of peer.stream("count", { to: 5 }, { onProgress: ({ done }) => seen.push(`p${done}`) }))
+    seen.push(part);
   assert.deepEqual(seen.filter(Number.isInteger), [0, 1, 2, 3, 4]);
   assert.ok(seen.includes("p0"));
   assert.deepEqual(await peer.execute("count", { to: 3 }), [0, 1, 2]);
@@ -172,7 +197,10 @@ test("glare ends in one connection, every time", async () => {
     const two = await newAgent(capabilities());
     await Promise.all([one.start(), two.start()]);
     const [there, back] = await Promise.all([one.connect(two.did), two.connect(one.did)]);
-    assert.deepEqual(await Promise.all([there.execute("double", { value: 1 }), back.execute("double", { value: 2 })]), [2, 4]);
+    assert.deepEqual(
+      await Promise.all([there.execute("double", { value: 1 }), back.execute("double", { value: 2 })]),
+      [2, 4],
+    );
     assert.equal(one.peers.size, 1);
     assert.equal(two.peers.size, 1);
     await Promise.all([there.release(), back.release()]);
@@ -199,11 +227,17 @@ test("a connection stays until both need it no longer, and opens again", async (
 
 test("who is not there, or does not want to, is told apart", async () => {
   const nobody = (await ioap.Identity.generate()).did;
-  await assert.rejects(me.connect(nobody), (error) => error instanceof ioap.UnknownAgentError && error.reason === "not_online");
+  await assert.rejects(
+    me.connect(nobody),
+    (error) => error instanceof ioap.UnknownAgentError && error.reason === "not_online",
+  );
   await assert.rejects(me.connect("did:key:z6Mk"), ioap.DIDError);
   const shy = await newAgent({ onOffer: () => false });
   await shy.start();
-  await assert.rejects(me.connect(shy.did), (error) => error instanceof ioap.PeerRefusedError && error.reason === "declined");
+  await assert.rejects(
+    me.connect(shy.did),
+    (error) => error instanceof ioap.PeerRefusedError && error.reason === "declined",
+  );
   await shy.close();
   await assert.rejects(shy.connect(me.did), ioap.NotConnectedError);
 });

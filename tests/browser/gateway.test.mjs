@@ -51,7 +51,12 @@ class Side {
 
   async challenge({ signer = identity, more = {}, ext = {}, payload = { public_key: signer.publicKey } } = {}) {
     const nonce = Buffer.from(crypto.getRandomValues(new Uint8Array(32))).toString("base64url");
-    await this.send("REGISTER", payload, { to: signer.did, signer, more, ext: { nonce, features: [], limits: {}, ping_interval_ms: 25_000, ...ext } });
+    await this.send("REGISTER", payload, {
+      to: signer.did,
+      signer,
+      more,
+      ext: { nonce, features: [], limits: {}, ping_interval_ms: 25_000, ...ext },
+    });
     return nonce;
   }
 
@@ -60,7 +65,11 @@ class Side {
     const proof = await this.next();
     proofs.push(proof);
     const ext = { session: "s", resume_token: token, ice_servers: [], resumed: proof.ext.resume !== undefined };
-    await this.send("REGISTER", { public_key: signer.publicKey }, { to: proof.from, signer, correlationId: proof.id, ext });
+    await this.send(
+      "REGISTER",
+      { public_key: signer.publicKey },
+      { to: proof.from, signer, correlationId: proof.id, ext },
+    );
     return proof;
   }
 }
@@ -69,11 +78,12 @@ class Side {
 const agent = (options = {}) => newAgent({ gateway: `${url}?q=1#part`, ...options });
 
 /** Resolves at the next state of an agent. */
-const state = (me, wanted) => new Promise((resolve) => {
-  const look = () => me.state === wanted && resolve();
-  me.addEventListener("state", look);
-  look();
-});
+const state = (me, wanted) =>
+  new Promise((resolve) => {
+    const look = () => me.state === wanted && resolve();
+    me.addEventListener("state", look);
+    look();
+  });
 
 test("the proof signs the nonce, the audience and the card", async () => {
   let nonce;
@@ -81,7 +91,11 @@ test("the proof signs the nonce, the audience and the card", async () => {
     nonce = await side.challenge();
     const proof = await side.next();
     proofs.push(proof);
-    await side.send("REGISTER", { public_key: identity.publicKey }, { to: proof.from, correlationId: proof.id, ext: { session: "s" } });
+    await side.send(
+      "REGISTER",
+      { public_key: identity.publicKey },
+      { to: proof.from, correlationId: proof.id, ext: { session: "s" } },
+    );
   };
   const me = await agent({ capabilities: { sing: async () => "la" }, hidden: true });
   await me.start();
@@ -100,18 +114,30 @@ test("a gateway that does not prove its key is refused", async () => {
   const other = await ioap.Identity.generate();
   const attempts = {
     "an old challenge": (side) => side.challenge({ more: { timestamp: new Date(Date.now() - 61_000).toISOString() } }),
-    "a challenge signed by another key": (side) => side.send("REGISTER", { public_key: identity.publicKey }, {
-      to: identity.did, more: { from: identity.did }, signer: { did: identity.did, sign: (data) => other.sign(data) }, ext: { nonce: "x" },
-    }),
+    "a challenge signed by another key": (side) =>
+      side.send(
+        "REGISTER",
+        { public_key: identity.publicKey },
+        {
+          to: identity.did,
+          more: { from: identity.did },
+          signer: { did: identity.did, sign: (data) => other.sign(data) },
+          ext: { nonce: "x" },
+        },
+      ),
     "the key of another": (side) => side.challenge({ payload: { public_key: other.publicKey } }),
     "no nonce": (side) => side.challenge({ ext: { nonce: 1 } }),
     "another message": (side) => side.send("PING", {}, { to: identity.did }),
     "no JSON": (side) => side.socket.send("hello"),
-    "bytes": (side) => side.socket.send(Buffer.from("{}")),
+    bytes: (side) => side.socket.send(Buffer.from("{}")),
     "an answer by another gateway": async (side) => {
       await side.challenge();
       const proof = await side.next();
-      await side.send("REGISTER", { public_key: other.publicKey }, { signer: other, to: proof.from, correlationId: proof.id, ext: { session: "s" } });
+      await side.send(
+        "REGISTER",
+        { public_key: other.publicKey },
+        { signer: other, to: proof.from, correlationId: proof.id, ext: { session: "s" } },
+      );
     },
   };
   for (const [name, attempt] of Object.entries(attempts)) {
@@ -131,11 +157,19 @@ test("a refusal says why", async () => {
     await side.challenge();
     const { id, from } = await side.next();
     const { num, name, code, temporary } = ioap.CAUSES.declined;
-    await side.send("ERROR", { code, message: "you are not on the list", details: { num, name, temporary } }, { to: from, correlationId: id });
+    await side.send(
+      "ERROR",
+      { code, message: "you are not on the list", details: { num, name, temporary } },
+      { to: from, correlationId: id },
+    );
     side.socket.close(4503, '{"n":"not_allowed","r":0}');
   };
   const me = await agent();
-  await assert.rejects(me.start(), (error) => error instanceof ioap.RegistrationError && /not on the list/.test(error.message) && error.code === "declined");
+  await assert.rejects(
+    me.start(),
+    (error) =>
+      error instanceof ioap.RegistrationError && /not on the list/.test(error.message) && error.code === "declined",
+  );
   assert.equal(me.state, "closed");
 });
 
@@ -210,7 +244,8 @@ test("unsigned messages are taken from the gateway only, and only four types", a
   const warnings = [];
   me.addEventListener("warning", ({ detail }) => warnings.push(detail));
   await me.start();
-  const send = (from, type, payload, to = me.did) => side.socket.send(ioap.serialize(ioap.createMessage(from, to, type, payload)));
+  const send = (from, type, payload, to = me.did) =>
+    side.socket.send(ioap.serialize(ioap.createMessage(from, to, type, payload)));
   send(stranger.did, "OFFER", { sdp: "v=0" });
   send(identity.did, "OFFER", { sdp: "v=0" });
   send(stranger.did, "ERROR", { code: "TIMEOUT", message: "x" });
@@ -231,9 +266,11 @@ test("unsigned messages are taken from the gateway only, and only four types", a
 test("an SDP that is not of one DataChannel never reaches WebRTC", async () => {
   const stranger = await ioap.Identity.generate();
   const sdps = [
-    "v=0", "m=audio 9 UDP/TLS/RTP/SAVPF 0\r\na=fingerprint:sha-256 AA", "m=application 9 UDP/DTLS/SCTP webrtc-datachannel\r\n",
+    "v=0",
+    "m=audio 9 UDP/TLS/RTP/SAVPF 0\r\na=fingerprint:sha-256 AA",
+    "m=application 9 UDP/DTLS/SCTP webrtc-datachannel\r\n",
     "m=application 9 UDP/DTLS/SCTP webrtc-datachannel\r\na=fingerprint:sha-256 AA\r\na=max-message-size:1000\r\n",
-    "m=application 9 UDP/DTLS/SCTP webrtc-datachannel\r\na=fingerprint:sha-256 AA\r\nm=video 9 UDP/TLS/RTP/SAVPF 96\r\n",
+    "m=application 9 UDP/DTLS/SCTP webrtc-datachannel\r\na=fingerprint:sha-256 AA\r\nm=video 9 UDP/TLS/RTP/SAVPF 96",
   ];
   let side;
   serve = async (connection) => {

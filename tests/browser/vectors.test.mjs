@@ -29,8 +29,18 @@ for (const { name, seed, public_key: publicKey, did } of IDENTITIES) {
 test("a DID that is not canonical is refused", () => {
   const { did } = IDENTITIES[0];
   const wrong = [
-    "", 1, null, did.slice(0, -1), `${did}1`, `${did}#key`, did.replace("z6Mk", "Q6Mk"), did.replace(/.$/, "0"),
-    did.replace("did:key", "did:web"), did.replace("z6Mk", "z7Mk"), `did:key:z${"1".repeat(47)}`, `did:key:z${"z".repeat(47)}`,
+    "",
+    1,
+    null,
+    did.slice(0, -1),
+    `${did}1`,
+    `${did}#key`,
+    did.replace("z6Mk", "Q6Mk"),
+    did.replace(/.$/, "0"),
+    did.replace("did:key", "did:web"),
+    did.replace("z6Mk", "z7Mk"),
+    `did:key:z${"1".repeat(47)}`,
+    `did:key:z${"z".repeat(47)}`,
   ];
   for (const text of wrong) assert.throws(() => ioap.decodeDid(text), ioap.DIDError, String(text));
 });
@@ -64,11 +74,18 @@ test("signatures are checked as strictly as libsodium does", async () => {
 // --- JSON ---------------------------------------------------------------------------------------
 
 for (const { text, canonical } of read("canonical")) {
-  test(`canonical form of ${text.slice(0, 40)}`, () => assert.equal(ioap.canonicalize(ioap.parseJson(text)), canonical));
+  test(`canonical form of ${text.slice(0, 40)}`, () =>
+    assert.equal(ioap.canonicalize(ioap.parseJson(text)), canonical));
 }
 
 test("what was parsed is what JSON.parse reads", () => {
-  const texts = ['{"a":[1,-2.5e-3,"\\u00e9\\ud83d\\ude00\\n",true,false,null,{}]}', '"x"', " 1 ", "[]", '{"__proto__":{"a":1},"constructor":2}'];
+  const texts = [
+    '{"a":[1,-2.5e-3,"\\u00e9\\ud83d\\ude00\\n",true,false,null,{}]}',
+    '"x"',
+    " 1 ",
+    "[]",
+    '{"__proto__":{"a":1},"constructor":2}',
+  ];
   for (const text of texts) assert.deepEqual(ioap.parseJson(text), JSON.parse(text));
   assert.equal(ioap.serialize(ioap.parseJson('{"__proto__":1}')), '{"__proto__":1}');
   assert.equal({}.a, undefined);
@@ -98,7 +115,11 @@ for (const { name, wire, canonical, signature } of MESSAGES) {
     assert.equal(ioap.canonicalize(unsigned), canonical);
     assert.equal(ioap.serialize(envelope), wire);
     if (signature === null) return;
-    await ioap.verify(envelope, { recipient: envelope.to, guard: new ReplayGuard(), now: Date.parse(envelope.timestamp) });
+    await ioap.verify(envelope, {
+      recipient: envelope.to,
+      guard: new ReplayGuard(),
+      now: Date.parse(envelope.timestamp),
+    });
     assert.equal((await ioap.sign(unsigned, await identityOf(envelope.from))).signature, signature);
   });
 }
@@ -119,7 +140,11 @@ test("a message is proven in the order of section 5.2", async () => {
   await fails(offer, { sender: offer.to }, "wrong_sender");
   await fails({ ...offer, signature: undefined }, {}, "missing_signature");
   await fails({ ...offer, id: offer.id.replace("4", "5") }, {}, "bad_signature");
-  await fails({ ...offer, signature: `${offer.signature.slice(0, -3)}${offer.signature.at(-3) === "A" ? "B" : "A"}==` }, {}, "bad_signature");
+  await fails(
+    { ...offer, signature: `${offer.signature.slice(0, -3)}${offer.signature.at(-3) === "A" ? "B" : "A"}==` },
+    {},
+    "bad_signature",
+  );
   await fails(offer, { recipient: offer.from }, "wrong_recipient");
   await fails(offer, { now: now + 120_001 }, "stale_timestamp");
   await fails(offer, { now: now - 120_001 }, "stale_timestamp");
@@ -133,8 +158,14 @@ test("a signature has one text", async () => {
   const last = offer.signature.at(-3);
   const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
   const sibling = alphabet[alphabet.indexOf(last) + 1]; // the same 64 bytes, other trailing bits
-  const texts = [`${offer.signature.slice(0, -3)}${sibling}==`, offer.signature.slice(0, -2), `${offer.signature}\n`, ` ${offer.signature}`];
-  for (const signature of texts) await assert.rejects(ioap.verify({ ...offer, signature }, options()), { code: "bad_signature" });
+  const texts = [
+    `${offer.signature.slice(0, -3)}${sibling}==`,
+    offer.signature.slice(0, -2),
+    `${offer.signature}\n`,
+    ` ${offer.signature}`,
+  ];
+  for (const signature of texts)
+    await assert.rejects(ioap.verify({ ...offer, signature }, options()), { code: "bad_signature" });
 });
 
 test("values are not coerced", () => {
@@ -151,8 +182,16 @@ test("a timestamp is RFC 3339 in UTC, of a day that the calendar has", () => {
   assert.equal(ioap.parseTimestamp("2026-01-12T10:00:00Z"), 1768212000000);
   assert.equal(ioap.parseTimestamp("2026-01-12T10:00:00.123456789Z"), 1768212000123.456789);
   const wrong = [
-    "2026-01-12T10:00:00", "2026-01-12T10:00:00+00:00", "2026-01-12 10:00:00Z", "2026-02-30T10:00:00Z", "2026-13-01T10:00:00Z",
-    "2026-01-12T24:00:00Z", "2026-01-12T10:00:60Z", "2026-01-12T10:00:00.Z", "2026-01-12T10:00:00.1234567890Z", "2026-01-12T10:00Z",
+    "2026-01-12T10:00:00",
+    "2026-01-12T10:00:00+00:00",
+    "2026-01-12 10:00:00Z",
+    "2026-02-30T10:00:00Z",
+    "2026-13-01T10:00:00Z",
+    "2026-01-12T24:00:00Z",
+    "2026-01-12T10:00:60Z",
+    "2026-01-12T10:00:00.Z",
+    "2026-01-12T10:00:00.1234567890Z",
+    "2026-01-12T10:00Z",
   ];
   for (const text of wrong) assert.ok(Number.isNaN(ioap.parseTimestamp(text)), text);
 });
@@ -175,7 +214,10 @@ test("a full guard forgets those who sent the most, and lets no replay in", () =
   for (let i = 1; i <= 200; i++) guard.accept(stamped("loud", i, now + i), now);
   assert.ok(guard.size <= 64);
   for (let i = 1; i <= 200; i++) {
-    assert.throws(() => guard.accept(stamped("loud", i, now + i), now), (error) => ["replayed", "stale_timestamp"].includes(error.code));
+    assert.throws(
+      () => guard.accept(stamped("loud", i, now + i), now),
+      (error) => ["replayed", "stale_timestamp"].includes(error.code),
+    );
   }
   assert.throws(() => guard.accept(stamped("quiet", 0, now - 5000), now), { code: "replayed" });
   guard.accept(stamped("quiet", 1000, now - 4000), now);
@@ -218,11 +260,19 @@ read("cards").forEach(({ card, did, reason }, number) => {
 // --- tables -------------------------------------------------------------------------------------
 
 test("the causes are those of the protocol", () => {
-  assert.deepEqual(Object.values(ioap.CAUSES), read("causes").map(({ num, name, code, temporary }) => ({ num, name, code, temporary })));
+  assert.deepEqual(
+    Object.values(ioap.CAUSES),
+    read("causes").map(({ num, name, code, temporary }) => ({ num, name, code, temporary })),
+  );
 });
 
 test("the close codes are those of the protocol", () => {
-  const expected = read("close_codes").map(({ retry_after_ms: retryAfter, number, name, reconnect }) => ({ number, name, reconnect, retryAfter }));
+  const expected = read("close_codes").map(({ retry_after_ms: retryAfter, number, name, reconnect }) => ({
+    number,
+    name,
+    reconnect,
+    retryAfter,
+  }));
   assert.deepEqual([...ioap.CLOSE_CODES.values()], expected);
   assert.equal(ioap.closeCode(4444).reconnect, true);
   assert.equal(ioap.closeCode(4599).reconnect, false);
@@ -232,14 +282,20 @@ test("the close codes are those of the protocol", () => {
 test("a CLOSE may name the time of the return", () => {
   const draining = ioap.closeCode(4001);
   assert.equal(ioap.retryAfter(draining, '{"n":"draining","r":1234}'), 1234);
-  for (const reason of ["", "going", "null", '{"r":-1}', '{"r":"1"}', '{"r":1.5}']) assert.equal(ioap.retryAfter(draining, reason), 500);
+  for (const reason of ["", "going", "null", '{"r":-1}', '{"r":"1"}', '{"r":1.5}'])
+    assert.equal(ioap.retryAfter(draining, reason), 500);
   assert.equal(ioap.retryAfter(draining, '{"r":99999999999}'), 3_600_000);
 });
 
 test("the limits are those of the protocol", () => {
   const document = readFileSync(new URL("../../PROTOCOL_DESIGN.md", import.meta.url), "utf8");
   const table = document.slice(document.indexOf("<!-- begin limits -->"), document.indexOf("<!-- end limits -->"));
-  const limits = new Map([...table.matchAll(/^\| `(\w+)` \| ([0-9.,]+)/gm)].map(([, name, value]) => [name, Number(value.replaceAll(",", ""))]));
+  const limits = new Map(
+    [...table.matchAll(/^\| `(\w+)` \| ([0-9.,]+)/gm)].map(([, name, value]) => [
+      name,
+      Number(value.replaceAll(",", "")),
+    ]),
+  );
   const aliases = { REGISTER_CLOCK_SKEW_MS: "REGISTER_CLOCK_SKEW_SECONDS", CLOCK_SKEW_MS: "CLOCK_SKEW_SECONDS" };
   for (const [name, value] of Object.entries(LIMITS)) {
     const seconds = aliases[name] ?? name.replace(/_MS$/, "_SECONDS");
@@ -285,7 +341,10 @@ test("SHA-256 in steps is that of WebCrypto at every length", async () => {
   for (const size of [0, 1, 54, 55, 56, 57, 63, 64, 65, 119, 120, 128, 1000, 100_000]) {
     const bytes = Uint8Array.from({ length: size }, (_, i) => (i * 31) & 0xff);
     const envelope = (sha256) => ({
-      id: uuid(1), type: "EXEC_RESPONSE", payload: { status: "success" }, signature: "x",
+      id: uuid(1),
+      type: "EXEC_RESPONSE",
+      payload: { status: "success" },
+      signature: "x",
       ext: { attachments: [{ at: "/result", as: "bytes", size, sha256 }] },
     });
     const sha256 = toHex(new Uint8Array(await crypto.subtle.digest("SHA-256", bytes)));
@@ -306,7 +365,9 @@ test("attachments come to their places", () => {
   const data = [new TextEncoder().encode(json), Uint8Array.of(1, 2, 3), new Uint8Array(0)];
   const places = ["/args", "/args/a~1b~0", "/args/empty"];
   const assembly = new Assembly({
-    id: uuid(1), type: "EXEC_REQUEST", payload: { args: {} },
+    id: uuid(1),
+    type: "EXEC_REQUEST",
+    payload: { args: {} },
     ext: { attachments: places.map((at, i) => ({ at, as: i === 0 ? "json" : "bytes", size: data[i].length })) },
   });
   assert.equal(assembly.room, data[0].length); // a frame never holds bytes of two
@@ -320,14 +381,28 @@ test("attachments come to their places", () => {
 
 test("an integer in canonical JSON that is too large for one is a double", () => {
   const bytes = new TextEncoder().encode("[1e+21,100000000000000000000,9007199254740992]");
-  const assembly = new Assembly({ id: uuid(1), type: "EXEC_REQUEST", payload: { args: {} }, ext: { attachments: [{ at: "/args/x", as: "json", size: bytes.length }] } });
+  const assembly = new Assembly({
+    id: uuid(1),
+    type: "EXEC_REQUEST",
+    payload: { args: {} },
+    ext: { attachments: [{ at: "/args/x", as: "json", size: bytes.length }] },
+  });
   assembly.add(bytes);
   assert.deepEqual(assembly.payload().args.x, [1e21, 1e20, 2 ** 53]);
 });
 
 test("an attachment that is not canonical JSON, or has no place, is refused", () => {
-  const of = (entries, payload = { args: {} }, type = "EXEC_REQUEST") => new Assembly({ id: uuid(1), type, payload, ext: { attachments: entries } });
-  for (const text of ['{"b":1,"a":2}', '{"a": 1}', '{"a":1,"a":1}', '{"a":9007199254740993}', "{", '"\\u0041"', "1.0"]) {
+  const of = (entries, payload = { args: {} }, type = "EXEC_REQUEST") =>
+    new Assembly({ id: uuid(1), type, payload, ext: { attachments: entries } });
+  for (const text of [
+    '{"b":1,"a":2}',
+    '{"a": 1}',
+    '{"a":1,"a":1}',
+    '{"a":9007199254740993}',
+    "{",
+    '"\\u0041"',
+    "1.0",
+  ]) {
     const bytes = new TextEncoder().encode(text);
     const assembly = of([{ at: "/args/x", as: "json", size: bytes.length }]);
     assembly.add(bytes);
@@ -335,12 +410,28 @@ test("an attachment that is not canonical JSON, or has no place, is refused", ()
   }
   const one = { at: "/args/x", as: "json", size: 1 };
   const wrong = [
-    [{ ...one, at: "/result" }], [{ ...one, at: "/args/a/b" }], [{ ...one, at: "/args/~2" }], [{ ...one, at: "x" }], [one, one],
-    [{ ...one, as: "text" }], [{ at: "/args/x", as: "json" }], [{ at: "/args/x", as: "bytes", sha256: "0".repeat(64) }], [{ at: "/args/x", as: "bytes" }, one], [{ ...one, size: -1 }], [{ ...one, size: 1.5 }], [{ ...one, sha256: "ff" }], [{ at: "/args", as: "bytes", size: 1 }],
-    Array.from({ length: 65 }, (_, i) => ({ ...one, at: `/args/${i}` })), {}, [1],
+    [{ ...one, at: "/result" }],
+    [{ ...one, at: "/args/a/b" }],
+    [{ ...one, at: "/args/~2" }],
+    [{ ...one, at: "x" }],
+    [one, one],
+    [{ ...one, as: "text" }],
+    [{ at: "/args/x", as: "json" }],
+    [{ at: "/args/x", as: "bytes", sha256: "0".repeat(64) }],
+    [{ at: "/args/x", as: "bytes" }, one],
+    [{ ...one, size: -1 }],
+    [{ ...one, size: 1.5 }],
+    [{ ...one, sha256: "ff" }],
+    [{ at: "/args", as: "bytes", size: 1 }],
+    Array.from({ length: 65 }, (_, i) => ({ ...one, at: `/args/${i}` })),
+    {},
+    [1],
   ];
-  for (const entries of wrong) assert.throws(() => of(entries), { code: "invalid_ext" }, JSON.stringify(entries).slice(0, 80));
+  for (const entries of wrong)
+    assert.throws(() => of(entries), { code: "invalid_ext" }, JSON.stringify(entries).slice(0, 80));
   assert.throws(() => of([one], { args: { x: 1 } }), { code: "invalid_ext" });
   assert.throws(() => of([{ ...one, at: "/args" }], { args: { y: 1 } }), { code: "invalid_ext" });
-  assert.throws(() => of([{ at: "/result", as: "json", size: 1 }], { result: 1 }, "EXEC_RESPONSE"), { code: "invalid_ext" });
+  assert.throws(() => of([{ at: "/result", as: "json", size: 1 }], { result: 1 }, "EXEC_RESPONSE"), {
+    code: "invalid_ext",
+  });
 });

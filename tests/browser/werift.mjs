@@ -26,7 +26,12 @@ export async function newAgent(options = {}) {
 /** What the agents of the tests can do, and what has become of it. */
 export function capabilities() {
   const seen = { running: 0, aborted: [], runs: 0, yielded: 0 };
-  const value = { type: "object", properties: { value: { type: "number" } }, required: ["value"], additionalProperties: false };
+  const value = {
+    type: "object",
+    properties: { value: { type: "number" } },
+    required: ["value"],
+    additionalProperties: false,
+  };
   return {
     seen,
     capabilities: {
@@ -59,15 +64,16 @@ export function capabilities() {
           return size;
         },
       },
-      hold: (args, { signal, progress }) => new Promise((resolve, reject) => {
-        seen.running++;
-        progress("holding");
-        signal.addEventListener("abort", () => {
-          seen.running--;
-          seen.aborted.push(signal.reason.code);
-          reject(signal.reason);
-        });
-      }),
+      hold: (args, { signal, progress }) =>
+        new Promise((resolve, reject) => {
+          seen.running++;
+          progress("holding");
+          signal.addEventListener("abort", () => {
+            seen.running--;
+            seen.aborted.push(signal.reason.code);
+            reject(signal.reason);
+          });
+        }),
       count: async function* ({ to, size = 0 }, { progress }) {
         try {
           for (let number = 0; number < to; number++) {
@@ -80,6 +86,10 @@ export function capabilities() {
         }
       },
     },
-    onIntent: ({ query, task }) => ({ status: "understood", requiredInput: ["value"], cost: `nothing for ${query ?? task}` }),
+    onIntent: ({ query, task }) => ({
+      status: "understood",
+      requiredInput: ["value"],
+      cost: `nothing for ${query ?? task}`,
+    }),
   };
 }
