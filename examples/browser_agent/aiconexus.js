@@ -29,7 +29,7 @@
  *     signaling               section 13.1: from a DID to an open DataChannel
  *     agent                   what an application uses
  *
- * What Node.js lacks is given as options: `WebSocket` (before Node.js 22; npm: ws) and `RTCPeerConnection` (npm: werift).
+ * What Node.js lacks is given as options: `WebSocket` (before Node.js 22; npm: ws), `RTCPeerConnection` (npm: werift).
  * Browsers must have Ed25519 in WebCrypto: Chromium from 137, Firefox from 129, Safari from 17 on. All times in the API
  * are in milliseconds, as everywhere in JavaScript.
  */
@@ -4525,7 +4525,7 @@ class Signaling {
       pc.onconnectionstatechange = () => {
         if (attempt.pc !== made || !["failed", "closed"].includes(made.connectionState)) return;
         const error = new PeerConnectError(
-          `no path to ${shortDid(attempt.did)} (ICE ${made.iceConnectionState}); behind two NATs give iceServers with TURN`,
+          `no path to ${shortDid(attempt.did)} (ICE ${made.iceConnectionState}); behind two NATs take a TURN server`,
           "failed",
         );
         if (attempt.isOffering) this.#end(attempt, error);
@@ -4616,6 +4616,8 @@ class Signaling {
    */
   async #trickle(attempt, payload, isNew, pc = attempt.pc) {
     if (attempt.pc !== pc || attempt.result.isSettled) return;
+    // An end of no candidates could pass for the news that there is no way; our checks tell where we are (RFC 8863).
+    if (payload.candidate === "" && attempt.trickled.size + attempt.gathered.length === 0) return;
     if (isNew && attempt.sentId === "") {
       attempt.gathered.push(payload);
       return;
@@ -4835,7 +4837,7 @@ export class Agent extends EventTarget {
   }
 
   /**
-   * Find agents by what they can do; all conditions must hold for one capability. Whose card does not verify is left out.
+   * Find agents by what they can do; all conditions must hold for one capability. Only cards that verify are shown.
    * @param {Query} [query] @param {{limit?: number}} [options]
    * @throws {IncompleteAnswerError} Behind what it found: the gateway could not ask all.
    */

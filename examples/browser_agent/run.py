@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 SECONDS = 30.0  # for anything to start or stop
 # The page needs nothing from anywhere but its own folder and the gateway.
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self' ws: wss:; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src ws: wss:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 PAGE_FILES = frozenset({"/", "/index.html", "/style.css", "/app.js", "/aiconexus.js", "/icon.svg"})

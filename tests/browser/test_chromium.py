@@ -268,7 +268,8 @@ async def test_file_is_sent_and_comes_back(tab: Tab, worker: Worker, tmp_path: P
     await expect(tab.page.locator("#values")).to_contain_text("293.0 KiB of bytes.")
     async with tab.page.expect_download() as waiting:
         await tab.page.locator("#values a").click()
-    assert Path(await (await waiting.value).path()).read_bytes() == data
+    saved = await (await waiting.value).path()
+    assert saved.read_bytes() == data
 
 
 async def test_reloaded_page_is_the_same_agent(tab: Tab) -> None:
@@ -329,7 +330,7 @@ async def test_python_reads_a_stream_of_the_page_and_leaves_it(tab: Tab, worker:
 async def test_four_megabytes_go_there_and_back_in_both_directions(tab: Tab, worker: Worker) -> None:
     size = 4 << 20
     digest = """
-        const digest = async (bytes) => [...new Uint8Array(await crypto.subtle.digest("SHA-256", bytes))].join();
+        const digest = async (bytes) => new Uint8Array(await crypto.subtle.digest("SHA-256", bytes)).join();
         const bytes = new Uint8Array(args[1]).map((_, i) => i * 31);
         const peer = await agent.connect(args[0]);
         const back = await peer.execute("echo", { data: bytes });
@@ -462,9 +463,11 @@ async def test_identity_that_is_used_elsewhere_is_told(tab: Tab, isolated_gatewa
 async def test_one_command_starts_everything_and_stops_it(browser: Browser) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, str(EXAMPLE / "run.py"), stdout=PIPE, env=environment
+        sys.executable, str(EXAMPLE / "run.py"), stdout=PIPE, stderr=PIPE, env=environment
     )
     assert process.stdout is not None
+    assert process.stderr is not None
+    errors = asyncio.ensure_future(process.stderr.read())
     context = await browser.new_context(color_scheme="dark", viewport={"width": 420, "height": 900})
     try:
         url = ""
@@ -494,3 +497,4 @@ async def test_one_command_starts_everything_and_stops_it(browser: Browser) -> N
         process.send_signal(signal.SIGTERM)
         await asyncio.wait_for(process.stdout.read(), SECONDS)
         assert await asyncio.wait_for(process.wait(), SECONDS) == 0
+        assert "Traceback" not in (await errors).decode()  # not even where a page was closed in haste
