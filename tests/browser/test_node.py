@@ -85,24 +85,29 @@ def isolated_gateway(loopback: None, shared_gateway: GatewayProcess) -> GatewayP
 # --- by itself ---------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_module_keeps_to_the_vectors(node: str) -> None:
     run_node("--test", "tests/browser/vectors.test.mjs")
 
 
+@pytest.mark.soak
 def test_types_of_the_module_and_the_page_are_sound(packages: Path) -> None:
     run_node(str(packages / "node_modules/typescript/bin/tsc"), "--project", "tests/browser/tsconfig.json")
 
 
+@pytest.mark.soak
 def test_form_of_the_sources_is_prettiers(packages: Path) -> None:
     sources = ["examples/browser_agent/*.{js,css,html}", "tests/browser/*.mjs"]
     prettier = str(packages / "node_modules/prettier/bin/prettier.cjs")
     run_node(prettier, "--config", "tests/browser/prettier.json", "--check", *sources)
 
 
+@pytest.mark.soak
 def test_module_registers_and_returns_as_the_protocol_says(packages: Path) -> None:
     run_node("--test", "tests/browser/gateway.test.mjs", AICONEXUS_NODE_PACKAGES=str(packages))
 
 
+@pytest.mark.soak
 def test_two_agents_in_node_work_together(packages: Path, isolated_gateway: GatewayProcess) -> None:
     run_node(
         "--test",
