@@ -1,6 +1,7 @@
 // The handshake and the returns of aiconexus.js, with a gateway that does what each test needs.
 
 import assert from "node:assert/strict";
+import { webcrypto as crypto } from "node:crypto";
 import { once } from "node:events";
 import { after, before, beforeEach, test } from "node:test";
 

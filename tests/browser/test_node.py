@@ -108,10 +108,13 @@ def test_module_registers_and_returns_as_the_protocol_says(packages: Path) -> No
 
 
 @pytest.mark.soak
-def test_two_agents_in_node_work_together(packages: Path, isolated_gateway: GatewayProcess) -> None:
+@pytest.mark.parametrize("script", ["calls", "hostile"])
+def test_two_agents_in_node_work_together(
+    packages: Path, isolated_gateway: GatewayProcess, script: str
+) -> None:
     run_node(
         "--test",
-        "tests/browser/calls.test.mjs",
+        f"tests/browser/{script}.test.mjs",
         AICONEXUS_NODE_PACKAGES=str(packages),
         AICONEXUS_GATEWAY=isolated_gateway.url,
     )

@@ -1,6 +1,7 @@
 // The module of examples/browser_agent against tests/vectors, as another implementation of the protocol.
 
 import assert from "node:assert/strict";
+import { webcrypto as crypto } from "node:crypto";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
 

@@ -7,7 +7,7 @@ import { Agent, Identity } from "../../examples/browser_agent/aiconexus.js";
 
 const require = createRequire(join(process.env.AICONEXUS_NODE_PACKAGES, "package.json"));
 export const ws = require("ws");
-const { RTCPeerConnection } = require("werift");
+export const { RTCPeerConnection } = require("werift");
 
 export const GATEWAY = process.env.AICONEXUS_GATEWAY;
 
