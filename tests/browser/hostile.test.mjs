@@ -232,18 +232,20 @@ test("a stream that is not what was signed fails its call", async () => {
 });
 
 test("who sends more than there is credit for fails its own call", async () => {
+  let readOn;
   const { id, result } = await called(async (peer) => {
     const stream = peer.stream("hold");
     await stream.next(); // and read no more
-    await new Promise((resolve) => setTimeout(resolve, 100));
+    await new Promise((resolve) => (readOn = resolve));
     const rest = [];
     for await (const part of stream) rest.push(part);
     return rest;
   });
   const part = ioap.serialize(response(id, { status: "partial", result: "x".repeat(60_000) }));
   for (let count = 0; count < 45; count++) channel.send(part.replace(/"id":"[^"]+"/, `"id":"${crypto.randomUUID()}"`));
-  await assert.rejects(result, (error) => error.code === "bad_frame");
   assert.equal((await answerTo(id)).payload.details.name, "bad_frame");
+  readOn();
+  await assert.rejects(result, (error) => error.code === "bad_frame");
 });
 
 test("the connection has outlived all of it", async () => {
