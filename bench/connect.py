@@ -133,7 +133,7 @@ async def measure(url: str, pid: int, rounds: int, count: int, step: Callable[[]
 
         async def connect_aiortc() -> float:
             begin = time.perf_counter()
-            connection = await bare.offer(lambda sdp: answerer.ask(offer=sdp))
+            connection, _ = await bare.offer(lambda sdp: answerer.ask(offer=sdp))
             seconds = time.perf_counter() - begin
             await asyncio.gather(connection.close(), answerer.ask(close=True))
             return seconds
