@@ -76,6 +76,7 @@ bench: $(RELEASE)/.ready
 	$(RELEASE)/bin/python -m bench.nodes --rounds 5 --write
 	$(RELEASE)/bin/python -m bench.registry --write
 	$(RELEASE)/bin/python -m bench.discover --write
+	$(RELEASE)/bin/python -m bench.connect --write
 
 clean:
 	rm -rf build $(DEV) $(RELEASE) .nox src/*.egg-info src/gateway/*.so ext/gateway/*.c

@@ -71,35 +71,15 @@ async def timed(ask: Callable[[], Awaitable[object]]) -> float:
 # --- bare aiortc -------------------------------------------------------------------------------
 
 
-async def connect_bare(pipe: Connection, *, offers: bool) -> Any:
-    """Return an open RTCDataChannel and its RTCPeerConnection."""
-    from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
-
-    from aiconexus.core.candidates import choose_host_addresses
-
-    pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
-    opened: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    if offers:
-        channel = pc.createDataChannel("bare")
-        channel.on("open", lambda: opened.set_result(channel))
-        offer = await pc.createOffer()
-        choose_host_addresses(pc, ["127.0.0.1"])
-        await pc.setLocalDescription(offer)
-        pipe.send(pc.localDescription.sdp)
-        await pc.setRemoteDescription(RTCSessionDescription(pipe.recv(), "answer"))
-    else:
-        pc.on("datachannel", opened.set_result)
-        await pc.setRemoteDescription(RTCSessionDescription(pipe.recv(), "offer"))
-        answer = await pc.createAnswer()
-        choose_host_addresses(pc, ["127.0.0.1"])
-        await pc.setLocalDescription(answer)
-        pipe.send(pc.localDescription.sdp)
-    return await opened, pc
-
-
 async def serve_bare(pipe: Connection, megabytes: int) -> None:
     """Send every message back; on "stream" send that many megabytes, as fast as they leave."""
-    channel, pc = await connect_bare(pipe, offers=False)
+    from bench import bare
+
+    pc, answer = await bare.answer(pipe.recv())
+    opened = asyncio.get_running_loop().create_future()
+    pc.on("datachannel", opened.set_result)
+    pipe.send(answer)
+    channel = await opened
     channel.bufferedAmountLowThreshold = LOW_WATER_BYTES
     writable, wanted, over = asyncio.Event(), asyncio.Event(), asyncio.Event()
     channel.on("bufferedamountlow", writable.set)
@@ -124,7 +104,14 @@ async def serve_bare(pipe: Connection, megabytes: int) -> None:
 
 async def measure_bare(pipe: Connection, megabytes: int) -> Figures:
     """Measure a DataChannel with nothing on top."""
-    channel, pc = await connect_bare(pipe, offers=True)
+    from bench import bare
+
+    async def exchange(offer: str) -> str:
+        pipe.send(offer)
+        answer: str = pipe.recv()
+        return answer
+
+    pc, channel = await bare.offer(exchange)
     loop = asyncio.get_running_loop()
     text, back, received = "x" * MESSAGE_BYTES, loop.create_future(), 0
     ended: asyncio.Future[None] = loop.create_future()
@@ -288,9 +275,9 @@ def conditions(megabytes: int, rounds: Sequence[Any]) -> str:
     return (
         f"A stream of {megabytes} MB, in messages of 16 KiB over the bare channel and in parts of 256 KiB "
         f"over the SDK, which signs, checks and bounds them; {ROUND_TRIPS} round trips of {MESSAGE_BYTES} "
-        "bytes over the bare channel, of PING and PONG and of an execution over the SDK. MiB: what it "
-        f"added to the peak of memory. Two processes on 127.0.0.1, asyncio; {len(rounds)} interleaved rounds. "
-        f"{machine.describe()['cpu']}, {machine.describe()['cores']} cores."
+        "bytes over the bare channel, of PING and PONG and of an execution over the SDK. MiB: what the "
+        f"stream added to the peak of memory. Two processes on 127.0.0.1, asyncio; {len(rounds)} interleaved "
+        f"rounds. {machine.describe()['cpu']}, {machine.describe()['cores']} cores."
     )
 
 

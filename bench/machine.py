@@ -26,10 +26,10 @@ def describe() -> dict[str, str | int]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python, of the gateway's parts and of the C compiler."""
+def versions(*more: str) -> dict[str, str]:
+    """Return the versions of Python, of the gateway's parts, of `more` packages and of the C compiler."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *more):
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     compiler = os.environ.get("CC", "cc")

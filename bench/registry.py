@@ -44,15 +44,17 @@ async def measure(redis: RedisServer, agents: int, progress: Progress) -> dict[s
     line = RedisLine(client, lambda: None)
     serving = asyncio.create_task(line.serve())
     registry = SharedRegistry(
-        line, prefix="bench", instance="bench", did="did", name="bench", workers=1, worker=0
+        line, line, prefix="bench", instance="bench", did="did", name="bench", workers=1, worker=0
     )
     registry.number = (await registry.heartbeat()).number
     entries = []
     for number in progress.track(range(agents), description="cards"):
         key = DIDKey.generate()
         card = encode_card(holders.capabilities(CAPABILITY_BYTES, number, KINDS), key)
-        terms = ("all", *sorted({f"cap:{offer.name}" for offer in offers_of(card)}), f"tag:{holders.TAG}")
-        entries.append(Entry(key.did, number, number + 1, 1, False, card, False, terms))
+        offers = offers_of(card)
+        terms = ("all", *sorted({f"cap:{offer.name}" for offer in offers}), f"tag:{holders.TAG}")
+        text = "\n".join(offer.text for offer in offers)
+        entries.append(Entry(key.did, number, number + 1, 1, False, card, False, terms, text))
     found: dict[str, Any] = {}
 
     async def cost(name: str, run: Callable[[Entry, Callable[[Any], None]], None]) -> None:

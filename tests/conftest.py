@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+from turn_server import TurnServer, find_server
 from wire import wait_until
 
 START_SECONDS = 30.0
@@ -184,3 +185,27 @@ def shared_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway
 def gateway(start_gateway: Callable[..., GatewayProcess]) -> GatewayProcess:
     """A gateway with default settings."""
     return start_gateway()
+
+
+@pytest.fixture(scope="session")
+def start_turn_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., TurnServer]]:
+    """Start TURN servers with options."""
+    try:
+        find_server()
+    except LookupError as error:
+        pytest.skip(str(error))
+    started: list[TurnServer] = []
+
+    def start(*options: str) -> TurnServer:
+        started.append(TurnServer(tmp_path_factory.mktemp("turn"), *options))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def turn_server(start_turn_server: Callable[..., TurnServer]) -> TurnServer:
+    """A TURN server for all tests that leave it alone."""
+    return start_turn_server()

@@ -48,6 +48,8 @@ cdef class Router:
         list free_indices
         list links              # Link or None by worker
         list open_links         # those that are not None
+        readonly uint64_t life  # of this process: random, as far as other nodes see it
+        uint64_t streams        # that have begun in it
         Ledger ledger
         Addresses addresses
         Counters counters_of    # keeps `counted` alive
@@ -78,6 +80,8 @@ cdef class Router:
     cdef int deliver(self, Link link, const Record* record, const char* payload) except -1
     cdef int lose(self, Link link) except -1
     cdef Link link_to(self, uint16_t worker)
+    cdef uint64_t next_stream(self) noexcept
+    cdef int tell_news(self, bint with_freed) except -1
     cdef int unblock(self, Link link) except -1
     cdef int write_link(self, Link link, bint confirm_now) except -1
 

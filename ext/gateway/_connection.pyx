@@ -26,7 +26,17 @@ from gateway._counters cimport (
 )
 from gateway._frames cimport ANSWER, ERROR, ICE_CANDIDATE, OFFER, OK, Envelope, is_utf8, scan_envelope
 from gateway._ledger cimport NO_RECORD, NO_ROOM, Ledger
-from gateway._mesh cimport LINK_MAX, LINK_RESERVE, MAX_WORKERS, ROUTED, Link, Record, RemoteLink
+from gateway._mesh cimport (
+    LINK_ACCOUNT,
+    LINK_MAX,
+    LINK_RESERVE,
+    MAX_WORKERS,
+    ROUTED,
+    STREAM_BITS,
+    Link,
+    Record,
+    RemoteLink,
+)
 from gateway._routing cimport DID_PREFIX_SIZE, DID_SIZE, Route, RoutingTable
 from gateway._timers cimport TICKS_PER_SECOND, TimerWheel
 from gateway._websocket cimport (
@@ -120,7 +130,7 @@ cdef class Router:
     Args:
         handler: Gets what is not routed: `on_message(connection, data)`, `on_moving(target, origin, data)`,
             `on_stray(origin, epoch, data)`, `on_record(worker, kind, origin, epoch, data)`,
-            `on_link_lost(worker, records)`,
+            `on_stream(worker, is_new)`, `on_news(kept, freed)`, `on_link_lost(worker, records)`,
             `on_refused_frame(connection, name, close_code)`, `on_slow_consumer(target, sender, data)`,
             `on_too_fast(connection, data, retry_after_ms, is_last)`, `on_timeout(connection, name)`,
             `on_fault(connection)` and `on_closed(connection)`.
@@ -176,6 +186,7 @@ cdef class Router:
         self.worker = worker
         self.links = [None] * counters.workers
         self.open_links = []
+        self.life = int.from_bytes(os.urandom(5), "little") or 1
         self.timers = TimerWheel()
         self.connections = []
         self.free_indices = []
@@ -296,16 +307,30 @@ cdef class Router:
                     self.handler.on_fault(connection)
             if self.dirty_size or self.broken:
                 continue
+            if self.ledger.has_news(confirm_now):
+                self.tell_news(confirm_now)
+                continue
             unconfirmed = 0
             for link in self.open_links:
                 # Only now: a batch is dealt with when its messages have left this process.
                 link.settle()
                 if link.out_size or link.owes:
                     self.write_link(link, confirm_now)
-                unconfirmed += link.out_size
+                unconfirmed += link.unconfirmed()
             self.counted[UNCONFIRMED_BYTES] = unconfirmed
             if not self.dirty_size and not self.broken:
                 return 0
+
+    cdef int tell_news(self, bint with_freed) except -1:
+        """Tell other nodes what of theirs waits here: before it is confirmed, for then they forget it.
+
+        What does no longer is told with the next tick, for an ERROR may still be looking for its receiver.
+        """
+        try:
+            self.handler.on_news(*self.ledger.take_news(with_freed))
+        except Exception:
+            self.handler.on_fault(None)
+        return 0
 
     cdef int write_link(self, Link link, bint confirm_now) except -1:
         cdef bint was_blocked = link.is_blocked
@@ -384,7 +409,7 @@ cdef class Router:
 
     def add_link(self, int worker, int fd):
         """Talk to another worker over a socket, which the router owns from now on."""
-        cdef Link link = Link(worker, fd)
+        cdef Link link = Link(worker, fd, ledger=self.ledger)
         cdef Link old = self.links[worker]
         if old is not None:
             # Its end is not read yet.
@@ -406,6 +431,29 @@ cdef class Router:
         return link is not None and link.append(
             LINK_MAX + LINK_RESERVE, kind, origin, 0, epoch, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data)
         )
+
+    def account(self, int worker, int kind, bytes data not None):
+        """Tell a worker of another node what waits here of its messages, as `tell`; a whole ledger fits."""
+        cdef Link link = self.link_to(worker)
+        return link is not None and link.append(
+            LINK_MAX + LINK_RESERVE + LINK_ACCOUNT, kind, self.worker, 0, 0,
+            PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data),
+        )
+
+    def pass_on(self, int worker, int kind, int origin, uint64_t epoch, bytes data not None):
+        """Send another worker a message that was confirmed to whoever sent it here, as `tell`.
+
+        It stays in the ledger until it is confirmed.
+        """
+        cdef Link link = self.link_to(worker)
+        cdef int number = self.ledger.write(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+        if number == NO_ROOM:
+            return False
+        if not self.tell(worker, kind, origin, epoch, data):
+            self.ledger.strike(number)
+            return False
+        link.answer_for(number)
+        return True
 
     def forward(self, bytes did not None, bytes data not None):
         """Send a message that the handler has to the worker that has the route of `did`.
@@ -459,24 +507,48 @@ cdef class Router:
             node: The number of this node.
             publish: Called with `worker` and each piece of the stream to it.
         """
-        cdef RemoteLink link = RemoteLink(worker, -1, node=node, source=self.worker, publish=publish)
+        cdef RemoteLink link = RemoteLink(
+            worker,
+            -1,
+            ledger=self.ledger,
+            node=node,
+            source=self.worker,
+            publish=publish,
+            stream=self.next_stream(),
+        )
         if worker < MAX_WORKERS:
             raise ValueError(f"{worker} is a worker of this node")
         self.links.extend([None] * (worker + 1 - len(self.links)))
         self.links[worker] = link
         self.open_links.append(link)
+        self.handler.on_stream(worker, True)
+
+    cdef uint64_t next_stream(self) noexcept:
+        self.streams += 1
+        return (self.life << STREAM_BITS) + self.streams
+
+    def know(self, int worker, uint32_t source):
+        """What comes from a worker of another node is from `source`, as far as the ledger is concerned."""
+        (<RemoteLink>self.links[worker]).known_as = source
 
     def take(self, int worker, bytes piece not None):
         """Take what a worker of another node has published; False if our stream to it must begin anew."""
         cdef RemoteLink link = self.links[worker]
-        cdef bint is_followed = link.take(piece, deliver_record, <void*>self)
-        self.end_pass(False)
+        cdef bint is_followed
+        self.ledger.source = link.known_as
+        try:
+            is_followed = link.take(piece, deliver_record, <void*>self)
+            self.end_pass(False)
+        finally:
+            self.ledger.source = 0
         return is_followed
 
     def begin_anew(self, int worker):
         """Begin another stream to a worker of another node; the handler gets what it did not confirm."""
         cdef RemoteLink link = self.links[worker]
-        self.handler.on_link_lost(worker, link.begin_anew())
+        cdef list records = link.begin_anew(self.next_stream())
+        self.handler.on_stream(worker, False)
+        self.handler.on_link_lost(worker, records)
 
     def progress(self, int worker):
         """Return how many bytes a worker of another node has confirmed, and how many wait for that."""
@@ -486,9 +558,13 @@ cdef class Router:
         """Talk to a worker of another node no more."""
         self.lose(self.links[worker])
 
-    def settle(self):
-        """End a pass that did not begin here: what was queued is written."""
-        self.end_pass(False)
+    def settle(self, bint confirm_now=False):
+        """End a pass that did not begin here: what was queued is written.
+
+        Args:
+            confirm_now: Say, too, what would wait for the next tick.
+        """
+        self.end_pass(confirm_now)
 
     cdef Link link_to(self, uint16_t worker):
         """Return the link to another worker; None if there is none."""
@@ -582,11 +658,6 @@ cdef class Connection:
         if self.fd < 0:
             return None
         return peer_of(self.fd)
-
-    @property
-    def silent_seconds(self):
-        """Seconds since anything was heard."""
-        return (self.router.timers.now - self.last_heard) / <double>TICKS_PER_SECOND
 
     @property
     def queued_bytes(self):

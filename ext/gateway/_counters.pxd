@@ -13,6 +13,7 @@ cdef enum:
     SESSIONS            # now, with those that are away
     AWAY_SESSIONS       # now
     WAITING             # messages now, for agents that are away, on their way or slow
+    WAITING_ELSEWHERE   # messages now, of agents here, at other nodes
     UNCONFIRMED_BYTES   # now, of what was handed to other workers
     HEARTBEATS          # of the worker's event loop
     COUNTS

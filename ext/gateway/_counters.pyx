@@ -15,6 +15,7 @@ _COUNTED = (
     "sessions",
     "away",
     "waiting",
+    "waiting_elsewhere",
     "unconfirmed_bytes",
     "heartbeats",
 )
@@ -74,4 +75,5 @@ cdef class Counters:
     def reset_gauges(self, int worker):
         """Forget how many a worker that is gone had."""
         cdef uint64_t* row = self.row(worker)
-        row[CONNECTIONS] = row[SESSIONS] = row[AWAY_SESSIONS] = row[WAITING] = row[UNCONFIRMED_BYTES] = 0
+        row[CONNECTIONS] = row[SESSIONS] = row[AWAY_SESSIONS] = 0
+        row[WAITING] = row[WAITING_ELSEWHERE] = row[UNCONFIRMED_BYTES] = 0

@@ -2,7 +2,7 @@
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport uint32_t
-from libc.string cimport memcpy
+from libc.string cimport memcmp, memcpy
 
 cdef extern from *:
     """
@@ -17,6 +17,12 @@ from gateway._memory cimport map_shared, unmap_shared
 
 
 LEDGER_FULL = NO_ROOM
+LEDGER_RECORDS = RECORDS
+LEDGER_ENTRY_BYTES = ENTRY_BYTES
+
+
+cdef bytes key_of(const char* sender, const char* id):
+    return PyBytes_FromStringAndSize(sender, 56) + PyBytes_FromStringAndSize(id, 36)
 
 
 cdef class Ledger:
@@ -29,6 +35,9 @@ cdef class Ledger:
         self.tops = <uint32_t*>map_shared(<size_t>workers * GENERATIONS * sizeof(uint32_t))
         self.free = []
         self.leaving = []
+        self.sources = {}
+        self.kept = []
+        self.freed = []
 
     def __dealloc__(self):
         unmap_shared(self.records, self.mapped)
@@ -39,9 +48,17 @@ cdef class Ledger:
             raise IndexError(f"there is no worker {worker}")
         return worker * GENERATIONS + generation % GENERATIONS
 
-    def begin(self, int worker, int generation):
-        """Write for this process from now on. What the one before the last has left is forgotten."""
+    def begin(self, int worker, int generation, bytes did=b""):
+        """Write for this process from now on. What the one before the last has left is forgotten.
+
+        Args:
+            worker: Its number.
+            generation: How many processes have had that number before.
+            did: Of the gateway, whose own messages need no record.
+        """
         cdef int area = self.area(worker, generation)
+        if len(did) == 56:
+            memcpy(self.did, PyBytes_AS_STRING(did), 56)
         self.own = self.records + <size_t>area * RECORDS
         self.top = &self.tops[area]
         self.top[0] = 0
@@ -58,7 +75,9 @@ cdef class Ledger:
         cdef Envelope envelope
         cdef Waiting* record
         cdef int number
-        if scan_envelope(data, size, &envelope) != OK:
+        cdef uint32_t source = self.source
+        cdef bytes key = None
+        if scan_envelope(data, size, &envelope) != OK or memcmp(envelope.from_.data, self.did, 56) == 0:
             return NO_RECORD
         if self.waiting_bytes + size > WAITING_MAX_BYTES:
             return NO_ROOM
@@ -75,6 +94,14 @@ cdef class Ledger:
         memcpy(record.sender, envelope.from_.data, 56)
         memcpy(record.target, envelope.to.data, 56)
         memcpy(record.id, envelope.id.data, 36)
+        if source or self.sources:
+            # One that has waited already, elsewhere in this process, still comes from where it came.
+            key = key_of(record.sender, record.id)
+            source = self.sources.get(key, (source,))[0]
+        record.source = source
+        if source:
+            self.sources[key] = source, number
+            self.kept.append(number)
         aic_publish(&record.size, <uint32_t>size)
         self.waiting_bytes += size
         return number
@@ -83,6 +110,8 @@ cdef class Ledger:
         """A message leaves in this pass of the loop; it is struck out when that is over."""
         if number >= 0:
             self.leaving.append(number)
+            if self.own[number].source:
+                self.freed.append(number)
         return 0
 
     @property
@@ -93,14 +122,75 @@ cdef class Ledger:
     def settle(self):
         """Strike out what has left."""
         cdef int number
+        cdef bytes key
         for number in self.leaving:
+            if self.own[number].source:
+                key = key_of(self.own[number].sender, self.own[number].id)
+                if self.sources.get(key, (0, -1))[1] == number:
+                    del self.sources[key]
             self.waiting_bytes -= self.own[number].size
             self.own[number].size = 0
         self.free.extend(self.leaving)
         self.leaving.clear()
 
+    # --- what other nodes are told -------------------------------------------------------------
+
+    cdef bytes entry(self, uint32_t number):
+        """Describe a record in ENTRY_BYTES; the number is in the byte order of the machine."""
+        return (
+            PyBytes_FromStringAndSize(<const char*>&number, 4)
+            + PyBytes_FromStringAndSize(self.own[number].sender, ENTRY_BYTES - 4)
+        )
+
+    def take_news(self, bint with_freed):
+        """Return what came from other nodes and waits, and what does no longer, since the last time.
+
+        Args:
+            with_freed: Tell the latter now. That may be late, but must be before `settle`.
+
+        Returns:
+            Two lists of (source, entry). Of one that does not wait any more the entry is its number only.
+        """
+        cdef set both = set(self.kept) & set(self.freed)
+        cdef list kept = [], freed = []
+        cdef uint32_t number
+        for number in self.kept:
+            if number not in both:
+                kept.append((self.own[number].source, self.entry(number)))
+        self.kept.clear()
+        if both:
+            self.freed = [each for each in self.freed if each not in both]
+        if with_freed:
+            for number in self.freed:
+                freed.append((self.own[number].source, self.entry(number)[:4]))
+            self.freed.clear()
+        return kept, freed
+
+    def waiting_from(self, uint32_t source):
+        """Return the entries of all that came from a source and waits."""
+        cdef set leaving = set(self.leaving)
+        cdef list entries = []
+        cdef uint32_t origin, number
+        for origin, number in self.sources.values():
+            if origin == source and number not in leaving:
+                entries.append(self.entry(number))
+        return entries
+
+    def knows(self, uint32_t source):
+        """Tell whether anything that came from a source waits here, or did until just now."""
+        return source in {each for each, _ in self.sources.values()}
+
+    def source_of(self, bytes data not None):
+        """Return from where a message came that waits here, or did until just now; 0 for this node."""
+        cdef Envelope envelope
+        if not self.sources or scan_envelope(
+            PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), &envelope
+        ) != OK:
+            return 0
+        return self.sources.get(key_of(envelope.from_.data, envelope.id.data), (0,))[0]
+
     def read(self, int worker, int generation):
-        """Return (sender, target, id) of every message that waits, or waited, in a worker."""
+        """Return (sender, target, id, source) of every message that waits, or waited, in a worker."""
         cdef int area = self.area(worker, generation)
         cdef Waiting* records = self.records + <size_t>area * RECORDS
         cdef list found = []
@@ -111,5 +201,6 @@ cdef class Ledger:
                     PyBytes_FromStringAndSize(records[number].sender, 56).decode(),
                     PyBytes_FromStringAndSize(records[number].target, 56).decode(),
                     PyBytes_FromStringAndSize(records[number].id, 36).decode(),
+                    records[number].source,
                 ))
         return found

@@ -8,7 +8,6 @@ from libc.string cimport memcpy, memmove, memset
 
 import os
 import socket
-import time
 
 cdef extern from "<sys/socket.h>" nogil:
     ssize_t send(int fd, const void* data, size_t size, int flags)
@@ -21,7 +20,7 @@ cdef enum:
     KEPT_BYTES = 262_144
 
 cdef enum:
-    MAGIC = 0x41494331  # "AIC1"
+    MAGIC = 0x41494332  # "AIC2"
 
 ROUTED_KIND = ROUTED
 FIRST_OTHER_KIND = FIRST_OTHER
@@ -47,11 +46,14 @@ cdef class Link:
     Args:
         worker: The number of the worker at the other end.
         fd: The socket, not blocking. The link owns it.
+        ledger: Where it is written down what is passed on.
     """
 
-    def __cinit__(self, int worker, int fd, **_):
+    def __cinit__(self, int worker, int fd, *, Ledger ledger, **_):
         self.worker = worker
         self.fd = fd
+        self.ledger = ledger
+        self.passed = []
         self.is_open = True
 
     def __dealloc__(self):
@@ -117,6 +119,20 @@ cdef class Link:
         self.out_size += needed
         return True
 
+    cdef int answer_for(self, int number) except -1:
+        if number >= 0:
+            self.passed.append((self.base + self.out_size, number))
+        return 0
+
+    cdef int hand_off(self, uint64_t position) except -1:
+        """Strike out what was passed on and is confirmed, or goes back to its sender."""
+        cdef Py_ssize_t count = 0
+        while count < len(self.passed) and self.passed[count][0] <= position:
+            self.ledger.strike(self.passed[count][1])
+            count += 1
+        del self.passed[:count]
+        return 0
+
     cdef void end_batch(self) noexcept:
         """Close the open batch, if there is one."""
         cdef BatchHead* head
@@ -126,6 +142,11 @@ cdef class Link:
             head.confirmed = self.told = self.written_out
             self.owes = False
             self.batch = self.out_size
+            if head.size:
+                self.asked = self.base + self.out_size
+
+    cdef size_t unconfirmed(self) noexcept:
+        return self.out_size if self.asked > self.base else 0
 
     cdef void settle(self) noexcept:
         self.written_out = self.dealt_with
@@ -172,6 +193,8 @@ cdef class Link:
             raise RuntimeError(f"worker {self.worker} confirms what it was not told")
         if done == 0:
             return 0
+        if self.passed:
+            self.hand_off(position)
         self.base = position
         self.out_size -= done
         self.written -= done
@@ -204,6 +227,7 @@ cdef class Link:
                 ))
                 position += padded(record.size)
         self.base += self.out_size
+        self.hand_off(self.base)
         self.out_size = self.written = self.batch = 0
         return records
 
@@ -264,24 +288,27 @@ cdef class RemoteLink(Link):
         node: The number of this node.
         source: The number of this worker at this node.
         publish: Called with the number of the other worker and each piece for it.
+        stream: Number of the first stream.
     """
 
-    def __init__(self, int worker, int fd, *, uint16_t node, uint16_t source, publish):
+    def __init__(
+        self, int worker, int fd, *, Ledger ledger, uint16_t node, uint16_t source, publish, uint64_t stream
+    ):
         self.node = node
         self.source = node * MAX_WORKERS + source
         self.publish = publish
-        self.stream = time.time_ns()
+        self.stream = stream
 
     @property
     def progress(self):
         """Bytes that were confirmed since the stream began, and bytes that wait for it."""
-        return self.base, self.out_size
+        return self.base, self.unconfirmed()
 
-    def begin_anew(self):
-        """Begin another stream; return what was not confirmed of the last, see `take_unconfirmed`."""
+    def begin_anew(self, uint64_t stream):
+        """Begin the stream of that number; return what was not confirmed of the last (`take_unconfirmed`)."""
         cdef list records = self.take_unconfirmed()
-        self.base = 0
-        self.stream = max(self.stream + 1, <uint64_t>time.time_ns())
+        self.base = self.asked = 0
+        self.stream = stream
         return records
 
     cdef uint16_t local(self, uint16_t number) noexcept:
@@ -332,6 +359,13 @@ cdef class RemoteLink(Link):
             Link.confirm(self, position)
         return 0
 
+    cdef bint is_next(self, uint64_t stream) noexcept:
+        """Tell whether a stream is newer than the one that is followed."""
+        if stream >> STREAM_BITS == self.opposite >> STREAM_BITS:
+            return stream > self.opposite
+        # Of a process that is gone, Redis may still hand over what it had said last.
+        return stream >> STREAM_BITS != self.former or self.former == 0
+
     cdef int say_reset(self, uint64_t stream) except -1:
         cdef bytes piece = PyBytes_FromStringAndSize(NULL, sizeof(RemoteHead))
         cdef RemoteHead* head = <RemoteHead*>PyBytes_AS_STRING(piece)
@@ -352,7 +386,9 @@ cdef class RemoteLink(Link):
         if not are_batches(batches, size):
             self.say_reset(head.stream)
             return True
-        if head.stream > self.opposite and head.position == 0:
+        if head.position == 0 and self.is_next(head.stream):
+            if head.stream >> STREAM_BITS != self.opposite >> STREAM_BITS:
+                self.former = self.opposite >> STREAM_BITS
             self.opposite = head.stream
             self.dealt_with = self.written_out = self.told = 0
             self.has_records = self.owes = False

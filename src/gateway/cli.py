@@ -24,7 +24,7 @@ from gateway.config import ENVIRONMENT, Settings
 from gateway.descriptors import connections_per_worker
 from gateway.redis_line import LineLostError, ping, without_password
 
-_NODES, _PROTOCOL, _LIMITS, _LOGS = "Nodes", "Protocol", "Limits", "Logs"
+_NODES, _ICE, _PROTOCOL, _LIMITS, _LOGS = "Nodes", "Connections between agents", "Protocol", "Limits", "Logs"
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
@@ -136,6 +136,42 @@ def serve(
             help="Name of this node in the logs of the others. [default: the host's]", rich_help_panel=_NODES
         ),
     ] = None,
+    stun_url: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="STUN server that agents are told, such as stun:stun.example:3478; may be given several "
+            "times. [default: none]",
+            rich_help_panel=_ICE,
+        ),
+    ] = None,
+    turn_url: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="TURN server that agents are told, such as turn:turn.example:3478?transport=udp or "
+            "turns:turn.example:5349; may be given several times. [default: none]",
+            rich_help_panel=_ICE,
+        ),
+    ] = None,
+    turn_secret: Annotated[
+        str | None,
+        typer.Option(
+            help="Secret that the TURN servers share with this gateway (coturn: static-auth-secret). Others "
+            "can read a command line: the environment or a file are better.",
+            rich_help_panel=_ICE,
+        ),
+    ] = None,
+    turn_secret_file: Annotated[
+        Path | None,
+        typer.Option(help="File that holds this secret and nothing else.", rich_help_panel=_ICE),
+    ] = None,
+    turn_ttl: Annotated[
+        int | None,
+        typer.Option(
+            help="Seconds for which an agent can use the TURN credentials it is given; it gets new ones "
+            "before. [default: 86400]",
+            rich_help_panel=_ICE,
+        ),
+    ] = None,
     register_timeout: Annotated[
         float | None,
         typer.Option(
@@ -221,6 +257,11 @@ def serve(
         "redis_required": redis_required,
         "redis_prefix": redis_prefix,
         "node_name": node_name,
+        "stun_url": tuple(stun_url) if stun_url else None,
+        "turn_url": tuple(turn_url) if turn_url else None,
+        "turn_secret": turn_secret,
+        "turn_secret_file": turn_secret_file,
+        "turn_ttl": turn_ttl,
         "register_timeout": register_timeout,
         "ping_interval": ping_interval,
         "pong_timeout": pong_timeout,
@@ -246,8 +287,9 @@ def serve(
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = "--" + str(first["loc"][0]).replace("_", "-")
-        _fail(f"{name}: {first['msg'].removeprefix('Value error, ')}")
+        # What concerns several options names them itself.
+        name = "--" + str(first["loc"][0]).replace("_", "-") + ": " if first["loc"] else ""
+        _fail(name + first["msg"].removeprefix("Value error, "))
 
     try:
         from gateway import descriptors, log, supervisor

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,11 +29,12 @@ from gateway._mesh import NODE_WORKERS, source_of
 from gateway._routing import RoutingTable, TableBusyError
 from gateway.directory import Offer, Query
 from gateway.discovery import Page
-from gateway.redis_line import LineLostError, RedisLine, make_client
+from gateway.redis_line import LineLostError, RedisLine, close_client, make_client, reason_of
 from gateway.shared_registry import (
     HEARTBEAT_SECONDS,
     LEASE_SECONDS,
     REGISTER_SECONDS,
+    STEPS_TOGETHER,
     Claim,
     Entry,
     Heartbeat,
@@ -72,6 +73,11 @@ def terms_of(session: Session) -> tuple[str, ...]:
     return ("all", *sorted(names | tags))
 
 
+def text_of(session: Session) -> str:
+    """Return what a search for a text looks at, see lua/discover.lua."""
+    return "" if session.hidden else "\n".join(offer.text for offer in session.offers)
+
+
 def offers_of(card: bytes) -> tuple[Offer, ...]:
     """Return what a card offers that a node has checked."""
     if not card:
@@ -106,6 +112,7 @@ class Cluster:
             nodes that may look for it there.
         on_change: Called with what happens to agents of all nodes, while somebody here watches.
         on_doubt: Called when something of that may have been missed.
+        on_members: Called with every heartbeat: numbers of the other nodes by their instance.
     """
 
     def __init__(
@@ -125,6 +132,7 @@ class Cluster:
         on_replaced: Callable[[Session, Claim], None],
         on_change: Callable[[Change], None],
         on_doubt: Callable[[], None],
+        on_members: Callable[[Mapping[str, int]], None],
     ) -> None:
         self._url = url
         self._prefix = prefix
@@ -140,11 +148,13 @@ class Cluster:
         self._on_replaced = on_replaced
         self._on_change = on_change
         self._on_doubt = on_doubt
+        self._on_members = on_members
         self._log = structlog.get_logger("gateway.cluster").bind(worker=worker)
         self._line: RedisLine | None = None
         self._registry: SharedRegistry | None = None
         self._moved_to: tuple[str, int] | None = None
         self._has_connected = False
+        self._is_loss_told = False
         self._is_watching = False
         self._watching_changed = asyncio.Event()
         self._searches: set[asyncio.Future[None]] = set()
@@ -152,6 +162,7 @@ class Cluster:
         # By worker of another node: what it had confirmed at the last heartbeat, and for how many of them.
         self._links: dict[int, tuple[int, int]] = {}
         self._deaf: set[int] = set()  # workers of other nodes that did not listen since the last heartbeat
+        self._joined_at = 0.0
         self._clock_offset = 0.0  # time of Redis minus the monotonic one, in ms
         self._beat: Heartbeat | None = None  # the last one
         self._has_beaten = asyncio.Event()
@@ -166,6 +177,11 @@ class Cluster:
         return self._registry is not None
 
     @property
+    def is_settled(self) -> bool:
+        """Whether who is not there is gone: just after Redis is back, others may only not be back yet."""
+        return self.is_connected and time.monotonic() - self._joined_at > LEASE_SECONDS
+
+    @property
     def number(self) -> int:
         """The number of this node; 0 if it has not joined."""
         return self._registry.number if self._registry is not None else 0
@@ -174,6 +190,11 @@ class Cluster:
     def members(self) -> Iterable[Member]:
         """The other nodes that are alive."""
         return self._members.values()
+
+    def instance_of(self, number: int) -> str | None:
+        """Return the instance of another node; None if it is not there."""
+        member = self._members.get(number)
+        return member.instance if member is not None else None
 
     def name_of(self, worker: int) -> int:
         """Return the number by which other nodes know a worker."""
@@ -236,6 +257,7 @@ class Cluster:
                 card=session.card,
                 hidden=session.hidden,
                 terms=terms_of(session),
+                text=text_of(session),
             ),
             deadline,
             decide,
@@ -303,6 +325,7 @@ class Cluster:
         done: Callable[[Page | None], None],
     ) -> None:
         try:
+            await registry.settle()
             done(await self._find(registry, query, cursor, limit))
         except (LineLostError, RedisError) as error:
             if not isinstance(error, LineLostError):
@@ -320,14 +343,10 @@ class Cluster:
             term = f"tag:{query.tag}"
         else:
             term = "all"
-        text = query.text or ""
-        # What JSON escapes stands on the card in another form.
-        if not text.isascii() or not text.isprintable() or set(text) & {'"', "\\"}:
-            text = ""
         found: list[tuple[str, bytes]] = []
         deadline = time.monotonic() + SEARCH_SECONDS
         while len(found) < limit and time.monotonic() < deadline:
-            cursor, agents = await registry.discover(term, cursor, limit, text)
+            cursor, agents = await registry.discover(term, cursor, limit, query.text or "")
             found.extend(
                 (did, replies.agent(did, status, card))
                 for did, status, card in agents
@@ -363,6 +382,12 @@ class Cluster:
         self._router.add_remote_link(worker, self.number, self._publish)
         self._links[worker] = (0, 0)
         return True
+
+    def begin_anew(self, worker: int) -> None:
+        """Begin another stream to a worker of another node, if there is one."""
+        if worker in self._links:
+            self._links[worker] = (0, 0)
+            self._router.begin_anew(worker)
 
     def _publish(self, worker: int, piece: bytes) -> None:
         if self._line is not None and self._registry is not None:
@@ -401,14 +426,13 @@ class Cluster:
                 self._log.error("not a piece of a stream", channel=message["channel"], size=len(piece))
             elif self.reach(source) and not self._router.take(source, piece):
                 self._log.info("stream begins anew", node=source // NODE_WORKERS, to=source % NODE_WORKERS)
-                self._router.begin_anew(source)
+                self.begin_anew(source)
                 self._router.settle()
 
     # --- life ----------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Stay connected with Redis until cancelled."""
-        is_told = False
         while True:
             reason = ""
             try:
@@ -418,20 +442,18 @@ class Cluster:
             ) as error:  # of a Redis Cluster; all keys have one slot, so one node has them all
                 self._moved_to, reason = (error.host, error.port), str(error)
             except (LineLostError, RedisError, OSError, asyncio.TimeoutError) as error:
-                reason = str(error) or type(error).__name__
+                reason = reason_of(error)
                 self._moved_to = None
             except Exception:
                 self._log.exception("fault")
-            finally:
-                was_connected = self._registry is not None
-                if was_connected:
-                    self._go_on_alone()
-            if was_connected or not is_told:
+            if not self._is_loss_told:
                 self._log.error("Redis lost", reason=reason)
-                is_told = True
+                self._is_loss_told = True
             await asyncio.sleep(random.uniform(RETRY_MIN_SECONDS, RETRY_MAX_SECONDS))  # noqa: S311
 
     def _go_on_alone(self) -> None:
+        if self._registry is None:
+            return
         self._line = self._registry = None
         for worker in list(self._links):
             self._unlink(worker, "Redis lost")
@@ -446,11 +468,15 @@ class Cluster:
         """Serve one connection with Redis, until it breaks."""
         client = make_client(self._url, self._moved_to)
         line = RedisLine(client, self._router.settle)
-        tasks = [asyncio.create_task(line.serve())]
+        searches = RedisLine(client, self._router.settle, STEPS_TOGETHER)
+        tasks = [asyncio.create_task(each.serve()) for each in (line, searches)]
         pubsub = client.pubsub()
         try:
+            # Redis says in a sentence what it wants before a PING, such as a password; but not to a script.
+            await client.ping()
             registry = SharedRegistry(
                 line,
+                searches,
                 prefix=self._prefix,
                 instance=self._instance,
                 did=self._did,
@@ -468,6 +494,8 @@ class Cluster:
                 await registry.purge(self._instance, self._worker)
                 self._has_connected = True
             self._line, self._registry = line, registry
+            self._is_loss_told = False
+            self._joined_at = time.monotonic()
             self._log.info("joined", node=beat.number, term=beat.term)
             channel = registry.presence_channel
             tasks.append(asyncio.create_task(self._read(pubsub, channel.encode())))
@@ -477,9 +505,10 @@ class Cluster:
             ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             ended.pop().result()
         finally:
+            self._go_on_alone()  # first: to end a connection can take as long as to make it
             await end(tasks)
             await pubsub.aclose()  # type: ignore[no-untyped-call]
-            await client.aclose()
+            await close_client(client)
 
     async def _stay(self, registry: SharedRegistry, beat: Heartbeat) -> None:
         """Renew the lease, and look who else is there."""
@@ -487,6 +516,8 @@ class Cluster:
             self._clock_offset = beat.time - time.monotonic() * 1000
             self._meet(beat.members)
             self._look_after_links()
+            self._on_members({member.instance: member.number for member in self._members.values()})
+            self._router.settle()
             self._beat = beat
             self._has_beaten.set()
             await asyncio.sleep(HEARTBEAT_SECONDS * random.uniform(0.9, 1.1))  # noqa: S311
@@ -496,7 +527,6 @@ class Cluster:
 
     async def _repair(self, registry: SharedRegistry) -> None:
         """Put right what Redis has wrong. With many agents it takes longer than a lease lives."""
-        joined_at = time.monotonic()
         term, doubts = 0, 0
         while True:
             await self._has_beaten.wait()
@@ -508,8 +538,7 @@ class Cluster:
             if beat.term != term or doubts > DOUBTS_MAX:
                 term, doubts = beat.term, 0
                 await self._announce(registry)
-            # Just back, this node cannot tell those that are dead from those that are not back yet.
-            if time.monotonic() - joined_at > LEASE_SECONDS:
+            if self.is_settled:
                 await self._bury(registry, beat.members)
 
     def _meet(self, members: Iterable[Member]) -> None:
@@ -597,13 +626,16 @@ class Cluster:
                 self._log.warning(
                     "not confirmed", node=worker // NODE_WORKERS, to=worker % NODE_WORKERS, bytes=waiting
                 )
-                self._router.begin_anew(worker)
-                self._links[worker] = (0, 0)
+                self.begin_anew(worker)
         self._router.settle()
 
     async def close(self) -> None:
-        """Wait until Redis knows which agents have gone."""
+        """Wait until Redis knows which agents have gone, and has what other nodes are told."""
+        self._router.settle(confirm_now=True)
         if self._pending and self._registry is not None:
             self._settled = asyncio.Event()
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._settled.wait(), CLOSE_SECONDS)
+        if self._line is not None:
+            with suppress(LineLostError, RedisError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._line.ask("PING"), CLOSE_SECONDS)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from typing_extensions import Self
 
+from aiconexus.protocol.ice import parse_ice_url
 from aiconexus.protocol.limits import (
     AWAY_SECONDS,
     DRAIN_SECONDS,
@@ -18,6 +20,7 @@ from aiconexus.protocol.limits import (
     PING_INTERVAL_SECONDS,
     PONG_TIMEOUT_SECONDS,
     REGISTER_TIMEOUT_SECONDS,
+    TURN_TTL_SECONDS,
 )
 from gateway.urls import parse_url
 
@@ -39,10 +42,22 @@ def _websocket_url(url: str) -> str:
     return url
 
 
-def _redis_url(url: str) -> str:
-    from gateway.redis_line import make_client
+def _stun_url(url: str) -> str:
+    if parse_ice_url(url).is_turn:
+        raise ValueError(f"{url!r} is the URL of a TURN server: give it with --turn-url")
+    return url
 
-    make_client(url)  # it does not connect yet
+
+def _turn_url(url: str) -> str:
+    if not parse_ice_url(url).is_turn:
+        raise ValueError(f"{url!r} is the URL of a STUN server: give it with --stun-url")
+    return url
+
+
+def _redis_url(url: str) -> str:
+    from gateway.redis_line import check_url
+
+    check_url(url)
     return url
 
 
@@ -57,7 +72,9 @@ Seconds = Annotated[float, Field(gt=0, le=3600)]
 class Settings(BaseSettings):
     """All settings with their defaults; times are in seconds."""
 
-    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT, extra="forbid", frozen=True, hide_input_in_errors=True
+    )
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
@@ -66,6 +83,15 @@ class Settings(BaseSettings):
     public_url: Annotated[
         tuple[Annotated[str, AfterValidator(_websocket_url)], ...], NoDecode, BeforeValidator(_list)
     ] = ()
+    stun_url: Annotated[
+        tuple[Annotated[str, AfterValidator(_stun_url)], ...], NoDecode, BeforeValidator(_list)
+    ] = ()
+    turn_url: Annotated[
+        tuple[Annotated[str, AfterValidator(_turn_url)], ...], NoDecode, BeforeValidator(_list)
+    ] = ()
+    turn_secret: SecretStr | None = None
+    turn_secret_file: Path | None = None
+    turn_ttl: int = Field(default=TURN_TTL_SECONDS, ge=1, le=30 * 86_400)
     register_timeout: Seconds = REGISTER_TIMEOUT_SECONDS
     ping_interval: Seconds = PING_INTERVAL_SECONDS
     pong_timeout: Seconds = PONG_TIMEOUT_SECONDS
@@ -82,3 +108,33 @@ class Settings(BaseSettings):
     node_name: str = Field(default_factory=socket.gethostname, pattern=r"^[!-~]{1,64}$")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "console"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_turn_secret(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Read the secret while the gateway starts: its workers, also those started later, have the same."""
+        path = values.get("turn_secret_file")
+        if not path:
+            return values
+        if values.get("turn_secret"):
+            raise ValueError("give --turn-secret or --turn-secret-file, not both")
+        try:
+            secret = Path(path).read_text().strip()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise ValueError(f"--turn-secret-file {path}: {reason}") from None
+        return {**values, "turn_secret": secret}
+
+    @model_validator(mode="after")
+    def _check_turn(self) -> Self:
+        has_secret = self.turn_secret is not None and bool(self.turn_secret.get_secret_value())
+        if self.turn_secret is not None and not has_secret:
+            raise ValueError("the secret of the TURN servers is empty")
+        if self.turn_url and not has_secret:
+            raise ValueError(
+                "--turn-url needs the secret of that server: --turn-secret-file, or "
+                f"{ENVIRONMENT}TURN_SECRET in the environment"
+            )
+        if has_secret and not self.turn_url:
+            raise ValueError("a TURN secret is given, but no --turn-url to use it for")
+        return self

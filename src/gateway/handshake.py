@@ -33,6 +33,7 @@ from aiconexus.protocol.limits import (
 )
 from aiconexus.protocol.serialization import loads, parse
 from gateway.directory import Offer
+from gateway.ice import IceServers
 from gateway.registry import Shown
 from gateway.urls import parse_url
 
@@ -95,6 +96,7 @@ class Registrar:
         away: How long a dropped session is kept, in seconds.
         message_rate: Messages per second that one session may send; 0 for no limit. Announced.
         message_burst: How many of them at once.
+        ice: STUN and TURN servers, which agents are told.
         worker: The number of the worker, for people and benchmarks.
     """
 
@@ -108,6 +110,7 @@ class Registrar:
         away: float,
         message_rate: int,
         message_burst: int,
+        ice: IceServers | None = None,
         worker: int = 0,
     ) -> None:
         self._worker = worker
@@ -115,6 +118,7 @@ class Registrar:
         self.did = key.did
         self._audiences = {parse_url(url) for url in public_urls}
         self._timeout = register_timeout
+        self._ice = ice if ice is not None else IceServers()
         self._ping_interval_ms = round(ping_interval * 1000)
         self._limits: dict[str, Any] = {
             "message_max_bytes": MESSAGE_MAX_BYTES,
@@ -202,15 +206,16 @@ class Registrar:
                     "session": session,
                     "worker": self._worker,
                     "resume_token": resume_token,
-                    "ice_servers": [],
+                    **self._ice.ext(registration.did),
                     "resumed": resumed,
                 },
             )
         )
 
     def note(self, message: Message) -> bytes:
-        """Return the answer to a REGISTER on a session: others see the new card from now on."""
-        return self._sign(message.reply(RegisterPayload(public_key=self.key.public_key_base58)))
+        """Return the answer to a REGISTER on a session: new credentials, and others see the new card."""
+        payload = RegisterPayload(public_key=self.key.public_key_base58)
+        return self._sign(message.reply(payload, ext=self._ice.ext(message.from_)))
 
     @staticmethod
     def new_resume_token() -> str:

@@ -20,6 +20,13 @@ ASK: Final = FIRST_OTHER_KIND + 7
 ANSWER: Final = FIRST_OTHER_KIND + 8
 WATCHING: Final = FIRST_OTHER_KIND + 9
 CHANGED: Final = FIRST_OTHER_KIND + 10
+# To another node: what waits here of its messages, see gateway.custody.
+HELLO: Final = FIRST_OTHER_KIND + 11
+ACCOUNT: Final = FIRST_OTHER_KIND + 12
+KEPT: Final = FIRST_OTHER_KIND + 13
+FREED: Final = FIRST_OTHER_KIND + 14
 
 # Of records that hold an agent's message.
 MESSAGE_KINDS: Final = frozenset({HELD, FORWARDED})
+# Of those that are for gateway.custody.
+CUSTODY_KINDS: Final = frozenset({HELLO, ACCOUNT, KEPT, FREED})

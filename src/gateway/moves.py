@@ -16,6 +16,10 @@ NEW holds back what a worker sends directly until that worker's MARK has come. W
 another thus arrives in the order in which it was sent. If OLD does not answer in time, NEW goes on without
 it, and what comes through OLD later goes back to its senders: never out of order, never in silence.
 
+OLD answers for what it passes on (HELD, FORWARDED) until NEW has confirmed it: it stays in the ledger so
+long. If it came from a third node, NEW tells that one that it is here now, and OLD that it has left
+(gateway.custody).
+
 The words in capitals are kinds of records (gateway.kinds); the epoch in a record is that of the
 session at NEW. Numbers of workers in what is said are those that other nodes use.
 """
@@ -97,6 +101,8 @@ class Moves:
         table: The routes of the node.
         ledger: Where it is written down what waits.
         cluster: The other nodes, if there are any.
+        pass_on: Sends a message that waited here or was on its way, as `Router.pass_on`.
+        origin_of: Tells which worker of another node answers for a message that waits here, if one does.
         admit: Answers a REGISTER: (session, registration, resumed).
         give: Delivers a message to a session, or gives it back to its sender.
         give_back: Tells the sender of a message that it was not delivered: (data, cause).
@@ -115,6 +121,8 @@ class Moves:
         *,
         cluster: Cluster | None,
         tell: Callable[[int, int, int, int, bytes], bool],
+        pass_on: Callable[[int, int, int, int, bytes], bool],
+        origin_of: Callable[[bytes], int | None],
         admit: Callable[[Session, Registration, bool], None],
         give: Callable[[Session, bytes], None],
         give_back: Callable[[bytes, str], None],
@@ -124,6 +132,8 @@ class Moves:
         self._worker = worker
         self._router = router
         self._tell = tell
+        self._send_on = pass_on
+        self._origin_of = origin_of
         self._cluster = cluster
         self._table = table
         self._registry = registry
@@ -247,7 +257,6 @@ class Moves:
         session = move.session
         if answer["resumed"]:
             session.id = answer["session"]
-            session.connected_at = answer["connected_at"]
         move.is_answered = True
         self._admit(session, move.registration, answer["resumed"])
 
@@ -324,7 +333,7 @@ class Moves:
         waiting: list[bytes] = []
         if session is not None:
             if resumed:
-                answer.update(session=session.id, connected_at=session.connected_at)
+                answer["session"] = session.id
             connection, session.connection = session.connection, None
             if connection is not None:
                 waiting.extend(connection.take_undelivered())
@@ -334,8 +343,10 @@ class Moves:
         for message in waiting:
             if not resumed:
                 self._give_back(message, "away_expired")
-            elif is_lasting(message) and not self._tell(new, HELD, self._worker, epoch, message):
-                self._give_back(message, "overloaded")
+            elif is_lasting(message):
+                origin = self._origin_of(message)
+                if not self._send_on(new, HELD, self._worker if origin is None else origin, epoch, message):
+                    self._give_back(message, "overloaded")
         self._tell(new, MARK, self._worker, epoch, b"")
 
     # --- at every worker -----------------------------------------------------------------------
@@ -396,7 +407,7 @@ class Moves:
             self._give_back(data, "away_expired")
         elif epoch in self._gone:
             worker, epoch, *_ = self._gone[epoch]
-            if not self._tell(worker, FORWARDED, origin, epoch, data):
+            if not self._send_on(worker, FORWARDED, origin, epoch, data):
                 self._give_back(data, "unreachable")
         else:
             did = scan(data).to

@@ -31,7 +31,14 @@ _HTTP_REFUSALS = (
     HTTPStatus.SERVICE_UNAVAILABLE,
 )
 _REFUSED = (*CAUSES, *_FRAME_FAULTS, *(f"http_{status.value}" for status in _HTTP_REFUSALS))
-_COUNTED = ("messages_received", "messages_routed", "bytes_routed", "messages_crossed", "pings_sent")
+_COUNTED = (
+    "messages_received",
+    "messages_routed",
+    "bytes_routed",
+    "messages_crossed",
+    "pings_sent",
+    "errors_dropped",
+)
 _FAULTS = "faults"  # of this program
 _DRAINING = "draining"  # of a worker: 1 once it sends its agents away, also when it has ended
 # A client may close with any number; those that mean nothing to us are counted together.
@@ -60,6 +67,7 @@ class Node:
                 (
                     _FAULTS,
                     _DRAINING,
+                    "errors_dropped",
                     *(f"refused:{name}" for name in _REFUSED),
                     *(f"closed:{name}" for name in (*CLOSE_CODES, _OTHER_CODE)),
                 ),

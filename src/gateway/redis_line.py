@@ -8,16 +8,20 @@ is then not known, and everybody who asked is told so.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 from collections.abc import Callable
+from functools import cache
 from importlib import resources
-from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import structlog
 from redis.asyncio import Redis
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
 
@@ -47,26 +51,31 @@ class LineLostError(Exception):
 
 
 def make_client(url: str, place: tuple[str, int] | None = None) -> Redis:
-    """Return a client of the Redis at a URL.
+    """Return a client of the Redis at a URL; to be closed with `close_client`.
 
     Args:
         url: As redis-py knows it (redis://, rediss://, unix://), or
-            sentinel://[user:password@]host[:port][,host[:port]...]/service[?db=0&ssl=true].
+            sentinel://[user:password@]host[:port][,host[:port]...]/service[?db=0&ssl=true]: user and password
+            are those of the primary, TLS is for Sentinels too.
         place: Host and port to connect to instead, where a Redis Cluster has the keys. An empty host is that
             of the URL.
 
     Raises:
         ValueError: It is none.
     """
-    options: dict[str, Any] = {
-        "socket_timeout": REPLY_SECONDS,
+    common: dict[str, Any] = {
         "socket_connect_timeout": CONNECT_SECONDS,
         # What may have been done is not done twice.
         "retry": Retry(NoBackoff(), 0),
+        # The default is not that of every redis-py. With 3, who lacks a password is told about HELLO only.
+        "protocol": 2,
     }
+    options = {"socket_timeout": REPLY_SECONDS, **common}
     if not url.startswith("sentinel://"):
         if not url.startswith(_SCHEMES):
             raise ValueError(f"a Redis URL begins with {', '.join(_SCHEMES)} or sentinel://")
+        if url.startswith("rediss://"):
+            options["ssl_check_hostname"] = True  # not the default of every redis-py
         client = Redis.from_url(url, **options)
         if place is not None:
             host = place[0] or client.connection_pool.connection_kwargs.get("host")
@@ -76,22 +85,47 @@ def make_client(url: str, place: tuple[str, int] | None = None) -> Redis:
     service = parts.path.strip("/")
     if not service:
         raise ValueError("a sentinel URL names the service: sentinel://host:26379/mymaster")
-    query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    credentials, at, hosts = parts.netloc.rpartition("@")
     sentinels = []
-    for each in parts.netloc.rpartition("@")[2].split(","):
+    for each in hosts.split(","):
         address = urlsplit(f"//{each}")  # an IPv6 address stands in brackets
         if address.hostname is None:
             raise ValueError(f"{each!r} is no host:port of a Sentinel")
         sentinels.append((address.hostname, address.port or 26379))
-    options.update(
-        username=None if parts.username is None else unquote(parts.username),
-        password=None if parts.password is None else unquote(parts.password),
-        db=int(query.get("db", 0)),
-        ssl=query.get("ssl", "") == "true",
+    given: dict[str, Any] = {**parse_url(f"redis://{credentials}{at}/?{parts.query}")}
+    tls = {name: given.pop(name) for name in list(given) if name.startswith("ssl")}
+    if tls:
+        tls = {"ssl_check_hostname": True, **tls, "ssl": tls.get("ssl") == "true"}
+    sentinel = Sentinel(  # type: ignore[no-untyped-call]
+        sentinels, sentinel_kwargs={"socket_timeout": CONNECT_SECONDS, **common, **tls}
     )
-    sentinel = Sentinel(sentinels, socket_timeout=CONNECT_SECONDS)  # type: ignore[no-untyped-call]
-    master: Redis = sentinel.master_for(service, **options)
-    return master
+    primary: Redis = sentinel.master_for(service, **{**options, **given, **tls})
+    return primary
+
+
+async def close_client(client: Redis) -> None:
+    """End the connections of a client, also those to Sentinels; where the other end is silent, without it."""
+    clients = [client]
+    if isinstance(client.connection_pool, SentinelConnectionPool):
+        clients += client.connection_pool.sentinel_manager.sentinels
+    await asyncio.gather(*(each.aclose() for each in clients), return_exceptions=True)
+
+
+def check_url(url: str) -> None:
+    """Find what is wrong with a URL before anybody connects.
+
+    Raises:
+        ValueError: It is none, has an unknown option, or names a file that is not there.
+    """
+    pool = make_client(url).connection_pool
+    try:
+        pool.make_connection()  # type: ignore[no-untyped-call]
+    except TypeError as error:  # which names the option
+        raise ValueError(f"an option of the URL of Redis is unknown: {error}") from None
+    for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
+        path = pool.connection_kwargs.get(name)
+        if path and not Path(path).is_file():
+            raise ValueError(f"{name}: there is no file {path}")
 
 
 def ping(url: str) -> None:
@@ -106,12 +140,18 @@ def ping(url: str) -> None:
         try:
             await client.ping()
         finally:
-            await client.aclose()
+            await close_client(client)
 
     try:
         asyncio.run(main())
     except (RedisError, OSError, asyncio.TimeoutError) as error:
-        raise LineLostError(str(error) or type(error).__name__) from error
+        raise LineLostError(reason_of(error)) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return what an operator should know of why Redis cannot be reached."""
+    # Behind that, Sentinels are described by all their settings.
+    return str(error).partition(" : <")[0] or type(error).__name__
 
 
 def without_password(url: str) -> str:
@@ -123,25 +163,37 @@ def without_password(url: str) -> str:
     return f"{scheme}://{user}{':***' if ':' in credentials else ''}{at}{place}"
 
 
-def read_script(name: str) -> str:
-    """Return the source of one of SCRIPTS."""
-    return (resources.files("gateway") / "lua" / f"{name}.lua").read_text()
+class Script(NamedTuple):
+    """One of SCRIPTS, and the digest by which Redis knows it once it is loaded."""
+
+    source: str
+    digest: str
+
+
+@cache
+def read_script(name: str) -> Script:
+    """Return one of SCRIPTS."""
+    source = (resources.files("gateway") / "lua" / f"{name}.lua").read_text()
+    return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 
 class RedisLine:
     """Commands to one Redis, in the order in which they were given.
 
+    It takes a connection of the client when it has something to send; two lines never wait for each other.
+
     Args:
         client: Of redis-py. The line uses it for commands only and does not close it.
         after: Called when the answers of a round trip have been given out.
+        together: How many commands leave together at most; 0 for all that wait. Redis does them at one go.
     """
 
-    def __init__(self, client: Redis, after: Callable[[], None]) -> None:
+    def __init__(self, client: Redis, after: Callable[[], None], together: int = 0) -> None:
         self._client = client
         self._after = after
+        self._together = together
         self._waiting: list[tuple[tuple[Any, ...], Done]] = []
         self._wanted = asyncio.Event()
-        self._digests: dict[str, str] = {}
         self._is_open = True
 
     def send(self, *command: Any, done: Done) -> None:
@@ -188,15 +240,17 @@ class RedisLine:
         batch: list[tuple[tuple[Any, ...], Done]] = []
         reason = LineLostError("the line to Redis is closed")
         try:
-            await self._load_scripts()
             while True:
                 await self._wanted.wait()
-                self._wanted.clear()
-                batch, self._waiting = self._waiting, []
+                count = self._together or len(self._waiting)
+                batch, self._waiting = self._waiting[:count], self._waiting[count:]
+                if not self._waiting:
+                    self._wanted.clear()
                 answers = await self._execute([command for command, _ in batch])
                 if any(isinstance(answer, NoScriptError) for answer in answers):
-                    # Redis was started anew behind a proxy, or another one has taken over.
-                    await self._load_scripts()
+                    # Redis is new: just met, started anew behind a proxy, or another one has taken over.
+                    for name in SCRIPTS:
+                        await self._client.script_load(read_script(name).source)
                     missing = [i for i, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
                     again = await self._execute([batch[i][0] for i in missing])
                     for i, answer in zip(missing, again, strict=True):
@@ -206,7 +260,7 @@ class RedisLine:
                     self._give(tell, answer)
                 self._after()
         except (RedisError, OSError, asyncio.TimeoutError) as error:
-            reason = LineLostError(str(error) or type(error).__name__)
+            reason = LineLostError(reason_of(error))
             raise reason from error
         finally:
             self._is_open = False
@@ -222,15 +276,11 @@ class RedisLine:
             # What goes wrong with one answer must not keep the others from coming.
             structlog.get_logger("gateway").exception("fault")
 
-    async def _load_scripts(self) -> None:
-        for name in SCRIPTS:
-            self._digests[name] = await self._client.script_load(read_script(name))
-
     async def _execute(self, commands: list[tuple[Any, ...]]) -> list[Any]:
         pipeline = self._client.pipeline(transaction=False)
         for command in commands:
             if command[0] == "EVALSHA":
-                pipeline.execute_command("EVALSHA", self._digests[command[1]], *command[2:])
+                pipeline.execute_command("EVALSHA", read_script(command[1]).digest, *command[2:])
             else:
                 pipeline.execute_command(*command)
         answers: list[Any] = await pipeline.execute(raise_on_error=False)

@@ -1,4 +1,4 @@
-"""Presence: which DID is here, since when, with what, and what waits for it while it is away."""
+"""Presence: which DID is here, with what, and what waits for it while it is away."""
 
 from __future__ import annotations
 
@@ -43,13 +43,11 @@ class Session:
         "_ledger",
         "away_until",
         "card",
-        "connected_at",
         "connection",
         "did",
         "epoch",
         "hidden",
         "id",
-        "last_activity",
         "move",
         "offers",
         "old_path_closed",
@@ -76,8 +74,6 @@ class Session:
         self.show(shown)
         self.resume_token = resume_token
         self.proven_at = proven_at
-        self.connected_at = time.time()
-        self.last_activity = self.connected_at
         self.away_until = 0.0
         self.move: Move | None = None
         self.old_path_closed = False
@@ -118,18 +114,6 @@ class Session:
 
 
 @dataclass(frozen=True, slots=True)
-class Presence:
-    """What the gateway knows of one agent. Times are seconds since the epoch; `card` is JSON or empty."""
-
-    did: str
-    session: str
-    connected_at: float
-    last_activity: float
-    card: bytes
-    away: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Registered:
     """Outcome of a registration.
 
@@ -138,7 +122,7 @@ class Registered:
         resumed: Whether it continues the one before.
         before: What could be seen of it at this worker, here or away; None if it was not.
         replaced: A connection of the same DID at this worker that is still open and must be closed with 4504.
-        held: What waited here, to be sent on if resumed, else to go back to its senders.
+        held: What waited here, to be sent on if resumed, else to go back to its senders; until then it waits.
         elsewhere: Worker and epoch of the session before, if another worker has it.
     """
 
@@ -146,7 +130,7 @@ class Registered:
     resumed: bool
     before: View | None
     replaced: Connection | None
-    held: deque[bytes]
+    held: Shelf
     elsewhere: tuple[int, int] | None
 
 
@@ -210,23 +194,6 @@ class Registry:
         session = self._taken.get(epoch) or self._sessions.get(did)
         return session if session is not None and session.epoch == epoch else None
 
-    def presence(self, did: str) -> Presence | None:
-        """Return what is known of a DID."""
-        session = self._sessions.get(did)
-        if session is None:
-            return None
-        last_activity = session.last_activity
-        if session.connection is not None:
-            last_activity = time.time() - session.connection.silent_seconds
-        return Presence(
-            did=did,
-            session=session.id,
-            connected_at=session.connected_at,
-            last_activity=last_activity,
-            card=session.card,
-            away=session.connection is None,
-        )
-
     def register(
         self,
         did: str,
@@ -255,20 +222,19 @@ class Registry:
             # It was at another worker meanwhile, which will come for what was here.
             self._take_away(before)
             before = None
+        held = Shelf(self._ledger, AWAY_MAX_MESSAGES, AWAY_MAX_BYTES)
         if before is None:
             elsewhere = (owner[0], owner[2]) if owner is not None and owner[0] != self._worker else None
-            return Registered(session, False, None, None, deque(), elsewhere)
-        held: deque[bytes] = deque()
+            return Registered(session, False, None, None, held, elsewhere)
         replaced = before.connection
-        if replaced is not None:
-            held.extend(replaced.take_undelivered())
-        held.extend(before.release())
+        undelivered = replaced.take_undelivered() if replaced is not None else []
+        for message in (*undelivered, *before.release()):
+            held.carry(message)
         before.connection = None
         self._dropped.pop(did, None)
         resumed = resume is not None and resume == before.resume_token
         if resumed:
             session.id = before.id
-            session.connected_at = before.connected_at
         return Registered(session, resumed, before.view, replaced, held, None)
 
     def show(self, session: Session, shown: Shown) -> None:
@@ -324,7 +290,6 @@ class Registry:
             self._unlist(session)
             self._take_away(session)
             return True
-        session.last_activity = time.time() - session.connection.silent_seconds
         session.connection = None
         session.away_until = time.monotonic() + self._away
         self._dropped[session.did] = session

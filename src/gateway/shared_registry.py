@@ -28,8 +28,10 @@ REGISTER_SECONDS = 4.0
 # In one script: Redis does nothing else meanwhile, for about a millisecond.
 PURGE_COUNT = 200
 
-# Agents that one search looks at.
-LOOK_COUNT = 500
+# Agents that one step of a search looks at: about a millisecond of Redis.
+LOOK_COUNT = 250
+# Steps of all searches of one worker that Redis does at one go: what others want of it waits so long.
+STEPS_TOGETHER = 4
 
 _DID_PREFIX = "did:key:z6Mk"
 _PREFIX_SIZE = len(_DID_PREFIX)
@@ -100,6 +102,7 @@ class Entry:
     card: bytes
     hidden: bool
     terms: tuple[str, ...]
+    text: str  # casefolded, of all that it offers: what a search for a text looks at
 
 
 def _numbers(text: bytes) -> tuple[int, ...]:
@@ -145,6 +148,7 @@ class SharedRegistry:
 
     Args:
         line: To Redis.
+        searches: Another one, for what may take long and delay nothing else.
         prefix: What the keys of this network of nodes begin with.
         instance: Of this node: random, new at every start.
         did: Of this node.
@@ -154,9 +158,19 @@ class SharedRegistry:
     """
 
     def __init__(
-        self, line: RedisLine, *, prefix: str, instance: str, did: str, name: str, workers: int, worker: int
+        self,
+        line: RedisLine,
+        searches: RedisLine,
+        *,
+        prefix: str,
+        instance: str,
+        did: str,
+        name: str,
+        workers: int,
+        worker: int,
     ) -> None:
         self._line = line
+        self._searches = searches
         self.prefix = f"{{{prefix}}}:"
         self._instance = instance
         self._did = did
@@ -242,6 +256,7 @@ class SharedRegistry:
             "again" if deadline is None else "new",
             deadline or 0,
             int(entry.hidden),
+            entry.text,
             done=decide,
         )
 
@@ -285,6 +300,14 @@ class SharedRegistry:
         ):
             pass
 
+    async def settle(self) -> None:
+        """Wait until Redis has done what it was told before, so that a search finds it done.
+
+        Raises:
+            LineLostError: Redis cannot be reached.
+        """
+        await self._line.ask("PING")
+
     @property
     def presence_channel(self) -> str:
         """On which whoever watches hears what happens to agents."""
@@ -299,12 +322,12 @@ class SharedRegistry:
             term: An index: "all", "cap:..." or "tag:...".
             cursor: A DID, or "".
             count: How many agents at most.
-            text: ASCII in lower case that must be on the card, or "".
+            text: Casefolded; what they offer must have it. Or "".
 
         Raises:
             LineLostError: Redis cannot be reached.
         """
-        last, *found = await self._line.ask_script(
+        last, *found = await self._searches.ask_script(
             "discover", (self.prefix + term,), self.prefix, cursor[_PREFIX_SIZE:], count, text, LOOK_COUNT
         )
         return (_DID_PREFIX + last.decode() if last else ""), _agents(found)
@@ -316,7 +339,9 @@ class SharedRegistry:
             LineLostError: Redis cannot be reached.
         """
         keys = (did[_PREFIX_SIZE:] for did in dids)
-        return _agents(await self._line.ask_script("describe", (f"{self.prefix}nodes",), self.prefix, *keys))
+        return _agents(
+            await self._searches.ask_script("describe", (f"{self.prefix}nodes",), self.prefix, *keys)
+        )
 
     async def owned(self) -> set[str]:
         """Return the DIDs of which this worker is the owner, as the registry has it.

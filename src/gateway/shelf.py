@@ -47,6 +47,11 @@ class Shelf:
         self._messages.appendleft(admitted)
         return True
 
+    def carry(self, data: bytes) -> None:
+        """Keep a message that has waited already, whatever fits."""
+        self._bytes_free -= len(data)
+        self._messages.append((data, self._ledger.add(data)))
+
     def take(self) -> list[bytes]:
         """Return all messages, oldest first, and keep none."""
         taken = []

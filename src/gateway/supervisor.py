@@ -203,7 +203,7 @@ class Supervisor:
                     worker.line.close()
             listener = bind(self._address)
             self._address.close()
-            self._node.ledger.begin(number, self._workers[number].generation)
+            self._node.ledger.begin(number, self._workers[number].generation, self._key.did.encode())
             gateway = Gateway(self._settings, self._key, self._node, number)
             WorkerProcess(gateway, line, links, listener).run()
             status = 0

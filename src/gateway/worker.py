@@ -8,7 +8,7 @@ import random
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
@@ -40,10 +40,13 @@ from gateway._mesh import NODE_WORKERS, ROUTED_KIND
 from gateway._routing import TableBusyError, TableFullError
 from gateway.cluster import Cluster, offers_of
 from gateway.config import Settings
+from gateway.custody import Custody
+from gateway.debts import Debts
 from gateway.directory import Query, View
 from gateway.discovery import Discovery, Page
 from gateway.handshake import Handshake, Registrar, Registration, read_shown
-from gateway.kinds import ANSWER, ASK, CHANGED, MESSAGE_KINDS, WATCHING
+from gateway.ice import IceServers
+from gateway.kinds import ANSWER, ASK, CHANGED, CUSTODY_KINDS, MESSAGE_KINDS, WATCHING
 from gateway.locations import Locations, Waiting
 from gateway.moves import Moves, is_lasting
 from gateway.node import Node, Tally
@@ -71,6 +74,8 @@ BACKLOG = 4096
 _FOR_US = frozenset({"PING", "PONG", "UNREGISTER", "DISCOVER", "REGISTER"})
 _ROUTED = frozenset({"OFFER", "ANSWER", "ICE_CANDIDATE", "ERROR"})
 _DATA_PLANE = frozenset({"INTENT", "EXEC_REQUEST", "EXEC_RESPONSE"})
+# Why an agent that is there cannot be reached for now.
+_PASSING = frozenset({"unreachable", "unconfirmed", "overloaded"})
 # Of a refusal on a registered session: all others leave it alive.
 _CLOSE_AFTER = {"binary_frame": 1003, "invalid_utf8": 1007, "too_large": 1009}
 
@@ -102,6 +107,12 @@ class Gateway:
             away=settings.away,
             message_rate=settings.message_rate,
             message_burst=settings.message_burst,
+            ice=IceServers(
+                settings.stun_url,
+                settings.turn_url,
+                settings.turn_secret.get_secret_value() if settings.turn_secret is not None else "",
+                settings.turn_ttl,
+            ),
             worker=worker,
         )
         self.router = Router(
@@ -124,13 +135,22 @@ class Gateway:
         self.registry = Registry(node.table, node.ledger, worker, settings.away, self._on_away, self._on_gone)
         self.cluster = self._make_cluster(settings, node, worker)
         self.locations = None
+        self.custody = None
         if self.cluster is not None:
+            self.custody = Custody(
+                node.instance,
+                self.router,
+                node.ledger,
+                self.cluster,
+                answer=partial(self._answer_sender, name="unconfirmed"),
+            )
             self.locations = Locations(
                 self.cluster,
                 node.table,
                 deliver=self._deliver_found,
                 refuse=lambda _, waiting, cause: self._return(waiting.data, cause),
             )
+        self._debts = Debts(self._send_error, on_dropped=lambda: node.counters.add(worker, "errors_dropped"))
         self.discovery = Discovery(
             worker,
             self.registry.directory,
@@ -157,6 +177,8 @@ class Gateway:
             node.ledger,
             cluster=self.cluster,
             tell=self._tell,
+            pass_on=self._pass_on,
+            origin_of=self.custody.origin_of if self.custody is not None else lambda _: None,
             admit=self._admit,
             give=self._give,
             give_back=self._return,
@@ -194,6 +216,7 @@ class Gateway:
             on_replaced=self._on_replaced,
             on_change=lambda change: self.watches.take(change, is_ordered=True),
             on_doubt=self._doubt,
+            on_members=self._on_members,
         )
 
     # --- HTTP ----------------------------------------------------------------------------------
@@ -313,6 +336,7 @@ class Gateway:
             "away": total("away"),
             "routes": len(self.node.table),
             "waiting": total("waiting"),
+            "waiting_elsewhere": total("waiting_elsewhere"),
             "unconfirmed_bytes": total("unconfirmed_bytes"),
             **({} if self.cluster is None else {"cluster": self._cluster_health()}),
             "counters": self.node.totals(),
@@ -363,6 +387,8 @@ class Gateway:
         elif isinstance(payload, RegisterPayload):
             shown = read_shown(message)
             self._send(connection, self._registrar.note(message))
+            if (session.card, session.hidden) == (shown.card, shown.hidden):
+                return  # it wanted new TURN credentials: nobody sees anything else
             before = session.view
             self.registry.show(session, shown)
             if self.cluster is not None:
@@ -484,6 +510,12 @@ class Gateway:
             return False
         return self.router.tell(worker, kind, origin, epoch, data)
 
+    def _pass_on(self, worker: int, kind: int, origin: int, epoch: int, data: bytes) -> bool:
+        """Send a message on to another worker, see `_tell`; until it is there, this one answers for it."""
+        if worker >= NODE_WORKERS and (self.cluster is None or not self.cluster.reach(worker)):
+            return False
+        return self.router.pass_on(worker, kind, origin, epoch, data)
+
     # --- other workers -------------------------------------------------------------------------
 
     def on_moving(self, target: Connection, origin: int, data: bytes) -> None:
@@ -519,9 +551,53 @@ class Gateway:
             self.watches.on_watching(worker, data)
         elif kind == CHANGED:
             self.watches.on_changed(data)
+        elif kind in CUSTODY_KINDS:
+            assert self.custody is not None
+            self.custody.on_record(worker, kind, data)
+            self._count_waiting_elsewhere()
+        elif kind in MESSAGE_KINDS and self.custody is not None:
+            self._take_passed_on(worker, kind, origin, epoch, data)
         else:
             self.moves.on_record(worker, kind, origin, epoch, data)
             self._count_sessions()
+
+    def _take_passed_on(self, worker: int, kind: int, origin: int, epoch: int, data: bytes) -> None:
+        """Take a message that another worker had; who answers for it may be a third."""
+        assert self.custody is not None
+        ledger = self.node.ledger
+        before, source = ledger.source, self.custody.source_of(origin, worker)
+        if source == before:
+            self.moves.on_record(worker, kind, origin, epoch, data)
+            return
+        # What is queued is written down with its source only when it turns out to wait.
+        self.router.flush()
+        ledger.source = source
+        try:
+            self.moves.on_record(worker, kind, origin, epoch, data)
+            self.router.flush()
+        finally:
+            ledger.source = before
+
+    def on_stream(self, worker: int, is_new: bool) -> None:
+        """A stream to a worker of another node begins."""
+        assert self.custody is not None
+        self.custody.on_stream(worker, is_new)
+
+    def on_news(self, kept: list[tuple[int, bytes]], freed: list[tuple[int, bytes]]) -> None:
+        """Messages from other nodes wait, or do no longer."""
+        assert self.custody is not None
+        self.custody.on_news(kept, freed)
+
+    def _on_members(self, alive: Mapping[str, int]) -> None:
+        assert self.cluster is not None
+        assert self.custody is not None
+        self.custody.look_after(alive, self.cluster.is_settled)
+        if self.cluster.is_settled:
+            self._debts.settle()
+
+    def _count_waiting_elsewhere(self) -> None:
+        assert self.custody is not None
+        self.node.counters.set(self.worker, "waiting_elsewhere", len(self.custody))
 
     def on_link_lost(self, worker: int, records: list[tuple[int, int, int, bytes]]) -> None:
         """Another worker has gone: tell the senders of what it had not confirmed."""
@@ -540,11 +616,15 @@ class Gateway:
         if worker >= NODE_WORKERS:
             return
         self.watches.on_link_lost(worker)
-        # What it had confirmed, and kept for agents that were away or slow. One of the workers that are left
-        # answers senders at other nodes.
+        # What it had confirmed, and kept for agents that were away or slow. What came from another node is
+        # answered for there, and senders that have gone to another node by one of the workers that are left.
         is_first = self.cluster is not None and self.worker < min(self._siblings(), default=NODE_WORKERS)
-        for sender, target, message_id in self.node.ledger.read(worker, self._generations.pop(worker, 0)):
-            if message_id not in told and (sender in self.registry or (is_first and self._is_afar(sender))):
+        for sender, target, message_id, source in self.node.ledger.read(
+            worker, self._generations.pop(worker, 0)
+        ):
+            if source or message_id in told:
+                continue
+            if sender in self.registry or (is_first and self._is_afar(sender)):
                 self._answer_sender(sender, target, message_id, "unconfirmed")
 
     # --- sessions ------------------------------------------------------------------------------
@@ -601,7 +681,7 @@ class Gateway:
             claim: What the others had; None if that is not known.
         """
         if self.registry.get(session.did) is not session:
-            self._return_all(done.held, "away_expired")
+            self._return_all(done.held.take(), "away_expired")
             return  # it was replaced meanwhile, and its REGISTER answered
         if claim is not None and claim.outcome == "late" and self.cluster is not None:
             # Redis took long. Whoever is still here has not gone elsewhere.
@@ -617,15 +697,16 @@ class Gateway:
         if elsewhere is None or elsewhere[0] >= NODE_WORKERS:
             self._publish_arrival(session.did, session.epoch, done.before, session.view)
         if elsewhere is None:
+            held = done.held.take()
             if not done.resumed:
-                self._return_all(done.held, "away_expired")
+                self._return_all(held, "away_expired")
             self.moves.end(
                 session,
                 resumed=done.resumed,
-                held=[message for message in done.held if done.resumed and is_lasting(message)],
+                held=[message for message in held if done.resumed and is_lasting(message)],
             )
         else:
-            self._return_all(done.held, "away_expired")
+            self._return_all(done.held.take(), "away_expired")
             self.moves.begin(session, registration, *elsewhere, remote)
 
     def _last_place(
@@ -754,9 +835,10 @@ class Gateway:
 
     def _tell_sender(self, data: bytes, name: str) -> None:
         found = scan(data)
-        if found.from_ is None or found.from_ == self.did:
-            return
-        self._answer_sender(found.from_, found.to, found.id, name)
+        if found.from_ == self.did and found.to is not None:
+            self._keep_error(found.to, data, name)
+        elif found.from_ is not None:
+            self._answer_sender(found.from_, found.to, found.id, name)
 
     def _is_afar(self, did: str) -> bool:
         """Tell whether an agent is at no worker of this node."""
@@ -767,9 +849,22 @@ class Gateway:
         self._tally.refused(name)
         self._log.info("undelivered", cause=name, id=message_id, did=did, to=to)
         answer = replies.error(self.did, did, name, field="to", correlation_id=message_id)
+        self._send_error(did, answer)
+
+    def _send_error(self, did: str, data: bytes) -> None:
         sender = self.registry.get(did)
-        if self._deliver(did, answer, None) == "slow_consumer" and sender is not None:
-            sender.hold(answer)
+        cause = self._deliver(did, data, None)
+        if cause == "slow_consumer" and sender is not None:
+            sender.hold(data)
+        elif cause is not None:
+            self._keep_error(did, data, cause)
+
+    def _keep_error(self, did: str, data: bytes, cause: str) -> None:
+        """Keep an ERROR that could not be delivered, unless nobody is there who waits for it."""
+        if self.cluster is not None and (
+            cause in _PASSING or (cause == "not_online" and not self.cluster.is_settled)
+        ):
+            self._debts.owe(did, data)
 
     # --- refusals ------------------------------------------------------------------------------
 
@@ -971,6 +1066,9 @@ class Gateway:
                 self.moves.expire()
                 self.discovery.expire()
                 self.watches.catch_up()
+                if self.custody is not None:
+                    self.custody.answer_some()
+                    self._count_waiting_elsewhere()
                 # After a stall, what other workers have to say of their sessions is not read yet.
                 if self.node.workers > 1 and now - last_run < STALL_SECONDS:
                     self._look_for_taken_sessions()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import ssl
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from aiortc import RTCPeerConnection
 from switchboard import Local, Switchboard, Workshop
 
 import aiconexus
@@ -164,6 +168,40 @@ async def test_ice_servers_that_cannot_be_used_fail_every_connection_with_the_re
             await two.connect(one.did)
         one._ice_servers = ()
         await one.connect(two.did)
+
+
+async def test_one_connection_for_two_agents_however_many_want_it(switchboard: Switchboard) -> None:
+    def connections() -> list[RTCPeerConnection]:
+        # By `type`: isinstance() asks weak references, too, to what is gone.
+        found = [each for each in gc.get_objects() if type(each) is RTCPeerConnection]
+        return [each for each in found if each not in before and each.connectionState != "closed"]
+
+    before: list[RTCPeerConnection] = []
+    before = connections()  # what other tests have left
+    async with Workshop(switchboard) as one, Workshop(switchboard) as two:
+
+        async def call(me: Workshop, other: Workshop, number: int) -> Any:
+            async with me.connect(other.did) as peer:
+                return await peer.execute("add", a=number)
+
+        peers = await asyncio.gather(one.connect(two.did), two.connect(one.did))
+        calls = [call(*sides, number) for number in range(100) for sides in ((one, two), (two, one))]
+        assert await asyncio.gather(*calls) == [number + 1 for number in range(100) for _ in range(2)]
+        assert (dict(one.peers), dict(two.peers)) == ({two.did: peers[0]}, {one.did: peers[1]})
+        await asyncio.gather(*one._signaling._closing, *two._signaling._closing)
+        assert len(connections()) == 2
+        assert not one._signaling._attempts
+        assert not two._signaling._attempts
+    assert not connections()
+
+
+async def test_a_hundred_that_connect_at_once_share_one_connection(switchboard: Switchboard) -> None:
+    async with Workshop(switchboard) as one, Workshop(switchboard) as two:
+        sides = [(one, two), (two, one)] * 50
+        peers = await asyncio.gather(*(me.connect(other.did) for me, other in sides))
+        assert len(set(peers)) == 2
+        assert await asyncio.gather(*(peer.execute("add", a=1) for peer in peers)) == [2] * 100
+        assert (one._all_peers, two._all_peers) == ({peers[0]}, {peers[1]})
 
 
 async def test_a_capability_may_close_its_agent(switchboard: Switchboard) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from datetime import date
+from hashlib import sha256
 from typing import Any
 from unittest.mock import ANY
 
@@ -19,6 +21,8 @@ from aiconexus.core.events import (
     Event,
     ExecutionArrived,
     Failed,
+    InputArrived,
+    InputEnded,
     IntentArrived,
     Left,
     PartArrived,
@@ -51,7 +55,7 @@ from aiconexus.protocol.errors import (
     RemoteError,
     UnknownCapabilityError,
 )
-from aiconexus.protocol.frames import Credit, Data, credit_frame, data_frame, parse_frame
+from aiconexus.protocol.frames import Credit, Data, credit_frame, data_frame, end_frame, parse_frame
 from aiconexus.protocol.limits import (
     ATTACHMENTS_MAX_BYTES,
     CALL_CREDIT_BYTES,
@@ -237,8 +241,9 @@ def test_text_of_an_exception_may_hold_anything(alice: Calls, bob: Calls) -> Non
 
 def test_peer_that_asks_for_too_much_is_told_busy(alice: Calls, bob: Calls) -> None:
     id_, text = execute(alice, "add", {}, 1.0)
-    assert bob.receive(text, busy="much is to be done") is None
-    (failed,) = carry(bob, alice)
+    reply = bob.receive(text, busy="much is to be done")
+    assert isinstance(reply, Reply)
+    failed = alice.receive(reply.text)
     assert isinstance(failed, Failed)
     assert failed.id == id_
     assert isinstance(failed.error, CallBusyError)
@@ -567,6 +572,17 @@ def response_with(id_: str, status: str, *entries: Any, **fields: Any) -> str:
     return encode(sign_message(made, BOB) if payload.status.is_final else made).decode()
 
 
+def turned_down(calls: Calls, text: str) -> tuple[str, str]:
+    """Return status and `ext.error.name` of the response that answers a request at once."""
+    reply = calls.receive(text)
+    assert isinstance(reply, Reply)
+    response = decode(reply.text)
+    assert isinstance(response.payload, ExecResponsePayload)
+    assert response.signature is not None
+    assert sent(calls) is None
+    return response.payload.status.value, response.ext["error"]["name"]
+
+
 def final_status(calls: Calls) -> tuple[str, str]:
     """Return status and `ext.error.name` of the response that is to be sent, and nothing after it."""
     response = decode(sent_text(calls))
@@ -621,8 +637,7 @@ def test_arguments_that_are_not_what_was_signed_have_a_fault(bob: Calls, bad: An
 )
 def test_fault_that_needs_no_bytes_ends_the_call_at_once(bob: Calls, bad: Any) -> None:
     _, text = request_with(bad)
-    assert bob.receive(text) is None
-    assert final_status(bob) == ("error", "invalid_arguments")
+    assert turned_down(bob, text) == ("error", "invalid_arguments")
 
 
 def test_argument_that_comes_twice_is_a_fault(bob: Calls) -> None:
@@ -630,6 +645,10 @@ def test_argument_that_comes_twice_is_a_fault(bob: Calls) -> None:
     id_, text = request_with(entry("/args", whole, is_bytes=False), entry("/args/a", b"x"))
     bob.receive(text)
     arrived = bob.receive(data_frame(id_, whole + b"x"))
+    assert arrived == ArgumentsArrived(id_, {}, "the argument 'a' came twice")
+    id_, text = request_with(entry("/args", whole, is_bytes=False), {"at": "/args/a", "as": "bytes"})
+    bob.receive(text)
+    arrived = bob.receive(data_frame(id_, whole))
     assert arrived == ArgumentsArrived(id_, {}, "the argument 'a' came twice")
 
 
@@ -641,8 +660,7 @@ def test_announcement_that_is_none_is_refused(bob: Calls) -> None:
 
 def test_more_than_is_ever_kept_is_refused_as_soon_as_it_is_announced(bob: Calls) -> None:
     id_, text = request_with(entry("/args/a", b"abc", size=ATTACHMENTS_MAX_BYTES + 1))
-    assert bob.receive(text) is None
-    assert final_status(bob) == ("error", "invalid_arguments")
+    assert turned_down(bob, text) == ("error", "invalid_arguments")
     assert bob.receive(data_frame(id_, b"abc")) is None  # it has crossed the end
 
 
@@ -650,8 +668,7 @@ def test_more_than_can_be_kept_now_is_busy(bob: Calls) -> None:
     first, text = request_with(entry("/args/a", b"abc", size=ATTACHMENTS_MAX_BYTES))
     assert isinstance(bob.receive(text), ExecutionArrived)
     small, text = request_with(entry("/args/a", b"x"))
-    assert bob.receive(text) is None
-    assert final_status(bob) == ("error", "busy")
+    assert turned_down(bob, text) == ("error", "busy")
     _, text = request_with(entry("/args/a", b""))
     assert isinstance(bob.receive(text), ExecutionArrived)
     bob.fail(first, "cancelled", "no")
@@ -659,6 +676,14 @@ def test_more_than_can_be_kept_now_is_busy(bob: Calls) -> None:
     again, text = request_with(entry("/args/a", b"x"))
     assert again != small
     assert isinstance(bob.receive(text), ExecutionArrived)
+
+
+def test_streams_that_could_fill_the_memory_are_busy(bob: Calls) -> None:
+    for _ in range(ATTACHMENTS_MAX_BYTES // CALL_WINDOW_BYTES):
+        _, text = request_with({"at": "/args/a", "as": "bytes"})
+        assert isinstance(bob.receive(text), ExecutionArrived)
+    _, text = request_with({"at": "/args/a", "as": "bytes"})
+    assert turned_down(bob, text) == ("error", "busy")
 
 
 def test_bytes_that_no_request_has_announced_fail_it(alice: Calls, bob: Calls) -> None:
@@ -732,6 +757,136 @@ def test_id_of_an_open_call_of_this_side_is_refused(alice: Calls, bob: Calls, is
     assert isinstance(refused, Refused)
     assert (refused.error.cause.name, refused.failed) == ("replayed", None)
     assert isinstance(alice.receive(succeed(bob, id_, 1)), Answered)
+
+
+# --- a stream among the arguments -----------------------------------------------------------------
+
+
+async def nothing() -> AsyncIterator[bytes]:
+    """Stand for a stream: whoever has it feeds it."""
+    yield b""
+
+
+def feed(alice: Calls, bob: Calls, *chunks: bytes, **args: Any) -> str:
+    """Let a call with a stream run at Bob, and these bytes arrive; return its id."""
+    id_ = alice.execute("scan", {"data": nothing(), **args}, 30.0)
+    event = bob.receive(sent_text(alice))
+    assert isinstance(event, ExecutionArrived)
+    assert event.input == "data"
+    bob.start(id_)
+    for chunk in chunks:
+        assert alice.feed(id_, chunk)
+        assert carry(alice, bob) == [InputArrived(id_, chunk)]
+        bob.took(id_)
+    return id_
+
+
+def test_stream_arrives_while_the_call_runs_and_is_signed_for(alice: Calls, bob: Calls) -> None:
+    id_ = feed(alice, bob, b"abc", b"de")
+    assert alice.feed(id_, b"")
+    alice.end_feed(id_)
+    assert carry(alice, bob) == [InputEnded(id_)]
+    bob.has_read_input(id_)
+    bob.succeed(id_, 5, 0.0)
+    (answered,) = carry(bob, alice)
+    assert isinstance(answered, Answered)
+    assert answered.receipt is not None
+    proven = answered.receipt.verify()
+    assert proven.covers_args({"data": b"abcde"})
+    assert not proven.covers_args({"data": b"abcd"})
+    assert not alice.feed(id_, b"late")
+    alice.end_feed(id_)
+    assert sent(alice) is None
+
+
+def test_stream_that_was_not_read_to_its_end_is_not_signed_for(alice: Calls, bob: Calls) -> None:
+    id_ = feed(alice, bob, b"abc")
+    bob.succeed(id_, 5, 0.0)
+    (answered,) = carry(bob, alice)
+    assert isinstance(answered, Answered)
+    assert answered.receipt is not None
+    assert not answered.receipt.verify().covers_args({"data": b"abc"})
+    assert bob.receive(data_frame(id_, b"d")) is None  # it has crossed the end
+    assert bob.receive(end_frame(id_, bytes(32))) is None
+
+
+def test_stream_that_is_not_what_was_sent_has_a_fault(alice: Calls, bob: Calls) -> None:
+    id_ = feed(alice, bob, b"abc")
+    ended = bob.receive(end_frame(id_, sha256(b"abd").digest()))
+    assert ended == InputEnded(id_, "what came of the stream is not what was sent")
+
+
+def test_callee_that_has_read_something_else_is_not_believed(alice: Calls, bob: Calls) -> None:
+    id_ = feed(alice, bob, b"abc")
+    said = {"size": 3, "sha256": sha256(b"abd").hexdigest()}
+    failed = alice.receive(response_with(id_, "success", ext={"input": said}))
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, PeerIdentityError)
+
+
+@pytest.mark.parametrize("said", [[], {"size": 3}, {"size": -1, "sha256": "0" * 64}])
+def test_what_was_read_in_another_form_fails_the_call(alice: Calls, bob: Calls, said: Any) -> None:
+    id_ = feed(alice, bob, b"abc")
+    failed = alice.receive(response_with(id_, "success", ext={"input": said}))
+    assert isinstance(failed, Failed)
+    assert type(failed.error) is CallError
+    assert "ext.input" in str(failed.error)
+
+
+def test_stream_waits_for_its_reader(alice: Calls, bob: Calls) -> None:
+    id_ = feed(alice, bob)
+    alice.feed(id_, bytes(2 * CALL_WINDOW_BYTES))
+    came = carry(alice, bob)
+    assert len(came) == CALL_WINDOW_BYTES // CHUNK_MAX_BYTES
+    assert carry(bob, alice) == []
+    assert carry(alice, bob) == []
+    for _ in came:
+        bob.took(id_)
+    carry(bob, alice)
+    assert len(carry(alice, bob)) == CALL_WINDOW_BYTES // CHUNK_MAX_BYTES
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_end_of_a_stream_that_is_none_fails_the_call(alice: Calls, bob: Calls, is_over: bool) -> None:
+    id_ = feed(alice, bob) if is_over else ask(alice, bob)
+    end = end_frame(id_, sha256(b"").digest())
+    if is_over:
+        assert bob.receive(end) == InputEnded(id_)
+    for frame in (end, data_frame(id_, b"x")):
+        refused = bob.receive(frame)
+        if frame is end:
+            assert isinstance(refused, Refused)
+            assert (refused.error.cause.name, refused.cancelled) == ("bad_frame", id_)
+        else:
+            assert refused is None
+
+
+def test_end_before_the_attachments_are_there_fails_the_call(bob: Calls) -> None:
+    id_, text = request_with(entry("/args/a", b"abc"), {"at": "/args/b", "as": "bytes"})
+    assert bob.receive(text) == ExecutionArrived(id_, "scan", None, CALL_TIMEOUT_SECONDS, False, "b")
+    refused = bob.receive(end_frame(id_, sha256(b"").digest()))
+    assert isinstance(refused, Refused)
+    assert refused.cancelled == id_
+
+
+def test_frames_of_an_intent_are_ignored(alice: Calls, bob: Calls) -> None:
+    id_, text = intent(alice, IntentPayload(query="?"), 30.0)
+    bob.receive(text)
+    for frame in (end_frame(id_, bytes(32)), data_frame(id_, b"x"), credit_frame(id_, 1)):
+        for calls in (alice, bob):
+            assert calls.receive(frame) is None
+    assert isinstance(alice.receive(answer_intent(bob, id_, Quote(status="understood"))), Answered)
+
+
+def test_request_whose_stream_was_empty_is_cancelled_also_while_its_end_waits(
+    alice: Calls, bob: Calls
+) -> None:
+    id_ = feed(alice, bob)
+    alice.end_feed(id_)
+    cancel = alice.abandon(id_)
+    assert cancel is not None
+    assert bob.receive(cancel) == CancelArrived(id_)
+    assert sent(alice) is None
 
 
 # --- attached results, parts and credit ------------------------------------------------------------

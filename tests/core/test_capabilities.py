@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -9,6 +9,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from aiconexus.core.capabilities import capabilities_of, capability
+from aiconexus.core.input import Input
 from aiconexus.protocol.errors import CapabilityError, InvalidArgumentsError, MalformedMessageError
 from aiconexus.protocol.serialization import canonicalize
 
@@ -211,3 +212,51 @@ def test_long_description_is_cut() -> None:
     description = capabilities_of(Talker())["talk"].announced.description
     assert len(description) == 1_024
     assert description.endswith("…")
+
+
+# --- a parameter that is a stream ------------------------------------------------------------------
+
+
+class Scale:
+    @capability
+    async def weigh(self, data: AsyncIterator[bytes], unit: str = "g") -> str:
+        return f"{sum([len(chunk) async for chunk in data])} {unit}"
+
+    @capability
+    async def name(self, value: str = "") -> str:
+        return value
+
+
+def stream_of(*chunks: bytes) -> Input:
+    stream = Input(lambda: None, lambda: None)
+    for chunk in chunks:
+        stream.add(chunk)
+    stream.end()
+    return stream
+
+
+async def test_stream_may_come_as_one_or_as_a_whole() -> None:
+    weigh = capabilities_of(Scale())["weigh"]
+    assert await weigh.call({"data": stream_of(b"ab", b"c")}) == "3 g"
+    assert await weigh.call({"data": b"abcd", "unit": "t"}) == "4 t"
+    assert await weigh.call({"data": "_-8="}) == "2 g"
+
+
+@pytest.mark.parametrize("data", ["!!!!", "AAE", "AA EC", "é", 7, None, ["AAEC"]])
+def test_stream_of_something_else_is_refused(data: Any) -> None:
+    with pytest.raises(InvalidArgumentsError, match=r"^data: "):
+        capabilities_of(Scale())["weigh"].call({"data": data})
+
+
+def test_stream_is_required_and_no_other_parameter_takes_one() -> None:
+    methods = capabilities_of(Scale())
+    with pytest.raises(InvalidArgumentsError, match="data: Missing required argument"):
+        methods["weigh"].call({})
+    with pytest.raises(InvalidArgumentsError, match="value: takes no stream"):
+        methods["name"].call({"value": stream_of()})
+
+
+def test_argument_without_a_name_is_unknown() -> None:
+    for value in (b"x", "AAEC", 7):
+        with pytest.raises(InvalidArgumentsError, match="Unexpected keyword argument"):
+            capabilities_of(Scale())["name"].call({"": value})

@@ -30,7 +30,11 @@ from aiconexus.protocol.errors import (
     RemoteError,
     UnknownCapabilityError,
 )
-from aiconexus.protocol.limits import DATA_MESSAGE_MAX_BYTES, PEER_PING_INTERVAL_SECONDS
+from aiconexus.protocol.limits import (
+    DATA_MESSAGE_MAX_BYTES,
+    PEER_IDLE_SECONDS,
+    PEER_PING_INTERVAL_SECONDS,
+)
 
 Pair = tuple[Workshop, Workshop]
 
@@ -594,6 +598,58 @@ async def test_silent_connection_that_is_held_stays(pair: Pair, peer: Peer) -> N
         assert peer.state is there.state is PeerState.OPEN
         side._timer.cancel()
     assert await peer.execute("add", a=1) == 2
+
+
+async def test_idle_connection_closes_unless_a_block_holds_it(pair: Pair) -> None:
+    one, two = pair
+
+    def idle(peer: Peer) -> None:
+        """Let it be silent, and unused for so long as the agents would take it for idle."""
+        peer._timer.cancel()
+        peer._used_at -= PEER_IDLE_SECONDS
+        peer._keepalive = KeepAlive(asyncio.get_running_loop().time(), interval=0.0)
+        peer._check()
+
+    mine, theirs = await asyncio.gather(one.connect(two.did), two.connect(one.did))
+    async with one.connect(two.did):
+        idle(mine)
+        await mine._pinging
+        idle(theirs)
+        await theirs._pinging
+        assert mine.state is theirs.state is PeerState.OPEN
+    assert await asyncio.wait_for(two.lost.get(), 10) == "it closed the connection: it is done"
+
+
+async def test_connection_with_calls_is_not_idle(pair: Pair) -> None:
+    one, two = pair
+    mine = await one.connect(two.did)
+    theirs = await two.connect(one.did)
+    running = asyncio.ensure_future(mine.execute("wait"))
+    await two.started.wait()
+    for peer in (mine, theirs):
+        peer._used_at -= PEER_IDLE_SECONDS
+        peer._check()
+        assert peer._awaited
+    two.release.set()
+    assert await running == "released"
+    for peer in (mine, theirs):
+        peer._used_at -= PEER_IDLE_SECONDS
+    assert await mine.execute("add", a=1) == 2
+    for peer in (mine, theirs):
+        peer._check()
+        assert peer._awaited
+
+
+async def test_idle_timeout_is_that_of_the_agent(switchboard: Switchboard) -> None:
+    async with (
+        Workshop(switchboard, idle_timeout=0.0) as one,
+        Workshop(switchboard, idle_timeout=None) as two,
+    ):
+        mine, theirs = await asyncio.gather(one.connect(two.did), two.connect(one.did))
+        theirs._used_at = 0.0
+        for peer in (mine, theirs):
+            peer._check()
+        assert (mine._awaited, theirs._awaited) == (0, 1)
 
 
 async def test_leaving_that_is_cancelled_still_ends_what_nobody_needs(pair: Pair) -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from aiconexus.core.candidates import ice_connection
 from aiconexus.core.channel import Channel
 from aiconexus.core.peer_connection import PeerConnection
 from aiconexus.protocol import IceCandidatePayload
@@ -115,7 +116,9 @@ async def test_close_during_gathering_leaves_no_socket(connection: Callable[[], 
     offering.cancel()
     await one.close()
     assert one._pc.iceGatheringState == "complete"
-    assert one._local_candidates() == []
+    connection = ice_connection(one._pc)
+    assert connection is not None
+    assert connection.local_candidates == []
 
 
 # --- candidates --------------------------------------------------------------------------------

@@ -174,6 +174,14 @@ async def test_json_of_any_size_travels(peer: Peer, size: int) -> None:
     assert await peer.execute("echo", value=value) == value
 
 
+async def test_bytes_are_bytes_whatever_the_hint_says(peer: Peer) -> None:
+    assert await peer.execute("echo", value=b"\x00\xff") == b"\x00\xff"
+    with pytest.raises(InvalidArgumentsError, match="a: Input should be a valid integer"):
+        await peer.execute("add", a=b"1")
+    with pytest.raises(InvalidArgumentsError, match="more: Unexpected keyword argument"):
+        await peer.execute("add", a=1, more=b"1")
+
+
 async def test_bytes_may_also_come_as_text(peer: Peer) -> None:
     assert await peer.execute("reverse", data="AAEC") == b"\x02\x01\x00"
 

@@ -52,6 +52,11 @@ def test_the_help_tells_every_option_with_its_default():
         "--pong-timeout",
         "--away",
         "--idle-timeout",
+        "--stun-url",
+        "--turn-url",
+        "--turn-secret",
+        "--turn-secret-file",
+        "--turn-ttl",
         "--log-level",
         "--log-format",
         "--version",
@@ -84,6 +89,11 @@ def test_the_console_script_and_the_module_are_the_same():
         ("--public-url", "https://gateway.example/ws"),
         ("--public-url", "wss://gateway.example"),
         ("--public-url", "wss://gateway.example:99999/ws"),
+        ("--stun-url", "stun://stun.example"),
+        ("--stun-url", "turn:turn.example"),
+        ("--turn-url", "turn.example"),
+        ("--turn-url", "turn:turn.example"),  # without its secret
+        ("--turn-ttl", "0"),
     ],
 )
 def test_a_value_that_makes_no_sense_gives_one_sentence_that_names_the_option(option, value):

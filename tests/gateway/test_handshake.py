@@ -22,6 +22,7 @@ from aiconexus.protocol import (
 )
 from aiconexus.protocol.cards import sign_card
 from gateway.handshake import Handshake, Registrar
+from gateway.ice import IceServers
 from gateway.registry import Shown
 
 GATEWAY = DIDKey.from_seed(b"g" * 32)
@@ -29,7 +30,7 @@ AGENT = DIDKey.from_seed(b"a" * 32)
 OTHER = DIDKey.from_seed(b"o" * 32)
 
 
-def registrar(*public_urls: str) -> Registrar:
+def registrar(*public_urls: str, ice: IceServers | None = None) -> Registrar:
     return Registrar(
         GATEWAY,
         public_urls=public_urls,
@@ -38,6 +39,7 @@ def registrar(*public_urls: str) -> Registrar:
         away=30,
         message_rate=50,
         message_burst=300,
+        ice=ice,
     )
 
 
@@ -110,6 +112,20 @@ def test_a_proof_is_accepted_and_answered(handshake):
         "ice_servers": [],
         "resumed": True,
     }
+
+
+def test_every_answer_names_the_ice_servers_with_new_credentials(handshake):
+    gateway = registrar(ice=IceServers(("stun:a",), ("turn:b",), "north", 60))
+    registration = gateway.check(handshake, register(handshake))
+    for answer in (
+        gateway.accept(registration, session="s", resume_token="t", resumed=False),
+        gateway.note(registration.message),
+    ):
+        ext = decode(answer).ext
+        assert ext["ice_servers_ttl_ms"] == 60_000
+        stun, turn = ext["ice_servers"]
+        assert (stun, turn["urls"]) == ({"urls": ["stun:a"]}, ["turn:b"])
+        assert turn["username"].endswith(f":{AGENT.did}")
 
 
 def test_card_and_resume_may_be_left_out(handshake):

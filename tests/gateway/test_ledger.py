@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 
 import pytest
 from processes import forked
 
 from aiconexus.protocol import DIDKey
-from gateway._ledger import LEDGER_FULL, Ledger
+from gateway._ledger import LEDGER_ENTRY_BYTES, LEDGER_FULL, Ledger
 from gateway.shelf import Shelf
 
 A, B = (DIDKey.from_seed(letter * 32).did for letter in (b"a", b"b"))
@@ -31,8 +32,17 @@ def message(number: int, size: int = 0) -> bytes:
     ).encode()
 
 
-def record(number: int) -> tuple[str, str, str]:
-    return (A, B, f"{number:08x}-0000-4000-8000-000000000000")
+def name(number: int) -> str:
+    return f"{number:08x}-0000-4000-8000-000000000000"
+
+
+def record(number: int, source: int = 0) -> tuple[str, str, str, int]:
+    return (A, B, name(number), source)
+
+
+def entry(place: int, number: int) -> bytes:
+    """What another node is told of a message that stands at some place."""
+    return place.to_bytes(4, sys.byteorder) + f"{A}{B}{name(number)}".encode()
 
 
 @pytest.fixture
@@ -113,3 +123,71 @@ def test_a_shelf_is_bounded_in_messages_and_bytes_and_keeps_the_order(ledger):
     assert ledger.size == 0
     assert not shelf.put(message(5, size=2_000))
     assert shelf.put(message(5, size=1_000))
+
+
+def test_what_the_gateway_itself_sends_takes_no_record(ledger):
+    own = Ledger(1)
+    own.begin(0, 0, A.encode())
+    shelf = Shelf(own, 2, 10_000)
+    assert shelf.put(message(1))
+    assert own.size == 0
+    assert own.read(0, 0) == []
+    assert shelf.take() == [message(1)]
+    assert ledger.add(message(1)) == 0  # that of another
+
+
+def test_what_came_from_another_node_is_told_once_when_it_waits_and_once_when_it_does_no_longer(ledger):
+    assert ledger.take_news(True) == ([], [])
+    ledger.add(message(1))
+    assert ledger.take_news(True) == ([], [])  # from here
+    ledger.source = 7
+    number = ledger.add(message(2))
+    ledger.source = 0
+    assert ledger.read(0, 0) == [record(1), record(2, source=7)]
+    assert ledger.take_news(True) == ([(7, entry(1, 2))], [])
+    assert len(entry(1, 2)) == LEDGER_ENTRY_BYTES
+    assert ledger.waiting_from(7) == [entry(1, 2)]
+    assert ledger.waiting_from(8) == []
+    ledger.strike(number)
+    assert ledger.waiting_from(7) == []
+    assert ledger.take_news(True) == ([], [(7, entry(1, 2)[:4])])
+    assert ledger.take_news(True) == ([], [])
+    assert ledger.knows(7)
+    ledger.settle()
+    assert not ledger.knows(7)
+
+
+def test_what_waits_for_less_than_a_pass_is_no_news(ledger):
+    ledger.source = 7
+    ledger.strike(ledger.add(message(1)))
+    assert ledger.take_news(True) == ([], [])
+
+
+def test_what_does_no_longer_wait_may_be_told_later(ledger):
+    ledger.source = 7
+    first = ledger.add(message(1))
+    assert ledger.take_news(False) == ([(7, entry(first, 1))], [])
+    ledger.strike(first)
+    second = ledger.add(message(2))
+    third = ledger.add(message(3))
+    ledger.strike(third)
+    assert ledger.take_news(False) == ([(7, entry(second, 2))], [])
+    assert ledger.take_news(True) == ([], [(7, entry(first, 1)[:4])])
+
+
+def test_what_waits_elsewhere_in_the_process_comes_from_where_it_came(ledger):
+    """It leaves the queue of a connection, say, for the shelf of a session that is away."""
+    ledger.source = 7
+    first = ledger.add(message(1))
+    ledger.take_news(True)
+    ledger.source = 0
+    assert ledger.source_of(message(1)) == 7
+    assert ledger.source_of(message(2)) == 0
+    ledger.strike(first)
+    second = ledger.add(message(1))
+    ledger.settle()
+    assert ledger.take_news(True) == ([(7, entry(second, 1))], [(7, entry(first, 1)[:4])])
+    assert ledger.waiting_from(7) == [entry(second, 1)]
+    ledger.strike(second)
+    ledger.settle()
+    assert ledger.source_of(message(1)) == 0

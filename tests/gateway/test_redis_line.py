@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from redis.asyncio.connection import SSLConnection
 
-from gateway.redis_line import make_client, without_password
+from gateway.redis_line import check_url, close_client, make_client, without_password
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ async def test_a_sentinel_url_is_read_as_a_redis_url_is():
     assert pool.connection_kwargs["password"] == "p@ss"
     assert pool.connection_kwargs["db"] == 3
     assert pool.service_name == "main"
-    await client.aclose()
+    await close_client(client)
 
 
 @pytest.mark.parametrize("url", ["foo", "http://h/0", "sentinel:h/main"])
@@ -41,7 +42,39 @@ def test_another_url_is_refused_with_all_forms_that_there_are(url):
         make_client(url)
 
 
-@pytest.mark.parametrize("url", ["sentinel://h:26379", "sentinel:///main"])
-def test_a_sentinel_url_without_hosts_or_service_is_refused(url):
-    with pytest.raises(ValueError):
-        make_client(url)
+async def test_tls_of_a_sentinel_url_is_for_the_sentinels_too():
+    client = make_client("sentinel://h/main?ssl=true&ssl_ca_certs=ca.pem&ssl_check_hostname=no")
+    pools = [client.connection_pool, client.connection_pool.sentinel_manager.sentinels[0].connection_pool]
+    for pool in pools:
+        assert issubclass(pool.connection_class, SSLConnection)
+        assert pool.connection_kwargs["ssl_ca_certs"] == "ca.pem"
+        assert not pool.connection_kwargs["ssl_check_hostname"]
+    await close_client(client)
+
+
+async def test_the_name_in_a_certificate_is_checked_unless_the_url_says_otherwise():
+    for url, is_checked in (
+        ("rediss://h", True),
+        ("sentinel://h/main?ssl=true", True),
+        ("rediss://h?ssl_check_hostname=no", False),
+    ):
+        client = make_client(url)
+        assert client.connection_pool.connection_kwargs["ssl_check_hostname"] is is_checked
+        await close_client(client)
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("sentinel://h:26379", "names the service"),
+        ("sentinel:///main", "no host:port of a Sentinel"),
+        ("http://h", "a Redis URL begins with"),
+        ("redis://h?passwrod=secret", "passwrod"),
+        ("redis://h?ssl_ca_certs=ca.pem", "ssl_ca_certs"),
+        ("sentinel://h/main?sll=true", "sll"),
+        ("rediss://h?ssl_ca_certs=/nowhere/ca.pem", "ssl_ca_certs: there is no file /nowhere/ca.pem"),
+    ],
+)
+def test_a_url_that_cannot_work_is_refused_before_anybody_connects(url, reason):
+    with pytest.raises(ValueError, match=reason):
+        check_url(url)

@@ -11,12 +11,14 @@ from uuid import uuid4
 
 import pytest
 from redis_server import RedisServer, find_server
+from tcp_proxy import TcpProxy
 from wire import wait_until
 
 NODE_WORKERS = 2
 
 
-def _need_redis() -> None:
+@pytest.fixture(scope="session")
+def need_redis() -> None:
     try:
         find_server()
     except LookupError as error:
@@ -24,12 +26,32 @@ def _need_redis() -> None:
 
 
 @pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+def redis_server(need_redis: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A Redis for all tests that leave it alone; each has a prefix of its own."""
-    _need_redis()
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     yield server
     server.kill()
+
+
+@pytest.fixture
+def own_redis(need_redis: None, tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis that the test may kill."""
+    server = RedisServer(tmp_path)
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def make_proxy() -> Iterator[Callable[[int], TcpProxy]]:
+    proxies: list[TcpProxy] = []
+
+    def make(target: int) -> TcpProxy:
+        proxies.append(TcpProxy(target))
+        return proxies[-1]
+
+    yield make
+    for proxy in proxies:
+        proxy.stop()
 
 
 @pytest.fixture

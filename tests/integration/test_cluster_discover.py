@@ -9,9 +9,12 @@ import time
 import pytest
 from async_agent import AsyncAgent
 from flock import Flock
+from searches import dids, discover
+from wire import Agent, assert_exchange
 
 from aiconexus.client import GatewayClient
 from aiconexus.protocol import DIDKey
+from gateway.redis_line import read_script
 
 LASTING, RESTLESS = 1_600, 400
 ROUNDS = 8
@@ -39,6 +42,23 @@ async def follow(client: GatewayClient, there: dict[str, str]) -> None:
             there.pop(event.agent.did, None)
         else:
             there[event.agent.did] = event.agent.status
+
+
+def test_messages_between_nodes_do_not_wait_for_a_search(redis_server, make_proxy, start_node):
+    proxy = make_proxy(redis_server.port)
+    first, second = start_node("--workers", "1", url=proxy.url), start_node()
+    with Agent(first.port) as one, Agent(second.port) as far:
+        assert_exchange(one, far)
+        # The search does not get to Redis, and what would leave on its connection does not either.
+        proxy.held = read_script("discover").digest.encode()
+        discover(one)
+        assert proxy.is_holding.wait(10)
+        for _ in range(10):
+            assert_exchange(one, far)
+        with Agent(first.port) as fresh:
+            assert_exchange(far, fresh)
+            proxy.release()
+            assert dids(one.receive()["payload"]["agents"]) == sorted([one.did, far.did, fresh.did])
 
 
 @pytest.mark.soak

@@ -8,9 +8,10 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from searches import dids, discover, found
 from wire import Agent, wait_until
 
-from aiconexus.protocol import DiscoverPayload, RegisterPayload
+from aiconexus.protocol import DIDKey, RegisterPayload
 from aiconexus.protocol.cards import sign_card, verify_card
 
 ADD = {"name": "add", "description": "Adds numbers.", "tags": ["math"]}
@@ -41,33 +42,6 @@ def registered(agent: Agent, *capabilities: dict[str, Any], **ext: Any) -> Agent
     return agent
 
 
-def discover(agent: Agent, correlation_id: str | None = None, **query: Any) -> str:
-    data = agent.message(agent.gateway_did, DiscoverPayload(**query), correlation_id=correlation_id)
-    agent.send(data)
-    id_: str = json.loads(data)["id"]
-    return id_
-
-
-def found(agent: Agent, **query: Any) -> list[dict[str, Any]]:
-    """All pages."""
-    agents: list[dict[str, Any]] = []
-    cursor = None
-    while True:
-        id_ = discover(agent, cursor=cursor, **query)
-        answer = agent.receive()
-        assert (answer["type"], answer["correlation_id"]) == ("PRESENCE", id_), answer
-        assert "partial" not in answer["payload"]
-        assert len(answer["payload"]["agents"]) <= query.get("limit", 50)
-        agents.extend(answer["payload"]["agents"])
-        cursor = answer["payload"].get("cursor")
-        if cursor is None:
-            return agents
-
-
-def dids(agents: list[dict[str, Any]]) -> list[str]:
-    return [agent["did"] for agent in agents]
-
-
 def event_of(agent: Agent, watch: str) -> tuple[str, dict[str, Any]]:
     message = agent.receive()
     assert (message["type"], message["correlation_id"]) == ("PRESENCE", watch), message
@@ -93,6 +67,71 @@ def test_agents_are_found_by_what_they_can_do(ports):
         assert len(found(asker)) == 8  # with the one that asks
     for agent in (*some, other, hidden):
         agent.drop()
+
+
+DESCRIBED = {
+    "street": "Findet jede Straße.",
+    "flash": "Un ÉCLAIR au café",
+    "decomposed": "un e\u0301clair",  # the same letter in two code points is another text
+    "istanbul": "İSTANBUL'da bul",
+    "odyssey": "ΟΔΥΣΣΕΥΣ",
+    "file": "\ufb01le of 5 \u212aelvin",
+    "quote": 'says "hi" \\o/',
+    "lines": "one\ntwo\tthree\u2028four",
+    "smile": "\U0001f600 is told of, and \U00010400 too",
+    "pattern": "%a+ [x] .* ^$ -",
+    "plain": "",
+}
+# Text, and who of the above is found by it.
+SEARCHED = [
+    ("strasse", {"street"}),
+    ("STRASSE", {"street"}),
+    ("straße", {"street"}),
+    ("ss", {"street", "odyssey"}),
+    ("éclair", {"flash"}),
+    ("ÉCLAIR", {"flash"}),
+    ("E\u0301CLAIR", {"decomposed"}),
+    ("clair", {"flash", "decomposed"}),
+    ("i\u0307stanbul", {"istanbul"}),
+    ("istanbul", {"istanbul"}),
+    ("οδυσσευς", {"odyssey"}),
+    ("ΣΕΥΣ", {"odyssey"}),
+    ("FILE OF", {"file"}),
+    ("kelvin", {"file"}),
+    ('"HI"', {"quote"}),
+    ("\\O/", {"quote"}),
+    ("one\nTWO\t", {"lines"}),
+    ("\u2028", {"lines"}),
+    ("lines\none", {"lines"}),
+    ("\U0001f600", {"smile"}),
+    ("\U00010428", {"smile"}),
+    ("%A+", {"pattern"}),
+    ("[x]", {"pattern"}),
+    (".*", {"pattern"}),
+    ("\n", set(DESCRIBED)),
+    ("plain\nfile", set()),
+    ("absent", set()),
+]
+
+
+def test_a_text_is_found_among_two_nodes_as_at_one(gateway, pair):
+    keys = {name: DIDKey.from_seed(name.encode().ljust(32)) for name in DESCRIBED}
+    names = {key.did: name for name, key in keys.items()}
+    with ExitStack() as stack:
+        askers = [stack.enter_context(Agent(node.port)) for node in (gateway, *pair)]
+        for number, (name, description) in enumerate(DESCRIBED.items()):
+            capability = {"name": name, "description": description, "tags": ["told"]}
+            for port in (gateway.port, pair[number % 2].port):
+                agent = stack.enter_context(Agent(port, keys[name], register=False))
+                registered(agent, capability, {"name": "other", "tags": ["rest"]})
+        for text, expected in SEARCHED:
+            for query in ({}, {"tag": "told"}, {"limit": 1}):
+                answers = [dids(found(asker, text=text, **query)) for asker in askers]
+                assert {names[did] for did in answers[0]} == expected, (text, query)
+                assert answers == [sorted(answers[0])] * 3, (text, query)
+            for name in DESCRIBED:
+                answers = [dids(found(asker, text=text, capability=name)) for asker in askers]
+                assert answers == [[keys[name].did] if name in expected else []] * 3, (text, name)
 
 
 def test_large_cards_come_in_pages_that_fit(ports):

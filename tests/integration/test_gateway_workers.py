@@ -250,17 +250,21 @@ def test_what_a_slow_agent_has_not_taken_comes_back_if_its_worker_dies(gateway):
 @pytest.mark.soak
 @pytest.mark.timeout(400)
 async def test_workers_killed_under_load_lose_no_message_in_silence(tmp_path, start_gateway):
-    """SIGKILL, twenty times, with 2,000 agents: every agent is back within ten seconds."""
+    """SIGKILL, twenty times, with 2,000 agents, some of them away: every agent is back within ten seconds."""
     gateway = start_gateway("--workers", str(WORKERS), "--message-rate", "0")
     count = int(os.environ.get("AICONEXUS_FLOCK", "2000"))
     flock = Flock([gateway.port], count, seed=3)
     await flock.start()
     total: Counter[str] = Counter()
+    waited = 0
     for _ in range(20):
         sent = []
         for step in range(3_000):
             if step == 1_500:
+                waited += gateway.health()["waiting"]
                 gateway.kill_worker(flock.rng.choice(gateway.worker_pids))
+            if step % 20 == 0:
+                flock.rest(2.0)
             message = flock.send()
             if message is not None:
                 sent.append(message)
@@ -271,6 +275,7 @@ async def test_workers_killed_under_load_lose_no_message_in_silence(tmp_path, st
     state = gateway.health()
     assert (state["sessions"], state["routes"], state["connections"]) == (count, count, count)
     assert total["delivered"] > 20 * 1_500
+    assert waited > 0
     await flock.leave()
     wait_until(lambda: gateway.health()["connections"] == 0)
     died = [line for line in gateway.log_lines() if line["event"] == "worker died"]

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from ports import free_port
 from relay import Relay
 
 if TYPE_CHECKING:
@@ -267,13 +267,6 @@ class Web:
     def failures(self) -> list[dict[str, Any]]:
         errors: list[dict[str, Any]] = self.statistics()["errors"]
         return errors
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture

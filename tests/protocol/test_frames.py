@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiconexus.protocol import MalformedMessageError
-from aiconexus.protocol.frames import Credit, Data, credit_frame, data_frame, parse_frame
+from aiconexus.protocol.frames import Credit, Data, End, credit_frame, data_frame, end_frame, parse_frame
 from aiconexus.protocol.limits import CHUNK_MAX_BYTES, FRAME_HEAD_BYTES, INTEGER_MAX
 
 CALL = "01234567-89ab-4def-8123-456789abcdef"
@@ -26,6 +26,11 @@ def test_data_survives(call: UUID, chunk: bytes) -> None:
 @given(st.uuids(), st.integers(0, INTEGER_MAX))
 def test_credit_survives(call: UUID, taken: int) -> None:
     assert parse_frame(credit_frame(str(call), taken)) == Credit(str(call), taken)
+
+
+@given(st.uuids(), st.binary(min_size=32, max_size=32))
+def test_end_survives(call: UUID, digest: bytes) -> None:
+    assert parse_frame(end_frame(str(call), digest)) == End(str(call), digest)
 
 
 def test_id_may_be_written_in_capitals() -> None:
@@ -57,7 +62,10 @@ def test_chunk_is_as_long_as_it_may_be(size: int) -> None:
         b"\x02" + HEAD + (INTEGER_MAX + 1).to_bytes(8, "big"),
         b"\x02" + HEAD + b"\xff" * 8,
         b"\x00" + HEAD + b"x",
-        b"\x03" + HEAD + bytes(8),
+        b"\x03" + HEAD,
+        b"\x03" + HEAD + bytes(31),
+        b"\x03" + HEAD + bytes(33),
+        b"\x04" + HEAD + bytes(8),
         b"\xff" + HEAD + b"x",
         b'{"type": "PING"}',
     ],
@@ -69,15 +77,16 @@ def test_frame_of_another_form_is_refused(frame: bytes) -> None:
     assert caught.value.message_id is None
 
 
-@given(st.binary(max_size=40))
+@given(st.binary(max_size=60))
 def test_any_bytes_are_a_frame_or_refused(data: bytes) -> None:
     try:
         frame = parse_frame(data)
     except MalformedMessageError:
         return
-    again = (
-        data_frame(frame.call, frame.chunk)
-        if isinstance(frame, Data)
-        else credit_frame(frame.call, frame.taken)
-    )
-    assert again == data
+    match frame:
+        case Data(call, chunk):
+            assert data_frame(call, chunk) == data
+        case Credit(call, taken):
+            assert credit_frame(call, taken) == data
+        case End(call, digest):
+            assert end_frame(call, digest) == data

@@ -29,6 +29,7 @@ class AsyncAgent:
         self.sent: Counter[str] = Counter()
         self.got: list[tuple[str, str]] = []  # sender, id
         self.errors: Counter[str] = Counter()
+        self.seen: set[str] = set()  # ids of ERRORs
         self.pongs: asyncio.Queue[str] = asyncio.Queue()
         self.resumed = 0
         self.generation = 0
@@ -93,7 +94,10 @@ class AsyncAgent:
                 got = json.loads(payload)
                 if got["type"] == "PONG":
                     self.pongs.put_nowait(got["correlation_id"])
+                elif got["type"] == "ERROR" and got["id"] in self.seen:
+                    pass  # sent once more, for it was not known whether it had arrived
                 elif got["type"] == "ERROR":
+                    self.seen.add(got["id"])
                     self.errors[got["correlation_id"]] += 1
                     self.error_names[got["payload"]["details"]["name"]] += 1
                 else:
@@ -118,14 +122,15 @@ class AsyncAgent:
                 }
             ).encode()
         data = self.template.replace(b"@id", name.encode()).replace(b"@to", target.encode())
-        if not self._is_reset():
+        if not self.is_reset():
             self.writer.write(frame(TEXT, data))
         self.sent[name] += 1
         return name
 
-    def _is_reset(self) -> bool:
+    def is_reset(self) -> bool:
         """Tell whether the connection was reset: a write that fails would drop what is not read yet."""
-        assert self.writer is not None
+        if self.writer is None:
+            return True
         if self.writer.is_closing():
             return True
         poll = select.poll()

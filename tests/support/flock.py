@@ -38,6 +38,7 @@ class Flock:
         self.number = 0
         self.is_leaving = False
         self.roaming: dict[AsyncAgent, asyncio.Task[None]] = {}
+        self.resting: dict[AsyncAgent, float] = {}
 
     async def start(self) -> None:
         await asyncio.gather(*(self._connect(agent) for agent in self.agents))
@@ -70,6 +71,8 @@ class Flock:
             if agent.writer is not None:
                 agent.writer.close()
             agent.writer = agent.reading = None
+            await asyncio.sleep(self.resting.get(agent, 0))
+            self.resting.pop(agent, None)
             await self._connect(agent)
 
     def roam(self) -> None:
@@ -78,11 +81,30 @@ class Flock:
         One that is dropped instead loses what its kernel has taken.
         """
         agent = self.rng.choice(self.agents)
-        if agent.reading is None or agent.reading.done() or agent in self.roaming:
+        if not self._is_settled(agent):
             return
         agent.port = self.rng.choice(self.ports)
         task = self.roaming[agent] = asyncio.create_task(agent.connect(resume=True))
         task.add_done_callback(lambda _: self.roaming.pop(agent))
+
+    def rest(self, seconds: float) -> None:
+        """Let a random agent be away for a time; messages wait for it.
+
+        It reads up to the end of its connection: what was written to that has not been lost.
+        """
+        agent = self.rng.choice(self.agents)
+        if self._is_settled(agent) and agent.writer is not None and not agent.is_reset():
+            self.resting[agent] = seconds
+            agent.writer.write_eof()
+
+    def _is_settled(self, agent: AsyncAgent) -> bool:
+        """Tell whether an agent is neither coming nor going."""
+        return (
+            agent.reading is not None
+            and not agent.reading.done()
+            and agent not in self.roaming
+            and agent not in self.resting
+        )
 
     @property
     def present(self) -> list[AsyncAgent]:
@@ -91,7 +113,7 @@ class Flock:
     def send(self) -> tuple[str, AsyncAgent, int] | None:
         """Send a message from one random agent to another; return its id, its sender and the connection."""
         sender, target = self.rng.choice(self.agents), self.rng.choice(self.agents)
-        if sender in self.roaming or sender.reading is None or sender.reading.done():
+        if not self._is_settled(sender):
             return None
         self.number += 1
         return sender.send(target.did, self.number), sender, sender.generation

@@ -108,6 +108,7 @@ class Visit:
             "resume_token": f"token-{number}",
             "ice_servers": [{"urls": "stun:127.0.0.1:3478"}],
             "resumed": resumed,
+            **self.gateway.extra,
         }
         payload = RegisterPayload(public_key=self.key.public_key_base58)
         reply = register.reply(payload, ext=ext).model_copy(update=changes)
@@ -164,6 +165,7 @@ class ScriptedGateway:
     def __init__(self) -> None:
         self.key = DIDKey.generate()
         self.scripts: list[Script] = []
+        self.extra: dict[str, Any] = {}  # `ext` of every answer to REGISTER
         self.remembers = True  # sessions, so that they can be resumed
         self.connections = 0
         self.registered = 0

@@ -107,7 +107,6 @@ class Local(Agent):
         peer = self._peers.get(did)
         if peer is None or (await peer.settled()).value != "open":
             peer = await self._signaling.connect(did, timeout=timeout)
-        peer.hold()
         return peer
 
     async def start(self) -> None:

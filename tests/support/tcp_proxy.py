@@ -10,13 +10,16 @@ from contextlib import suppress
 class TcpProxy:
     """Listens on a port of 127.0.0.1 and passes everything on, after `delay` seconds each way.
 
-    It runs in a thread of its own. While `is_cut`, connections are ended and new ones refused.
+    It runs in a thread of its own. While `is_cut`, connections are ended and new ones refused. Where the
+    bytes `held` come, they and what follows wait for `release`.
     """
 
     def __init__(self, target: int) -> None:
         self.target = target
         self.delay = 0.0
         self.is_cut = False
+        self.held = b""
+        self.is_holding = threading.Event()
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -35,6 +38,7 @@ class TcpProxy:
 
     async def _serve(self) -> None:
         self._over = asyncio.Event()
+        self._released = asyncio.Event()
         server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
         self._started.set()
@@ -63,6 +67,9 @@ class TcpProxy:
         """Copy one direction; what comes later never waits less, so the order stays."""
         with suppress(OSError):
             while data := await reader.read(65_536):
+                if self.held and self.held in data:
+                    self.is_holding.set()
+                    await self._released.wait()
                 if self.delay:
                     self._loop.call_later(self.delay, writer.write, data)
                 else:
@@ -84,6 +91,11 @@ class TcpProxy:
     def mend(self) -> None:
         """Pass on again."""
         self.is_cut = False
+
+    def release(self) -> None:
+        """Hold nothing any longer."""
+        self.held = b""
+        self._loop.call_soon_threadsafe(self._released.set)
 
     def redirect(self, target: int) -> None:
         """End all connections; new ones go to another server."""

@@ -6,6 +6,7 @@ the tree differs from what it writes. The vectors are plain JSON: other implemen
 
 from __future__ import annotations
 
+import hmac
 import json
 import re
 from base64 import b64encode
@@ -27,6 +28,7 @@ SEEDS = {"gateway": b"\x01" * 32, "A": b"\x02" * 32, "B": b"\x03" * 32}
 KEYS = {name: SigningKey(seed) for name, seed in SEEDS.items()}
 DIDS = {name: encode_did(bytes(key.verify_key)) for name, key in KEYS.items()}
 NONCE = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8"  # the bytes 00 01 ... 1f
+TURN_USERNAME = f"1768298403:{DIDS['A']}"  # the secret that it is signed with is "north"
 RESUME_TOKEN = "ICEiIyQlJicoKSorLC0uLzAxMjM0NTY3ODk6Ozw9Pj8"
 
 
@@ -164,7 +166,15 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
         "ext": {
             "session": "5d2a3c1e-7b5b-4b8e-9d43-8d5c7f1a2b3c",
             "resume_token": RESUME_TOKEN,
-            "ice_servers": [{"urls": ["stun:stun.example:3478"]}],
+            "ice_servers": [
+                {"urls": ["stun:stun.example:3478"]},
+                {
+                    "urls": ["turn:turn.example:3478?transport=udp", "turns:turn.example:5349"],
+                    "username": TURN_USERNAME,
+                    "credential": b64encode(hmac.digest(b"north", TURN_USERNAME.encode(), "sha1")).decode(),
+                },
+            ],
+            "ice_servers_ttl_ms": 86_400_000,
             "resumed": False,
         },
     },
@@ -645,6 +655,9 @@ LIMITS = (
     ("PEER_PING_INTERVAL_SECONDS", "s", "of silence on the DataChannel before a PING"),
     ("PEER_PONG_TIMEOUT_SECONDS", "s", "after that PING without any packet until the peer counts as dead"),
     ("PEER_STALL_SECONDS", "s", "a peer may take nothing of what waits for it"),
+    ("PEER_IDLE_SECONDS", "s", "without a call until an agent lets a connection go that nothing holds"),
+    ("TURN_TTL_SECONDS", "s", "TURN credentials can be used, unless the operator says otherwise"),
+    ("GATHER_TIMEOUT_SECONDS", "s", "STUN and TURN servers have to answer"),
     ("CONNECT_TIMEOUT_SECONDS", "s", "from OFFER to an open DataChannel"),
     ("REQUEST_TIMEOUT_SECONDS", "s", "for an answer of the gateway"),
     ("CALL_TIMEOUT_SECONDS", "s", "for an execution whose caller names no other deadline"),

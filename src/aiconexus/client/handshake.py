@@ -53,7 +53,9 @@ class Session:
         id: For people and logs.
         resumed: Whether this continues the session before a drop. If so, what came for this agent in between
             follows; if not, senders were told, and whoever watches presence must ask again.
-        ice_servers: STUN and TURN servers, as WebRTC's `RTCIceServer` dictionaries.
+        ice_servers: STUN and TURN servers, as WebRTC's `RTCIceServer` dictionaries. The client gets new ones
+            before they expire.
+        ice_servers_ttl: How long they could be used when they came, in seconds; None if for ever.
         gateway_did: The DID that the gateway has proven.
         features: What this gateway can do beside routing.
         limits: What it announced: `message_max_bytes`; `message_rate` and `message_burst`, how many messages
@@ -63,6 +65,7 @@ class Session:
     id: str
     resumed: bool
     ice_servers: list[dict[str, Any]]
+    ice_servers_ttl: float | None
     gateway_did: str
     features: tuple[str, ...]
     limits: dict[str, Any]
@@ -239,7 +242,6 @@ def read_answer(
             f"the gateway's answer to REGISTER does not prove its key: {error}"
         ) from error
     session, token = message.ext.get("session"), message.ext.get("resume_token")
-    ice_servers = message.ext.get("ice_servers")
     if (
         not isinstance(message.payload, RegisterPayload)
         or message.correlation_id != request.id
@@ -249,9 +251,7 @@ def read_answer(
     granted = Session(
         id=session,
         resumed=message.ext.get("resumed") is True,
-        ice_servers=[dict(server) for server in ice_servers if isinstance(server, dict)]
-        if isinstance(ice_servers, list)
-        else [],
+        **read_ice_servers(message),
         gateway_did=challenge.gateway_did,
         features=challenge.features,
         limits=challenge.limits,
@@ -259,6 +259,17 @@ def read_answer(
     if isinstance(token, str) and len(token) <= _RESUME_TOKEN_MAX:
         return granted, Resume(challenge.gateway_did, token)
     return granted, None
+
+
+def read_ice_servers(answer: Message) -> dict[str, Any]:
+    """Return the fields of a Session that every answer to REGISTER renews."""
+    servers, ttl_ms = answer.ext.get("ice_servers"), answer.ext.get("ice_servers_ttl_ms")
+    return {
+        "ice_servers": [dict(server) for server in servers if isinstance(server, dict)]
+        if isinstance(servers, list)
+        else [],
+        "ice_servers_ttl": ttl_ms / 1e3 if type(ttl_ms) is int and ttl_ms > 0 else None,
+    }
 
 
 def check_limits(shown: Shown, limits: dict[str, Any]) -> None:

@@ -21,11 +21,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import random
 import ssl as tls
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import TracebackType
 from typing import Final, TypeVar
@@ -75,6 +76,8 @@ INBOX_MAX_MESSAGES: Final = 1024  # unread in the queue; 64 MiB of the largest o
 HANDLERS_MAX: Final = 1024  # coroutines of handlers that run at the same time
 ANSWERS_MAX: Final = 1024  # PONGs and ERRORs on their way out; beyond it they are left out
 FAULTS_MAX: Final = 1024  # senders and causes that are logged apart
+RENEWAL_SHARE: Final = (0.2, 0.4)  # of the life of TURN credentials: one renewal may fail, or two
+RENEWAL_MIN_SECONDS: Final = 0.2  # no gateway can make this client busy with it
 ANSWER_IDS: Final = 64  # remembered of the latest answers
 
 _DATA_PLANE = frozenset({MessageType.INTENT, MessageType.EXEC_REQUEST, MessageType.EXEC_RESPONSE})
@@ -297,9 +300,26 @@ class GatewayClient:
         assert self._session is not None
         handshake.check_limits(shown, self._session.limits)
         self._shown = shown
+        await self._register_again(self._left(deadline))
+
+    async def _register_again(self, timeout: float) -> None:
+        """REGISTER on the session: others see what is to be shown, and the ICE servers are new."""
+        assert self._session is not None
         payload = RegisterPayload(public_key=self._key.public_key_base58)
-        message = Message.create(self.did, self._session.gateway_did, payload, ext=shown.ext())
-        await self.request(message, timeout=self._left(deadline))
+        message = Message.create(self.did, self._session.gateway_did, payload, ext=self._shown.ext())
+        answer = await self.request(message, timeout=timeout)
+        if self._session is not None and "ice_servers" in answer.ext:
+            self._session = replace(self._session, **handshake.read_ice_servers(answer))
+
+    async def _renew_ice_servers(self) -> None:
+        """Ask for new TURN credentials before the last ones expire, as long as this connection lasts."""
+        while self._session is not None and (ttl := self._session.ice_servers_ttl) is not None:
+            share = random.uniform(*RENEWAL_SHARE)  # noqa: S311 -- so that not all come at once
+            await asyncio.sleep(max(share * ttl, RENEWAL_MIN_SECONDS))
+            try:
+                await self._register_again(REQUEST_TIMEOUT_SECONDS)
+            except AIConexusError as error:
+                _log.warning("%s: no new TURN credentials: %s", self.url, error)
 
     def discover(
         self,
@@ -606,6 +626,7 @@ class GatewayClient:
         loop = asyncio.get_running_loop()
         connection = Connection(self._dialled_url, self._ssl)
         registered_at: float | None = None
+        renewing: asyncio.Task[None] | None = None
         try:
             await connection.open(
                 self._key,
@@ -617,6 +638,7 @@ class GatewayClient:
             )
             registered_at = loop.time()
             self._registered(connection)
+            renewing = asyncio.ensure_future(self._renew_ice_servers())
             if not started.done():
                 started.set_result(connection.session)
             while True:
@@ -627,6 +649,8 @@ class GatewayClient:
             _log.exception("%s: unexpected fault", self.url)
             return ConnectionEnded(GatewayUnreachableError(f"a fault of this client, report it: {error!r}"))
         finally:
+            if renewing is not None:
+                renewing.cancel()
             connection.abort()
             if registered_at is not None:
                 self._backoff.ended(loop.time() - registered_at)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import ssl as tls
@@ -33,6 +34,7 @@ from aiconexus.client.socket import ClientState, GatewayClient, short_did
 from aiconexus.core.answers import Answers
 from aiconexus.core.capabilities import CapabilityMethod, capabilities_of
 from aiconexus.core.channel import Channel
+from aiconexus.core.gathering import read_ice_servers
 from aiconexus.core.input import BrokenInputError
 from aiconexus.core.intents import Intent, Quote
 from aiconexus.core.peer import Peer, PeerState
@@ -46,7 +48,7 @@ from aiconexus.protocol.errors import (
     PeerConnectError,
     UnknownCapabilityError,
 )
-from aiconexus.protocol.limits import CALL_TIMEOUT_SECONDS, CONNECT_TIMEOUT_SECONDS
+from aiconexus.protocol.limits import CALL_TIMEOUT_SECONDS, CONNECT_TIMEOUT_SECONDS, PEER_IDLE_SECONDS
 from aiconexus.protocol.models import Message, MessageType
 from aiconexus.protocol.security import DIDKey, decode_did
 
@@ -91,9 +93,12 @@ class Agent:
         host_addresses: Addresses of this machine that others may connect to; None for all but loopback.
         ice_servers: STUN and TURN servers as W3C RTCIceServer (`urls`, `username`, `credential`); None for
             those that the gateway names, if any.
+        relay_only: Whether no other agent may learn an address of this machine: all goes over a TURN server.
         gateway_did: The DID that the gateway must prove.
         ssl: For a `wss` gateway; the system's certificates if None.
         backoff: When to come back to a gateway that was lost.
+        idle_timeout: After how many seconds without a call a connection is let go that no `async with` holds;
+            None for never. It is closed if the other side does not need it either.
         peers_max: How many may be connected when another agent asks to connect; the next is told busy.
         hidden: Whether only those can find it who know its DID.
 
@@ -110,9 +115,11 @@ class Agent:
         passphrase: str | None = None,
         host_addresses: Sequence[str] | None = None,
         ice_servers: Iterable[RTCIceServer | Mapping[str, Any]] | None = None,
+        relay_only: bool = False,
         gateway_did: str | None = None,
         ssl: tls.SSLContext | None = None,
         backoff: Backoff | None = None,
+        idle_timeout: float | None = PEER_IDLE_SECONDS,
         peers_max: int = PEERS_MAX,
         hidden: bool = False,
     ) -> None:
@@ -127,8 +134,11 @@ class Agent:
         self._gateway = gateway
         self._host_addresses = None if host_addresses is None else tuple(host_addresses)
         self._ice_servers = None if ice_servers is None else tuple(ice_servers)
+        read_ice_servers(self._ice_servers or ())
+        self._relay_only = relay_only
         self._capabilities: dict[str, CapabilityMethod] = capabilities_of(self)
         self._client = GatewayClient(gateway, self._key, gateway_did=gateway_did, ssl=ssl, backoff=backoff)
+        self._idle_timeout = math.inf if idle_timeout is None else idle_timeout
         self._peers_max = peers_max
         self._hidden = hidden
         self._signaling: Signaling[Peer] = Signaling(
@@ -311,7 +321,7 @@ class Agent:
         """Connect with another agent; await it, or use it with `async with`.
 
         There is one connection with an agent, whoever asked for it first. `async with` needs it until it is
-        left, `await` until `Peer.close`.
+        left; `await` until it was idle for `idle_timeout` or the Peer is closed.
 
         Args:
             did: Of the other agent.
@@ -346,7 +356,6 @@ class Agent:
             peer = await self._signaling.connect(did, timeout=max(0.0, deadline - loop.time()))
             if peer.state is PeerState.CLOSED:
                 raise PeerConnectError(f"{short_did(did)} went away at once", did)
-        peer.hold()
         return peer
 
     def _new_connection(self) -> PeerConnection:
@@ -354,7 +363,9 @@ class Agent:
         if servers is None:
             session = self._client.session
             servers = () if session is None else tuple(session.ice_servers)
-        return PeerConnection(host_addresses=self._host_addresses, ice_servers=servers)
+        return PeerConnection(
+            host_addresses=self._host_addresses, ice_servers=servers, relay_only=self._relay_only
+        )
 
     async def _admit(self, did: str) -> str | None:
         # One that is connected already was started anew: it replaces its connection.
@@ -375,6 +386,7 @@ class Agent:
             on_execute=self._execute,
             on_closed=self._peer_closed,
             answers=self._answers_to(did),
+            idle_timeout=self._idle_timeout,
         )
         self._all_peers.add(peer)
         if replaced is not None:
@@ -492,10 +504,16 @@ class Connecting:
         self._peer: Peer | None = None
 
     def __await__(self) -> Generator[Any, None, Peer]:
-        return self._connect().__await__()
+        return self._awaited().__await__()
+
+    async def _awaited(self) -> Peer:
+        peer = await self._connect()
+        peer.hold()
+        return peer
 
     async def __aenter__(self) -> Peer:
         self._peer = await self._connect()
+        self._peer.hold(in_block=True)
         return self._peer
 
     async def __aexit__(
@@ -505,4 +523,4 @@ class Connecting:
         traceback: TracebackType | None,
     ) -> None:
         assert self._peer is not None
-        await self._peer.release()
+        await self._peer.release(in_block=True)

@@ -14,7 +14,7 @@ from aiconexus.protocol.limits import CLOCK_SKEW_SECONDS
 
 # After that a request is stale by its timestamp, which may have been as far ahead as it may be behind.
 KEEP_SECONDS: Final = 2 * CLOCK_SKEW_SECONDS
-KEEP_MAX: Final = 4_096  # requests of one agent
+KEEP_MAX: Final = 8_192  # requests of one agent: twice as many as it may have accepted
 KEEP_MAX_BYTES: Final = 1_048_576  # of their answers; an answer with attachments is not kept
 
 

@@ -85,7 +85,6 @@ from aiconexus.protocol.errors import (
 )
 from aiconexus.protocol.frames import Credit, End, end_frame, parse_frame
 from aiconexus.protocol.limits import (
-    ATTACHMENTS_MAX_BYTES,
     CALL_TIMEOUT_SECONDS,
     DATA_MESSAGE_MAX_BYTES,
 )
@@ -103,7 +102,7 @@ from aiconexus.protocol.models import (
     UnregisterPayload,
 )
 from aiconexus.protocol.receipts import Receipt
-from aiconexus.protocol.security import DIDKey, ReplayGuard, sign_message, verify_message
+from aiconexus.protocol.security import DIDKey, ReplayGuard, sign_message, verify_loaded
 from aiconexus.protocol.serialization import encode, loads, parse
 
 ERROR_TEXT_MAX: Final = 4_096  # characters of an exception's text that travel
@@ -413,17 +412,24 @@ class Calls:
         served = self._served.get(id_)
         if served is None:
             return
-        text = _sendable(text)
         self.outbox.drop(id_)
+        self._answer(id_, self._failure(id_, served, name, text, seconds))
+
+    def _turn_down(self, id_: str, name: str, text: str) -> Reply:
+        """End a call of the peer before it has begun, at once: so much waits for nobody's turn."""
+        failure = self._failure(id_, self._served[id_], name, text, 0.0)
+        self._close_served(id_, failure)
+        return Reply(failure)
+
+    def _failure(self, id_: str, served: _Served, name: str, text: str, seconds: float) -> str:
+        text = _sendable(text)
         if served.type is MessageType.INTENT:
             cause = {"busy": "busy", "timeout": "deadline"}.get(name, "internal")
-            self._answer(id_, self._error(ErrorPayload.for_cause(cause, text), id_))
-            return
+            return self._error(ErrorPayload.for_cause(cause, text), id_)
         status = ExecStatus.CANCELLED if name == CallCancelledError.name else ExecStatus.ERROR
         payload = ExecResponsePayload(status=status, error=text, execution_time_ms=round(seconds * 1e3))
         ext = {**self._input_ext(id_), "error": {"name": name}}
-        message = self._message(payload, correlation_id=id_, ext=ext)
-        self._answer(id_, self._sign(message))
+        return self._sign(self._message(payload, correlation_id=id_, ext=ext))
 
     def _input_ext(self, id_: str) -> dict[str, JsonValue]:
         served = self._served[id_]
@@ -452,12 +458,16 @@ class Calls:
     def _answer(
         self, id_: str, text: str, attached: list[bytes] | None = None, *, is_kept: bool = True
     ) -> None:
-        served = self._served.pop(id_)
         self.outbox.put(id_, text, attached or [])
         self.outbox.end(id_)
+        self._close_served(id_, text if is_kept and not attached else None)
+
+    def _close_served(self, id_: str, text: str | None) -> None:
+        """Take a call of the peer for over; the same request is answered by `text` from now on."""
+        served = self._served.pop(id_)
         self._inbox.close(id_)
         if served.answer is not None:
-            self._answers.end(served.answer, text if is_kept and not attached else None)
+            self._answers.end(served.answer, text)
 
     # --- what arrives ---------------------------------------------------------------------------
 
@@ -494,13 +504,7 @@ class Calls:
 
     def _prove(self, data: str, envelope: dict[str, Any]) -> Message:
         if _must_be_signed(envelope):
-            return verify_message(
-                data,
-                recipient=self._key.did,
-                sender=self.peer,
-                guard=self._guard,
-                limit=DATA_MESSAGE_MAX_BYTES,
-            )
+            return verify_loaded(envelope, data, recipient=self._key.did, sender=self.peer, guard=self._guard)
         message = parse(envelope, data.encode())
         if message.from_ != self.peer:
             raise InvalidSignatureError(name="wrong_sender", field="from", message_id=message.id)
@@ -572,11 +576,9 @@ class Calls:
         return event
 
     def _take_end(self, end: End) -> Event | None:
-        served = self._served.get(end.call)
-        if served is None:
+        if not self._inbox.end_input(end.call):
             return None
-        self._inbox.end_input(end.call)
-        is_whole = served.input.digest() == end.digest
+        is_whole = self._served[end.call].input.digest() == end.digest
         return InputEnded(end.call, "" if is_whole else "what came of the stream is not what was sent")
 
     def _grant(self, call: str) -> None:
@@ -603,12 +605,11 @@ class Calls:
             args.update(whole)
         elif whole is not None:
             return ArgumentsArrived(call, {}, "the arguments are no object")
-        for at, value in values.items():
-            name = argument_name(at)
-            assert name is not None
-            if name in args:
-                return ArgumentsArrived(call, {}, f"the argument {name[:64]!r} came twice")
-            args[name] = value
+        named = {argument_name(at) or "": value for at, value in values.items()}
+        stream = set() if assembly.stream is None else {argument_name(assembly.stream) or ""}
+        if twice := args.keys() & (named.keys() | stream):
+            return ArgumentsArrived(call, {}, f"the argument {min(twice)[:64]!r} came twice")
+        args.update(named)
         return ArgumentsArrived(call, args)
 
     def _take_intent(self, message: Message, payload: IntentPayload, busy: str) -> Event | None:
@@ -647,7 +648,7 @@ class Calls:
             params=payload.params,
         )
         timeout = min(timeout_ms / 1e3, TIMEOUT_MAX_SECONDS)
-        return IntentArrived(intent, timeout) if self._begin(message, busy) else None
+        return self._begin(message, busy) or IntentArrived(intent, timeout)
 
     def _take_cancel(self, asked: str) -> Event | None:
         """Stop a call of the peer; of one that is over, what is still on its way out."""
@@ -671,8 +672,8 @@ class Calls:
                 return None
             raise ReplayedMessageError(message_id=message.id)
         attachments = attachments_of(message)
-        if not self._begin(message, busy):
-            return None
+        if (refusal := self._begin(message, busy)) is not None:
+            return refusal
         served = self._served[id_]
         served.is_stream = payload.stream is True
         served.args = dict(payload.args)
@@ -683,35 +684,30 @@ class Calls:
         if attachments:
             assembly = Assembly(message, attachments)
             stream = None if assembly.stream is None else argument_name(assembly.stream)
-            if assembly.size > ATTACHMENTS_MAX_BYTES:
-                self.fail(id_, InvalidArgumentsError.name, too_large(assembly.size))
-                return None
-            if not self._inbox.has_room(assembly.size):
+            if not self._inbox.could_have_room(assembly):
+                return self._turn_down(id_, InvalidArgumentsError.name, too_large(assembly.size))
+            if not self._inbox.has_room(assembly):
                 text = f"busy: {self._inbox.kept} bytes of your calls are kept here; try again"
-                self.fail(id_, CallBusyError.name, text)
-                return None
+                return self._turn_down(id_, CallBusyError.name, text)
             self._inbox.collect(id_, assembly)
             if self._inbox.completed(id_) is None:
                 return ExecutionArrived(id_, capability, None, timeout, served.is_stream, stream)
             arrived = self._take_attached(id_, assembly)
             assert isinstance(arrived, ArgumentsArrived)
             if arrived.fault:
-                self.fail(id_, InvalidArgumentsError.name, arrived.fault)
-                return None
+                return self._turn_down(id_, InvalidArgumentsError.name, arrived.fault)
             args = arrived.args
         return ExecutionArrived(id_, capability, args, timeout, served.is_stream, stream)
 
-    def _begin(self, message: Message, busy: str) -> bool:
-        """Accept a call of the peer; tell whether there was room for it."""
+    def _begin(self, message: Message, busy: str) -> Reply | None:
+        """Accept a call of the peer, or return why there is no room for it."""
         id_ = message.id.lower()
         if id_ in self._open:  # frames of the one would pass for frames of the other
             raise ReplayedMessageError("the id is that of a call of this side", message_id=message.id)
         served = self._served[id_] = _Served(message.type)
         if message.type is MessageType.EXEC_REQUEST and not busy:
             served.answer = self._answers.begin(id_, message.signature or "", self._clock())
-        if busy:
-            self.fail(id_, CallBusyError.name, f"busy: {busy}; try again")
-        return not busy
+        return self._turn_down(id_, CallBusyError.name, f"busy: {busy}; try again") if busy else None
 
     def _is_repeated(self, envelope: dict[str, Any]) -> bool:
         """Tell whether a message that came before is a request whose answer is known, or under way."""
@@ -754,7 +750,7 @@ class Calls:
         if not attachments:
             return self._take_value(asked, message, payload, payload.result, 0)
         assembly = Assembly(message, attachments)
-        if not self._inbox.has_room(assembly.size):
+        if not self._inbox.has_room(assembly):
             raise MalformedMessageError(too_large(assembly.size), name="too_large", message_id=message.id)
         self._inbox.collect(asked, assembly)
         if self._inbox.completed(asked) is None:

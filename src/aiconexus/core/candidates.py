@@ -1,13 +1,11 @@
-"""ICE candidates: which addresses of this machine are offered, and which of the other side are tried.
+"""ICE candidates of the other side: how they are written, and which of them are tried.
 
-aioice offers every address except loopback and has no option for it; aiortc has none either. And a browser
-may name its addresses only as mDNS names (`….local`, draft-ietf-mmusic-mdns-ice-candidates), which
+A browser may name its addresses only as mDNS names (`….local`, draft-ietf-mmusic-mdns-ice-candidates), which
 to resolve means to ask the whole local network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from aioice.mdns import is_mdns_hostname
@@ -17,7 +15,7 @@ from aiortc.sdp import candidate_from_sdp
 from aiconexus.protocol.errors import MalformedMessageError
 
 if TYPE_CHECKING:
-    from aioice import Candidate, Connection
+    from aioice import Connection
 
 _CANDIDATE = "a=candidate:"
 _END_OF_CANDIDATES = "a=end-of-candidates"
@@ -26,22 +24,6 @@ _END_OF_CANDIDATES = "a=end-of-candidates"
 def ice_connection(pc: RTCPeerConnection) -> Connection | None:
     """Return aioice's side of the DataChannel's transport; None before there is one."""
     return pc.sctp.transport.transport._connection if pc.sctp is not None else None
-
-
-def choose_host_addresses(pc: RTCPeerConnection, addresses: Sequence[str]) -> None:
-    """Let `pc` gather host candidates on these addresses of this machine and no others.
-
-    To be called once its DataChannel's transport exists and before setLocalDescription gathers. It
-    touches this one connection: two agents in a process may choose differently.
-    """
-    connection = ice_connection(pc)
-    assert connection is not None
-    gather, chosen = connection.get_component_candidates, list(addresses)
-
-    async def gather_on_chosen(component: int, addresses: list[str], timeout: int = 5) -> list[Candidate]:
-        return await gather(component, chosen, timeout)
-
-    connection.get_component_candidates = gather_on_chosen  # type: ignore[method-assign]
 
 
 def take_out_mdns(sdp: str) -> tuple[str, list[str], bool]:

@@ -7,14 +7,20 @@ One that is an async generator streams: what it yields are the parts of its resu
 from __future__ import annotations
 
 import inspect
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+from base64 import b64decode
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints, overload
 
 import orjson
-from pydantic import ConfigDict, JsonValue, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import (
+    ConfigDict,
+    JsonValue,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import CoreSchema, PydanticSerializationError, core_schema
 
@@ -27,6 +33,7 @@ from aiconexus.protocol.models import Capability
 _MARK: Final = "__aiconexus_capability__"
 _DESCRIPTION_MAX: Final = 1_024  # characters; protocol.models.Capability refuses more
 _RESERVED: Final = frozenset({"timeout", "on_progress", "on_receipt"})  # Peer.execute takes them itself
+ADAPTERS_MAX: Final = 16  # of a method: one for each set of arguments that came as bytes
 _STREAMS: Final = (AsyncGenerator, AsyncIterator, AsyncIterable)
 
 Method = TypeVar("Method", bound=Callable[..., Coroutine[Any, Any, Any] | AsyncIterator[Any]])
@@ -113,21 +120,19 @@ class CapabilityMethod:
     def __init__(self, method: Callable[..., Any], mark: _Mark) -> None:
         self.is_stream: Final = inspect.isasyncgenfunction(method)
         try:
-            hints = get_type_hints(method, include_extras=True)
-            self._input = _input_of(method, hints)
-            # Called by an adapter, it returns what makes the coroutine, or the generator: none of the method
-            # has run, so a ValidationError is about the arguments, never from inside.
-            strict = ConfigDict(strict=True, val_json_bytes="base64")
-            function: Any = _function(method, self._input)
-            self._arguments: TypeAdapter[Any] = TypeAdapter(function, config=strict)
-            hint = hints.get("return", Any)
+            self._method = method
+            self._hints = get_type_hints(method, include_extras=True)
+            self._input = _input_of(method, self._hints)
+            self._arguments_without = lru_cache(ADAPTERS_MAX)(partial(_arguments, method))
+            arguments = self._arguments_without(frozenset({self._input} if self._input else ()))
+            hint = self._hints.get("return", Any)
             self._result = _result_adapter(_part_of(hint) if self.is_stream else hint)
             self.announced: Final = Capability(
                 name=mark.name or _name(method),
                 description=_describe(method) if mark.description is None else mark.description,
                 tags=list(mark.tags),
                 version=mark.version,
-                input=_with_input(self._arguments.json_schema(schema_generator=_Schema), self._input),
+                input=_with_input(arguments.json_schema(schema_generator=_Schema), self._input),
                 output=self._result.json_schema(mode="serialization", schema_generator=_Schema),
                 stream=self.is_stream,
                 metadata=mark.metadata,
@@ -144,26 +149,46 @@ class CapabilityMethod:
         Raises:
             InvalidArgumentsError: `args` does not fit the hints.
         """
-        streams = {}
-        if self._input in args:
-            args = dict(args)
-            streams[self._input] = self._stream(args.pop(self._input))
-        elif self._input:
+        whole: dict[str, JsonValue] = {}
+        apart: dict[str, Any] = {}
+        for name, value in args.items():
+            if self._input and name == self._input:
+                apart[name] = self._stream(value)
+            elif isinstance(value, bytes):
+                apart[name] = self._check_bytes(name, value)
+            elif isinstance(value, Input):
+                raise InvalidArgumentsError(f"{name}: takes no stream", self.announced.name)
+            else:
+                whole[name] = value
+        if self._input and self._input not in apart:
             raise InvalidArgumentsError(f"{self._input}: Missing required argument", self.announced.name)
         try:
             # JSON mode: a datetime comes as text, a tuple as an array; "1" is still not an int.
-            begin = self._arguments.validate_json(orjson.dumps(args, default=_base64))
+            begin = self._arguments_without(frozenset(apart)).validate_json(orjson.dumps(whole))
         except ValidationError as error:
             raise InvalidArgumentsError(_explain(error), self.announced.name) from None
-        except TypeError:  # orjson.JSONEncodeError
-            name = next(name for name, value in args.items() if isinstance(value, Input))
-            raise InvalidArgumentsError(f"{name}: takes no stream", self.announced.name) from None
-        return begin(**streams)
+        return begin(**apart)
+
+    def _check_bytes(self, name: str, value: bytes) -> Any:
+        """Check an argument that did not come as JSON."""
+        parameters = inspect.signature(self._method).parameters
+        if name not in parameters:
+            raise InvalidArgumentsError(f"{name}: Unexpected keyword argument", self.announced.name)
+        try:
+            adapter: TypeAdapter[Any] = TypeAdapter(
+                self._hints.get(name, Any), config=ConfigDict(strict=True)
+            )
+        except PydanticUserError:  # a model has its own configuration
+            adapter = TypeAdapter(self._hints[name])
+        try:
+            return adapter.validate_python(value)
+        except ValidationError as error:
+            raise InvalidArgumentsError(f"{name}: {_explain(error)}", self.announced.name) from None
 
     def _stream(self, value: Any) -> AsyncIterator[bytes]:
         if isinstance(value, str):
             try:
-                value = urlsafe_b64decode(value)
+                value = b64decode(value, b"-_", validate=True)
             except ValueError as error:
                 raise InvalidArgumentsError(f"{self._input}: {error}", self.announced.name) from None
         if isinstance(value, bytes):
@@ -238,12 +263,6 @@ def _part_of(hint: Any) -> Any:
     return get_args(hint)[0] if get_origin(hint) in _STREAMS else Any
 
 
-def _base64(value: object) -> str:
-    if isinstance(value, bytes):
-        return urlsafe_b64encode(value).decode()
-    raise TypeError(f"{type(value).__name__} is not a JSON type")
-
-
 def _input_of(method: Callable[..., Any], hints: dict[str, Any]) -> str:
     """Return which parameter is a stream of bytes; "" if none is.
 
@@ -268,23 +287,24 @@ def _with_input(schema: dict[str, Any], name: str) -> dict[str, Any]:
     return schema
 
 
-def _function(method: Callable[..., Any], without: str) -> Callable[..., Any]:
-    """Return a plain function of the same signature but for one parameter; what it returns takes that one
-    and calls the method.
+def _arguments(method: Callable[..., Any], apart: frozenset[str]) -> TypeAdapter[Any]:
+    """Return what checks the arguments of a method that come as JSON, and returns what takes those `apart`.
 
-    Pydantic asks a bound method for the repr of its agent, which a subclass may have defined over attributes
-    that it has not set yet.
+    Only that calls the method: a ValidationError is about the arguments, never from inside. It is a plain
+    function, as pydantic asks a bound method for the repr of its agent, which a subclass may have defined
+    over attributes that it has not set yet.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return partial(method, *args, **kwargs)
 
     signature = inspect.signature(method)
-    kept = [parameter for name, parameter in signature.parameters.items() if name != without]
+    kept = [parameter for name, parameter in signature.parameters.items() if name not in apart]
     call.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
-    call.__annotations__ = {name: hint for name, hint in method.__annotations__.items() if name != without}
+    call.__annotations__ = {name: hint for name, hint in method.__annotations__.items() if name not in apart}
     call.__module__, call.__name__, call.__qualname__ = method.__module__, _name(method), _name(method)
-    return call
+    function: Any = call
+    return TypeAdapter(function, config=ConfigDict(strict=True, val_json_bytes="base64"))
 
 
 def _name(method: Callable[..., Any]) -> str:

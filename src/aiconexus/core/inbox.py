@@ -66,23 +66,28 @@ class Inbox:
         if arrival is not None:
             self.kept -= arrival.kept
 
-    def has_room(self, size: int) -> bool:
-        """Tell whether attachments of this many bytes may come now."""
-        return self.kept + size <= ATTACHMENTS_MAX_BYTES
+    @staticmethod
+    def could_have_room(assembly: Assembly) -> bool:
+        """Tell whether these attachments may come at any time."""
+        return _room(assembly) <= ATTACHMENTS_MAX_BYTES
+
+    def has_room(self, assembly: Assembly) -> bool:
+        """Tell whether these attachments may come now."""
+        return self.kept + _room(assembly) <= ATTACHMENTS_MAX_BYTES
 
     def collect(self, call: str, assembly: Assembly) -> None:
         """Collect the attachments of a call's last envelope; those of an earlier one are given up."""
         arrival = self._calls[call]
         self.give_up(call)
         arrival.assembly = assembly
-        arrival.kept += assembly.size
-        self.kept += assembly.size
+        arrival.kept += _room(assembly)
+        self.kept += _room(assembly)
 
     def give_up(self, call: str) -> None:
         """Forget attachments that are not complete: another envelope has come, or this one is refused."""
         arrival = self._calls[call]
         if arrival.assembly is not None:
-            self._release(arrival, arrival.assembly.size)
+            self._release(arrival, _room(arrival.assembly))
             arrival.assembly, arrival.collected = None, 0
 
     def add(self, call: str, chunk: bytes) -> Assembly | None:
@@ -129,16 +134,19 @@ class Inbox:
         self.count(call, size)
         self.hold(call, size, 0)
 
-    def end_input(self, call: str) -> None:
-        """Take note that the stream in a request is complete.
+    def end_input(self, call: str) -> bool:
+        """Take note that the stream in a request is complete; tell whether the call is under way.
 
         Raises:
             MalformedMessageError: There is none.
         """
-        arrival = self._calls[call]
+        arrival = self._calls.get(call)
+        if arrival is None:
+            return False
         if not arrival.is_streaming:
             raise MalformedMessageError("no stream that could end", name="bad_frame", message_id=call)
         arrival.is_streaming = False
+        return True
 
     def count(self, call: str, size: int) -> None:
         """Take note of a text that needs credit.
@@ -187,3 +195,8 @@ class Inbox:
     def _release(self, arrival: _Arrival, size: int) -> None:
         arrival.kept -= size
         self.kept -= size
+
+
+def _room(assembly: Assembly) -> int:
+    """Return how many bytes may have to be kept: of a stream, those that its reader has not taken."""
+    return assembly.size + (0 if assembly.stream is None else CALL_WINDOW_BYTES)

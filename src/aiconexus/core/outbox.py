@@ -182,9 +182,9 @@ class Outbox:
         return lane is not None and bool(lane.items)
 
     def is_unsent(self, call: str) -> bool:
-        """Tell whether the first message of a call still waits as a whole."""
+        """Tell whether the first envelope of a call still waits."""
         lane = self._lanes.get(call)
-        return lane is not None and bool(lane.items) and lane.counted == 0 and lane.items[0].text is not None
+        return lane is not None and bool(lane.items) and isinstance(lane.items[0].text, str)
 
     def drop(self, call: str) -> None:
         """Forget what waits of a call."""

@@ -8,7 +8,7 @@ There is one connection for both sides, and both may have asked for it. So whoev
 not close it over the other's head: it says by PING that it is done (`ext.done`), and the PONG tells whether
 the other side is, too. Only then it is closed, unless this side has come to need it again meanwhile. A
 connection that nobody holds any more, as its last calls have ended since, is asked about in the same way when
-it falls silent.
+it falls silent. Whoever awaited it needs it as long as there are calls, and for a while after the last one.
 
 What a peer can cost. So many of its calls run at a time; further ones are accepted and wait. A call counts
 until its answer has left and what runs for it has ended; beyond a number of them, or while too many bytes
@@ -69,6 +69,7 @@ from aiconexus.protocol.errors import (
 from aiconexus.protocol.limits import (
     ATTACHMENTS_MAX_BYTES,
     CALL_TIMEOUT_SECONDS,
+    PEER_IDLE_SECONDS,
     PEER_PING_INTERVAL_SECONDS,
     PEER_PONG_TIMEOUT_SECONDS,
     PEER_STALL_SECONDS,
@@ -144,6 +145,7 @@ class Peer:
         on_execute: Callable[[str, dict[str, Any]], Awaitable[Value] | AsyncGenerator[Value, None]],
         on_closed: Callable[[Peer, str], None],
         answers: Answers | None = None,
+        idle_timeout: float = PEER_IDLE_SECONDS,
     ) -> None:
         self.did: Final = did
         self.refused = 0
@@ -164,10 +166,13 @@ class Peer:
         self._state = PeerState.OPEN
         self._settled = asyncio.Event()
         self._is_expiring = False  # both sides are done, and the other is to close
-        self._holders = 0
+        self._holders = 0  # `async with` blocks
+        self._awaited = 0  # `await`s, which end when it is idle
+        self._idle_timeout = idle_timeout
         self._path = connection.path
         self._reason = "the connection broke"
         self._loop = asyncio.get_running_loop()
+        self._used_at = self._loop.time()
         self._keepalive = KeepAlive(self._loop.time())
         self._timer = self._loop.call_at(self._keepalive.due, self._check)
         self._end: asyncio.Task[None] | None = None
@@ -383,6 +388,9 @@ class Peer:
             self._calls.end_feed(id_)
         except Exception as error:  # whatever it is, it is the caller's own
             question.fail(error)
+        finally:
+            if isinstance(source, AsyncGenerator):
+                await source.aclose()
 
     def _late(self, timeout: float, capability: str) -> CallTimeoutError:
         return CallTimeoutError(f"no answer from {short_did(self.did)} in {timeout:g} s", capability)
@@ -414,13 +422,20 @@ class Peer:
 
     # --- who needs it ---------------------------------------------------------------------------
 
-    def hold(self) -> None:
-        """Need the connection until `release`."""
-        self._holders += 1
+    def hold(self, *, in_block: bool = False) -> None:
+        """Need the connection until `release`; unless it is in a block, at most until it is idle."""
+        if in_block:
+            self._holders += 1
+        else:
+            self._awaited += 1
+            self._used_at = self._loop.time()
 
-    async def release(self) -> None:
+    async def release(self, *, in_block: bool = False) -> None:
         """Need it no longer; close it if the other side does not need it either."""
-        self._holders -= 1
+        if in_block:
+            self._holders -= 1
+        else:
+            self._awaited = max(0, self._awaited - 1)
         # Whoever leaves may be cancelled; the other side has been asked by then, and acts on its answer.
         await asyncio.shield(self._leave())
 
@@ -461,7 +476,7 @@ class Peer:
 
     @property
     def _is_done(self) -> bool:
-        return self._holders == 0 and self._calls.open == 0
+        return self._holders == self._awaited == self._calls.open == 0
 
     # --- what arrives ---------------------------------------------------------------------------
 
@@ -469,6 +484,8 @@ class Peer:
         if self._state is PeerState.CLOSED:
             return
         self._keepalive.heard(self._loop.time())
+        if self._calls.open:
+            self._used_at = self._loop.time()
         event = self._calls.receive(data, is_done=self._is_done, busy=self._busy)
         if event is not None:
             self._handle(event)
@@ -636,6 +653,7 @@ class Peer:
         timeout: float,
         answer: Callable[[Any, float], None],
     ) -> None:
+        self._used_at = self._loop.time()
         self._executions[id_] = execution
         execution.task = asyncio.ensure_future(run)
         task = asyncio.ensure_future(self._finish(id_, execution, timeout, answer))
@@ -696,6 +714,10 @@ class Peer:
         if verdict is Verdict.STALLED:
             self._lost(f"it has read nothing for {PEER_STALL_SECONDS:g} s")
             return
+        if self._calls.open or self._serving:
+            self._used_at = self._loop.time()
+        elif self._loop.time() - self._used_at >= self._idle_timeout:
+            self._awaited = 0
         if verdict is Verdict.PING:
             self._pinging = self._leave() if self._is_done else asyncio.ensure_future(self._ping())
         self._timer = self._loop.call_at(self._keepalive.due, self._check)

@@ -24,14 +24,10 @@ from aiortc import (
 )
 from OpenSSL import SSL
 
-from aiconexus.core.candidates import (
-    choose_host_addresses,
-    ice_connection,
-    is_mdns,
-    parse_candidate,
-    take_out_mdns,
-)
+from aiconexus.core.candidates import ice_connection, is_mdns, parse_candidate, take_out_mdns
 from aiconexus.core.channel import Channel
+from aiconexus.core.diagnosis import MEND_SERVERS, address, describe
+from aiconexus.core.gathering import Gathering, read_ice_servers
 from aiconexus.protocol.errors import MalformedMessageError, PeerConnectError, PeerIdentityError
 from aiconexus.protocol.limits import DATA_CHANNEL_LABEL, DATA_MESSAGE_MAX_BYTES
 from aiconexus.protocol.models import IceCandidatePayload
@@ -80,18 +76,27 @@ class PeerConnection:
         *,
         host_addresses: Sequence[str] | None = None,
         ice_servers: Iterable[RTCIceServer | Mapping[str, Any]] = (),
+        relay_only: bool = False,
     ) -> None:
         """Prepare a connection.
 
         Args:
             host_addresses: Addresses of this machine to offer; None offers all but loopback, as aioice
                 does. Where they are chosen, mDNS names are not resolved: that would ask elsewhere.
-            ice_servers: STUN and TURN servers as W3C RTCIceServer (`urls`, `username`, `credential`). An
-                unreachable one delays every connection by 5 s.
+            ice_servers: STUN and TURN servers as W3C RTCIceServer (`urls`, `username`, `credential`). If none
+                of a kind answers, that delays the connection by 5 s.
+            relay_only: Show the other side no address of this machine: all goes over a TURN server.
+
+        Raises:
+            ValueError: An ICE server is none.
         """
-        servers = [_ice_server(server) for server in ice_servers]
-        self._pc = RTCPeerConnection(RTCConfiguration(iceServers=servers))
+        self._gathering = Gathering(
+            read_ice_servers(ice_servers), host_addresses=host_addresses, relay_only=relay_only
+        )
+        self._pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
         self._host_addresses = host_addresses
+        # To look a name up would show this machine to its network, or ask where it is told not to.
+        self._looks_names_up = host_addresses is None and not relay_only
         self._early: list[IceCandidatePayload] | None = []
         self._candidates = 0
         self._end_withheld = False
@@ -151,11 +156,14 @@ class PeerConnection:
 
     async def _set_local_description(self, description: RTCSessionDescription) -> str:
         _drop_what_comes_too_late(self._pc)
-        if self._host_addresses is not None:
-            choose_host_addresses(self._pc, self._host_addresses)
+        connection = ice_connection(self._pc)
+        assert connection is not None
+        self._gathering.take_over(connection)
         # Shielded: gathering that is cut off would leave sockets that close() does not know.
         await asyncio.shield(self._spawn(self._pc.setLocalDescription(description)))
-        if not self._local_candidates():
+        if not self._gathering.candidates:
+            if self._gathering.relay_only:
+                raise PeerConnectError(self._no_relay())
             if self._host_addresses is None:
                 raise PeerConnectError(
                     "this machine has no network interface but loopback; to connect agents on this machine "
@@ -164,6 +172,15 @@ class PeerConnection:
             raise PeerConnectError(f"no host address can be used: {list(self._host_addresses)}")
         # aiortc before 1.16, the last one for Python 3.10, takes 256 KiB and names 64.
         return _MESSAGE_SIZE.sub(_OUR_MESSAGE_SIZE, self._pc.localDescription.sdp)
+
+    def _no_relay(self) -> str:
+        faults = "; ".join(self._gathering.faults)
+        if not self._gathering.turn_servers:
+            return (
+                "relay_only needs a TURN server, and none is known: give ice_servers with one, or the "
+                "gateway --turn-url"
+            )
+        return f"relay_only needs a TURN server, and none can be used: {faults}; {MEND_SERVERS}"
 
     async def _set_remote_description(self, sdp: str, kind: str) -> None:
         self.message_max_bytes = _check_description(sdp)
@@ -187,7 +204,7 @@ class PeerConnection:
         if candidate is None and (self._end_withheld or not self._candidates):
             return
         if candidate is not None:
-            if is_mdns(candidate) and self._host_addresses is not None:
+            if is_mdns(candidate) and not self._looks_names_up:
                 # Not even end-of-candidates then: it would fail a connection that the other side's checks
                 # may still open (as peer reflexive, RFC 8445 section 7.3.1.3).
                 self._end_withheld = True
@@ -215,7 +232,7 @@ class PeerConnection:
             return None
         local, remote = pair.local_candidate, pair.remote_candidate
         kind = local.type if local.type == remote.type else f"{local.type}/{remote.type}"
-        return Path(_address(pair.local_addr), _address(pair.remote_addr), local.transport.lower(), kind)
+        return Path(address(pair.local_addr), address(pair.remote_addr), local.transport.lower(), kind)
 
     @property
     def received(self) -> int:
@@ -228,11 +245,10 @@ class PeerConnection:
     def describe(self) -> str:
         """Tell in words what was tried, for the error of a connection that did not open."""
         connection = ice_connection(self._pc)
-        remote = connection.remote_candidates if connection is not None else []
-        return (
-            f"ICE {self._pc.iceConnectionState}, connection {self._pc.connectionState}; "
-            f"local candidates: {_list(self._local_candidates())}; remote candidates: {_list(remote)}"
-        )
+        state = f"ICE {self._pc.iceConnectionState}, connection {self._pc.connectionState}"
+        if connection is None:
+            return state
+        return f"{state}; {describe(connection, self._gathering, hidden_names=self._end_withheld)}"
 
     async def close(self) -> None:
         """Close everything. The other side is not told: that is the Channel's part."""
@@ -242,10 +258,6 @@ class PeerConnection:
         if gathering:
             await asyncio.wait(gathering)
         await self._pc.close()
-
-    def _local_candidates(self) -> list[Any]:
-        connection = ice_connection(self._pc)
-        return connection.local_candidates if connection is not None else []
 
     def _state_changed(self) -> None:
         state = self._pc.connectionState
@@ -324,20 +336,3 @@ def _message_size(text: str) -> int:
             f"a=max-message-size must be 0 or at least {_MESSAGE_SIZE_DEFAULT}", field="payload.sdp"
         )
     return size
-
-
-def _ice_server(server: RTCIceServer | Mapping[str, Any]) -> RTCIceServer:
-    if isinstance(server, RTCIceServer):
-        return server
-    return RTCIceServer(
-        urls=server["urls"], username=server.get("username"), credential=server.get("credential")
-    )
-
-
-def _address(address: tuple[str, int]) -> str:
-    host, port = address
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _list(candidates: Sequence[Any]) -> str:
-    return ", ".join(f"{_address((c.host, c.port))} {c.type}" for c in candidates) or "none"

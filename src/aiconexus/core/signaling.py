@@ -160,7 +160,7 @@ class _Attempt(Generic[Opened]):
         elif not self.is_answered:
             stage = _UNANSWERED[self.status]
         else:
-            stage = "it has answered, but no path was found; behind two NATs give ice_servers with TURN"
+            stage = "it has answered, but the connection did not open"
         return f"{stage} ({self.pc.describe()})"
 
 
@@ -483,7 +483,7 @@ class Signaling(Generic[Opened]):
                 self._reply(offer, ErrorPayload.for_error(error))
                 raise PeerConnectError(f"its OFFER cannot be used: {error}") from error
             except PeerConnectError:
-                self._reply(offer, ErrorPayload.for_cause("declined"))
+                self._reply(offer, ErrorPayload.for_cause("declined", "no connection can be made from there"))
                 raise
             attempt.signal = AnswerPayload(sdp=sdp), offer.id
             await self._signal(attempt)

@@ -43,6 +43,7 @@ PING_INTERVAL_SECONDS: Final = 25.0  # of silence; proxies and NATs drop after 3
 PONG_TIMEOUT_SECONDS: Final = 10.0
 DRAIN_SECONDS: Final = 10.0  # until a gateway that stops has sent everybody away
 AWAY_SECONDS: Final = 30.0  # a change of network takes a phone 5 to 20
+TURN_TTL_SECONDS: Final = 86_400  # of TURN credentials: draft-uberti-behave-turn-rest-00 section 2.2
 RECONNECT_BASE_SECONDS: Final = 0.5
 RECONNECT_MAX_SECONDS: Final = 30.0  # an outage that lasted is over for all within this time
 CONNECT_TIMEOUT_SECONDS: Final = 20.0  # ICE and DTLS over a relay; aiortc itself never gives up
@@ -52,3 +53,7 @@ REQUEST_TIMEOUT_SECONDS: Final = 10.0  # an answer from the gateway
 PEER_PING_INTERVAL_SECONDS: Final = 5.0  # aiortc notices a dead peer only after 63
 PEER_PONG_TIMEOUT_SECONDS: Final = 10.0
 PEER_STALL_SECONDS: Final = 60.0  # the largest message, over 35 kbit/s
+PEER_IDLE_SECONDS: Final = 300.0  # without a call; to connect anew takes a tenth of a second
+GATHER_TIMEOUT_SECONDS: Final = (
+    5.0  # for STUN and TURN servers to answer: three tries (RFC 8489 section 6.2.1)
+)

@@ -21,11 +21,13 @@ from aiconexus.protocol.attachments import (
     RESULT,
     Attachment,
     Detached,
+    InputSummary,
     StreamDigest,
     StreamSummary,
     Value,
     argument_name,
     attachments_of,
+    input_summary_of,
     stream_summary_of,
 )
 from aiconexus.protocol.errors import InvalidSignatureError, MalformedMessageError
@@ -98,7 +100,7 @@ class Receipt:
             attached={
                 attachment.at: attachment
                 for message in (request, response)
-                for attachment in attachments_of(message)
+                for attachment in _attachments(message, input_summary_of(response))
             },
         )
 
@@ -119,7 +121,7 @@ class Verified:
         answered_at: By the callee's clock, UTC.
         stream: How many parts the result had, and their digest, if it came in parts.
         attached: What was attached, by JSON Pointer (`/result`, `/args`, `/args/` and a name), with its
-            SHA-256.
+            SHA-256; a stream among the arguments has one if the callee has read it to its end.
     """
 
     caller: str
@@ -162,6 +164,14 @@ class Verified:
             if name not in rest or not _is_attached(attachment, rest.pop(name)):
                 return False
         return _is_attached(self.attached[ARGS], rest) if ARGS in self.attached else _is_same(self.args, rest)
+
+
+def _attachments(message: Message, read: InputSummary | None) -> list[Attachment]:
+    """Return what travelled beside a message; of a stream, what the callee has signed to have read."""
+    return [
+        each if each.size is not None or read is None else each.model_copy(update=read.model_dump())
+        for each in attachments_of(message)
+    ]
 
 
 def _is_attached(attachment: Attachment, value: Value | dict[str, Any]) -> bool:

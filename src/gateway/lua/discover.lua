@@ -4,7 +4,7 @@
 -- ARGV[1]  what all keys begin with
 -- ARGV[2]  key of the DID behind which to begin; may be empty
 -- ARGV[3]  how many agents at most
--- ARGV[4]  part of the card in lower case, ASCII; may be empty
+-- ARGV[4]  part of the text to search, see register.lua; may be empty
 -- ARGV[5]  how many to look at: Redis does nothing else meanwhile
 --
 -- Returns {cursor, key, status, card, key, ...}; the cursor is empty if nothing is behind.
@@ -15,8 +15,8 @@ local limit = tonumber(ARGV[3])
 local found = {''}
 local count = 0
 for i, did in ipairs(dids) do
-    local agent = redis.call('HMGET', ARGV[1] .. 'agent:' .. did, 's', 'k')
-    if agent[1] and (ARGV[4] == '' or string.find(string.lower(agent[2]), ARGV[4], 1, true)) then
+    local agent = redis.call('HMGET', ARGV[1] .. 'agent:' .. did, 's', 'k', 't')
+    if agent[1] and (ARGV[4] == '' or string.find(agent[3], ARGV[4], 1, true)) then
         if count == limit then
             found[1] = dids[i - 1]
             return found

@@ -1,8 +1,8 @@
 -- Make a session the one of its DID, and return the one that it replaces.
 --
 -- KEYS[1]  the agent: hash; n number of its node, i instance of the node, w worker, c connection, e epoch,
---          p when it was proven, s status, k card, h 1 if hidden, x index terms (JSON list), q numbers of the
---          nodes that asked where it is, each followed by a comma
+--          p when it was proven, s status, k card, h 1 if hidden, x index terms (JSON list), t text to search,
+--          q numbers of the nodes that asked where it is, each followed by a comma
 -- KEYS[2]  set of the DIDs of the worker that registers it
 -- ARGV[1]  what all keys begin with
 -- ARGV[2]  key of the DID: what follows did:key:z6Mk
@@ -12,7 +12,7 @@
 -- ARGV[12] "new": it has proven itself just now, and replaces whatever is there.
 --          "again": a node announces what it has had; one that was proven later stays.
 -- ARGV[13] time of Redis in ms after which a new one is too late: the agent has gone elsewhere meanwhile
--- ARGV[14] h
+-- ARGV[14] h   ARGV[15] t
 --
 -- Whoever watches hears of it: event, key of the DID, status, h as it was (nothing if the agent was not there),
 -- h as it is (nothing if it is not there any more) and the size of the card as it was, each followed by a line
@@ -35,7 +35,8 @@ if old[8] then
 end
 redis.call('SADD', KEYS[2], ARGV[2])
 redis.call('HSET', KEYS[1], 'n', ARGV[3], 'i', ARGV[4], 'w', ARGV[5], 'c', ARGV[6], 'e', ARGV[7], 'p', ARGV[8],
-           's', ARGV[9], 'k', ARGV[10], 'h', ARGV[14], 'x', ARGV[11])
+           's', ARGV[9], 'k', ARGV[10], 'h', ARGV[14], 'x', ARGV[11],
+           't', ARGV[15])
 if old[6] ~= ARGV[11] then
     if old[6] then
         for _, term in ipairs(cjson.decode(old[6])) do
