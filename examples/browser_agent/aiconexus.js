@@ -85,6 +85,8 @@ const CANDIDATES_MAX = 100; // of one agent: each is sent packets, wherever it p
 const EARLY_SENDERS_MAX = 64; // agents whose candidates wait for their OFFER
 const CONTEST_MS = 6_000; // for the loser of a glare to answer
 const RETRY_MS = 200; // before a message that was refused for the moment is sent again
+const RENEWAL_MIN_MS = 200; // no gateway can make this agent busy with new TURN credentials
+const TIMER_MAX_MS = 2_000_000_000; // setTimeout counts in 31 bits
 const GOODBYE_MS = 1_000; // for the closing of a channel
 const ANSWERS_MAX = 4_096; // requests of one agent that are remembered
 const ANSWER_TEXTS_MAX = 64; // final responses to one agent that are kept for a request that comes again
@@ -1478,6 +1480,7 @@ class Queue {
  * @property {string} id For people and logs.
  * @property {boolean} resumed Whether this continues the session before a drop.
  * @property {RTCIceServer[]} iceServers
+ * @property {number | null} iceServersTtl Milliseconds for which they can be used; null if there is no end.
  * @property {string} gatewayDid
  * @property {string[]} features
  * @property {Record<string, any>} limits
@@ -1486,6 +1489,26 @@ class Queue {
 /** What the gateway may send unsigned: it could drop or invent these anyway. */
 const UNSIGNED_BY_GATEWAY = new Set(["ERROR", "PING", "PONG", "PRESENCE"]);
 const FROM_AGENTS = new Set(["OFFER", "ANSWER", "ICE_CANDIDATE", "ERROR"]);
+
+/**
+ * The STUN and TURN servers of a REGISTER, without what RTCPeerConnection would not take: it refuses all for one.
+ * @param {Envelope} envelope
+ * @returns {{iceServers: RTCIceServer[], iceServersTtl: number | null}}
+ */
+function readIceServers({ ext = {} }) {
+  const iceServers = [];
+  for (const server of Array.isArray(ext.ice_servers) ? ext.ice_servers : []) {
+    const isCredential = typeof server?.username === "string" && typeof server.credential === "string";
+    const urls = [server?.urls ?? []].flat().filter((url) => {
+      const found = /^(stun|turn)s?:[^?/\s]+(\?transport=(udp|tcp))?$/.exec(url);
+      return found !== null && (found[1] === "turn" ? isCredential : found[2] === undefined);
+    });
+    const { username, credential } = server ?? {};
+    if (urls.length > 0) iceServers.push({ urls, ...(isCredential ? { username, credential } : {}) });
+  }
+  const ttl = ext.ice_servers_ttl_ms;
+  return { iceServers, iceServersTtl: Number.isSafeInteger(ttl) && ttl > 0 ? ttl : null };
+}
 
 /** When to come back: exponential, with full jitter (section 11). */
 class Backoff {
@@ -1538,7 +1561,10 @@ class Gateway {
   #guard = new ReplayGuard();
   #backoff = new Backoff();
   #isLeaving = false;
-  #wake = deferred();
+  /** @type {any} */
+  #renewal;
+  /** Ends the wait for the next attempt. */
+  #wake = () => {};
   /** @type {Deferred<void>} Done when the state is registered or closed. */
   #settled = deferred();
   /** @type {Map<string, {to: string, answer: Deferred<Envelope>}>} Requests, by id. */
@@ -1620,8 +1646,13 @@ class Gateway {
       this.#dropped();
       const wait = this.#backoff.next(retryAfter(close, reason));
       this.#hooks.warn(`${error.message}; next attempt in ${(wait / 1000).toFixed(1)} s`);
-      this.#wake = deferred();
-      await Promise.race([sleep(wait), this.#wake.promise]);
+      await new Promise((resolve) => {
+        const timer = setTimeout(resolve, wait);
+        this.#wake = () => {
+          clearTimeout(timer); // it would keep a process from ending
+          resolve(undefined);
+        };
+      });
       if (this.#isLeaving) return;
     }
   }
@@ -1653,6 +1684,7 @@ class Gateway {
         isOver = true;
         clearTimeout(registering);
         clearInterval(pinging);
+        clearTimeout(this.#renewal);
         if (this.#socket === socket) this.#socket = null;
         this.#dialled = null;
         const close = closeCode(code);
@@ -1694,6 +1726,7 @@ class Gateway {
           else if (silence > interval) this.#ping();
         }, interval / 2);
         this.#setState("registered");
+        this.#renewIceServers();
         registered();
       };
 
@@ -1760,13 +1793,16 @@ class Gateway {
    */
   async #proof({ gatewayDid, nonce }) {
     /** @type {Record<string, any>} */
-    const ext = { nonce, aud: this.url };
-    if (this.#card !== null) ext.card = this.#card;
-    if (this.#isHidden) ext.hidden = true;
+    const ext = { nonce, aud: this.url, ...this.#shown() };
     // The token is a secret of the gateway that issued it: another one that answers here does not get it.
     if (this.#resume?.did === gatewayDid) ext.resume = this.#resume.token;
     const payload = { public_key: this.#identity.publicKey };
     return sign(createMessage(this.#identity.did, gatewayDid, "REGISTER", payload, { ext }), this.#identity);
+  }
+
+  /** What others may see of this agent, as REGISTER has it. */
+  #shown() {
+    return { ...(this.#card === null ? {} : { card: this.#card }), ...(this.#isHidden ? { hidden: true } : {}) };
   }
 
   /**
@@ -1779,7 +1815,7 @@ class Gateway {
   async #readAnswer(text, { gatewayDid, features, limits }, proofId) {
     const envelope = this.#decodeFromGateway(text);
     await this.#prove(envelope, { recipient: this.#identity.did, sender: gatewayDid, guard: this.#guard });
-    const { session, resume_token: token, resumed, ice_servers: iceServers } = envelope.ext ?? {};
+    const { session, resume_token: token, resumed } = envelope.ext ?? {};
     if (envelope.type !== "REGISTER" || envelope.correlation_id !== proofId || typeof session !== "string") {
       throw new RegistrationError("the gateway did not answer REGISTER with a session", "no_session");
     }
@@ -1790,7 +1826,7 @@ class Gateway {
     return {
       id: session,
       resumed: resumed === true,
-      iceServers: Array.isArray(iceServers) ? iceServers.filter((server) => isObject(server, null, "")) : [],
+      ...readIceServers(envelope),
       gatewayDid,
       features,
       limits,
@@ -1837,7 +1873,8 @@ class Gateway {
     this.closedBecause = error;
     this.#socket = null;
     this.#setState("closed");
-    this.#wake.resolve(undefined);
+    clearTimeout(this.#renewal);
+    this.#wake();
     for (const { answer } of this.#pending.values()) answer.reject(this.#closedError());
     this.#pending.clear();
   }
@@ -1901,6 +1938,29 @@ class Gateway {
     } finally {
       this.#pending.delete(id);
     }
+  }
+
+  /** Ask for new TURN credentials before the last ones expire, as long as this connection lasts. */
+  #renewIceServers() {
+    clearTimeout(this.#renewal);
+    const ttl = this.session?.iceServersTtl ?? null;
+    if (ttl === null) return;
+    // At random, so that not all come at once; and so early that one attempt may fail.
+    const wait = Math.max(RENEWAL_MIN_MS, Math.min(ttl * (0.2 + 0.2 * Math.random()), TIMER_MAX_MS));
+    this.#renewal = setTimeout(async () => {
+      if (this.session === null || this.state !== "registered") return;
+      const ext = this.#shown();
+      const more = Object.keys(ext).length > 0 ? { ext } : {};
+      const payload = { public_key: this.#identity.publicKey };
+      const message = createMessage(this.#identity.did, this.session.gatewayDid, "REGISTER", payload, more);
+      try {
+        const answer = await this.request(message);
+        this.session = { ...this.session, ...readIceServers(answer) };
+      } catch (error) {
+        this.#hooks.warn(`no new TURN credentials: ${/** @type {Error} */ (error).message}`);
+      }
+      if (this.state === "registered") this.#renewIceServers();
+    }, wait);
   }
 
   #ping() {

@@ -61,11 +61,17 @@ class Side {
     return nonce;
   }
 
-  async register({ token = `token ${proofs.length}`, signer = identity } = {}) {
+  async register({ token = `token ${proofs.length}`, signer = identity, more = {} } = {}) {
     await this.challenge({ signer });
     const proof = await this.next();
     proofs.push(proof);
-    const ext = { session: "s", resume_token: token, ice_servers: [], resumed: proof.ext.resume !== undefined };
+    const ext = {
+      session: "s",
+      resume_token: token,
+      ice_servers: [],
+      resumed: proof.ext.resume !== undefined,
+      ...more,
+    };
     await this.send(
       "REGISTER",
       { public_key: signer.publicKey },
@@ -215,6 +221,42 @@ test("another gateway at the address does not get the token", async () => {
   assert.equal(proofs[1].ext.resume, undefined);
   assert.equal(me.session.gatewayDid, other.did);
   assert.ok(warnings.some((text) => text.includes("another gateway answers")));
+  await me.close();
+});
+
+test("TURN credentials are renewed before they expire, and servers that cannot be used left out", async () => {
+  const turn = (credential) => ({
+    urls: ["turn:127.0.0.1:1?transport=udp", "turnx:127.0.0.1"],
+    username: "1:a",
+    credential,
+  });
+  const more = {
+    ice_servers: [
+      turn("old"),
+      { urls: "stun:127.0.0.1:2" },
+      { urls: "stun:127.0.0.1:2?a=b" },
+      { urls: ["turn:127.0.0.1:3"] },
+      7,
+    ],
+    ice_servers_ttl_ms: 500,
+  };
+  const renewals = [];
+  serve = async (side) => {
+    await side.register({ more });
+    const again = await side.next();
+    renewals.push(again);
+    const ext = { ice_servers: [turn("new")] };
+    await side.send("REGISTER", { public_key: identity.publicKey }, { to: again.from, correlationId: again.id, ext });
+  };
+  const me = await agent({ capabilities: { sing: async () => "la" } });
+  await me.start();
+  const [first] = me.session.iceServers;
+  assert.deepEqual(first, { urls: ["turn:127.0.0.1:1?transport=udp"], username: "1:a", credential: "old" });
+  assert.deepEqual(me.session.iceServers.slice(1), [{ urls: ["stun:127.0.0.1:2"] }]);
+  while (me.session.iceServers[0].credential !== "new") await new Promise((resolve) => setTimeout(resolve, 10));
+  assert.equal(renewals[0].type, "REGISTER");
+  assert.deepEqual(renewals[0].ext.card, proofs[0].ext.card);
+  assert.equal(me.session.iceServersTtl, null);
   await me.close();
 });
 
