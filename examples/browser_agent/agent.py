@@ -77,9 +77,14 @@ class Workshop(Agent):
         return {"primes": len(primes), "largest": primes[-1]}
 
     @capability(tags=["files"])
-    async def inspect_file(self, file: bytes) -> File:
-        """Return the size of a file and its SHA-256."""
-        return File(bytes=len(file), sha256=sha256(file).hexdigest())
+    async def inspect_file(self, file: AsyncIterator[bytes]) -> File:
+        """Read a file of any size as it comes, and return its size and SHA-256."""
+        call, size, digest = current_call(), 0, sha256()
+        async for chunk in file:
+            size += len(chunk)
+            digest.update(chunk)
+            call.progress(f"{size:,} bytes read")
+        return File(bytes=size, sha256=digest.hexdigest())
 
     @capability(tags=["people"])
     async def interview(self, topic: str = "browsers") -> str:

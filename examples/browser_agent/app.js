@@ -290,7 +290,11 @@ function field(name, schema, isRequired) {
   } else if (isBytes) {
     input = element("input", { type: "file" });
     kind = "file";
-    read = async () => (input.files.length === 0 ? undefined : new Uint8Array(await input.files[0].arrayBuffer()));
+    read = async () => {
+      if (input.files.length === 0) return undefined;
+      // Where the capability reads it as it comes, a file of any size needs no room here.
+      return schema.stream === true ? input.files[0].stream() : new Uint8Array(await input.files[0].arrayBuffer());
+    };
   } else if (type === "integer" || type === "number") {
     input = element("input", { type: "number", value: shown, step: type === "integer" ? "1" : "any" });
     if (schema.minimum !== undefined) input.min = schema.minimum;

@@ -13,6 +13,7 @@ import signal
 import sys
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -483,6 +484,13 @@ async def test_one_command_starts_everything_and_stops_it(browser: Browser) -> N
         await page.locator("input[name=pause]").fill("0")
         await page.locator("#run").click()
         await expect(page.locator(".value.part")).to_have_count(7)
+        await page.locator("#capabilities label", has_text="inspect_file").click()
+        data = bytes(range(256)) * 8192
+        await page.locator("input[name=file]").set_input_files(
+            {"name": "scan", "mimeType": "application/octet-stream", "buffer": data}
+        )
+        await page.locator("#run").click()
+        await expect(page.locator("#values td")).to_have_text([str(len(data)), sha256(data).hexdigest()])
         await page.locator("#capabilities label", has_text="interview").click()
         await page.locator("#run").click()
         await page.locator(".question textarea").fill("They are everywhere")
