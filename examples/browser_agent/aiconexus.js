@@ -3335,6 +3335,7 @@ export class Peer {
         const data = asBytes(value);
         if (data === null) throw new TypeError("a stream of bytes gives bytes");
         if (!this.#calls.has(id)) return;
+        if (data.length === 0) continue; // a frame has at least one byte
         digest.add(data);
         await this.#outbox.put(id, null, { attached: [data] });
         if (!this.#calls.has(id)) return;

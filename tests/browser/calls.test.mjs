@@ -159,6 +159,7 @@ test("bytes and long JSON travel beside their envelope", async () => {
 
 test("an argument may be a stream of bytes, which is read while it is made", async () => {
   async function* source(count, fault) {
+    yield new Uint8Array(0);
     for (let number = 0; number < count; number++) yield new Uint8Array(50_000).fill(number);
     if (fault) throw fault;
   }
