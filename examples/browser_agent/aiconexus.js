@@ -4090,7 +4090,7 @@ export class Peer {
    * @param {number} late Milliseconds: whoever slept has not read what came.
    */
   async #check(late) {
-    const { received = 0 } = await bytesReceived(this.#pc);
+    const received = await bytesReceived(this.#pc);
     if (this.#state === "closed" || this.#isExpiring) return;
     const now = Date.now();
     if (received !== this.#received || late > LIMITS.PEER_PING_INTERVAL_MS) this.#aliveAt = now;
@@ -4152,7 +4152,7 @@ async function statsOf(pc) {
 /** Bytes of DTLS packets that have come, where the implementation tells. @param {RTCPeerConnection} pc */
 async function bytesReceived(pc) {
   const reports = [...(await statsOf(pc)).values()].filter(({ type }) => type === "transport");
-  return { received: reports.reduce((sum, { bytesReceived: bytes }) => sum + (Number(bytes) || 0), 0) };
+  return reports.reduce((sum, { bytesReceived: bytes }) => sum + (Number(bytes) || 0), 0);
 }
 
 /** One open RTCDataChannel. What arrives before there is a receiver waits: the first may come with what opens it. */
