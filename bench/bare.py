@@ -16,9 +16,7 @@ def _connection() -> RTCPeerConnection:
     return RTCPeerConnection(RTCConfiguration(iceServers=[]))
 
 
-async def offer(
-    exchange: Callable[[str], Awaitable[str]],
-) -> tuple[RTCPeerConnection, RTCDataChannel]:
+async def offer(exchange: Callable[[str], Awaitable[str]]) -> tuple[RTCPeerConnection, RTCDataChannel]:
     """Open a channel; `exchange` takes the offer to the other side and returns its answer."""
     connection = _connection()
     opened = asyncio.get_running_loop().create_future()

@@ -71,28 +71,15 @@ async def timed(ask: Callable[[], Awaitable[object]]) -> float:
 # --- bare aiortc -------------------------------------------------------------------------------
 
 
-async def connect_bare(pipe: Connection, *, offers: bool) -> Any:
-    """Return an open RTCDataChannel and its RTCPeerConnection."""
-    from bench import bare
-
-    async def exchange(sdp: str) -> str:
-        pipe.send(sdp)
-        answer: str = pipe.recv()
-        return answer
-
-    if offers:
-        pc, channel = await bare.offer(exchange)
-        return channel, pc
-    opened: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    pc, sdp = await bare.answer(pipe.recv())
-    pc.on("datachannel", opened.set_result)
-    pipe.send(sdp)
-    return await opened, pc
-
-
 async def serve_bare(pipe: Connection, megabytes: int) -> None:
     """Send every message back; on "stream" send that many megabytes, as fast as they leave."""
-    channel, pc = await connect_bare(pipe, offers=False)
+    from bench import bare
+
+    pc, answer = await bare.answer(pipe.recv())
+    opened = asyncio.get_running_loop().create_future()
+    pc.on("datachannel", opened.set_result)
+    pipe.send(answer)
+    channel = await opened
     channel.bufferedAmountLowThreshold = LOW_WATER_BYTES
     writable, wanted, over = asyncio.Event(), asyncio.Event(), asyncio.Event()
     channel.on("bufferedamountlow", writable.set)
@@ -117,7 +104,14 @@ async def serve_bare(pipe: Connection, megabytes: int) -> None:
 
 async def measure_bare(pipe: Connection, megabytes: int) -> Figures:
     """Measure a DataChannel with nothing on top."""
-    channel, pc = await connect_bare(pipe, offers=True)
+    from bench import bare
+
+    async def exchange(offer: str) -> str:
+        pipe.send(offer)
+        answer: str = pipe.recv()
+        return answer
+
+    pc, channel = await bare.offer(exchange)
     loop = asyncio.get_running_loop()
     text, back, received = "x" * MESSAGE_BYTES, loop.create_future(), 0
     ended: asyncio.Future[None] = loop.create_future()

@@ -47,6 +47,21 @@ async def test_channel_opens_and_knows_its_path(connection: Callable[[], PeerCon
     assert re.fullmatch(r"127\.0\.0\.1:\d+ ⇄ 127\.0\.0\.1:\d+ udp host", str(one.path))
 
 
+async def test_side_without_candidates_is_found_by_its_checks(
+    connection: Callable[[], PeerConnection],
+) -> None:
+    one, two = connection(), connection()
+    offer = re.sub(r"(?m)^a=(candidate:.*|end-of-candidates)\r\n", "", await one.create_offer())
+    answer = await two.create_answer(offer)
+    two.add_ice_candidate(IceCandidatePayload(candidate="", sdp_mid="0", sdp_mline_index=0))
+    failed, _ = await asyncio.wait({two.opened}, timeout=0.2)
+    assert not failed  # it waits, though there is nothing that it could try
+    await one.accept_answer(answer)
+    await asyncio.wait_for(asyncio.gather(one.opened, two.opened), 10)
+    assert two.path is not None
+    assert two.path.kind == "host/prflx"
+
+
 async def test_messages_before_there_is_a_receiver_wait_for_it(
     connection: Callable[[], PeerConnection],
 ) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from turn_server import SECRET, TurnServer
 
-from aiconexus import Agent, Intent, Quote, capability
+from aiconexus import Agent, Intent, Peer, Quote, capability, current_call
 from aiconexus.protocol.errors import PeerConnectError, PeerRefusedError
 
 if TYPE_CHECKING:
@@ -26,12 +26,46 @@ class Worker(Agent):
     def __init__(self, gateway: str, **options: Any) -> None:
         super().__init__(gateway, relay_only=True, **options)
 
+    cancelled: asyncio.Event
+
     @capability(tags=["arithmetic"])
     async def double(self, value: int) -> int:
         return 2 * value
 
+    @capability
+    async def blocks(self, count: int) -> AsyncIterator[bytes]:
+        for number in range(count):
+            yield bytes([number % 256]) * 50_000
+
+    @capability
+    async def measure(self, data: AsyncIterator[bytes]) -> int:
+        return sum([len(chunk) async for chunk in data])
+
+    @capability
+    async def wait(self) -> None:
+        current_call().progress("waiting")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.cancelled.set()
+
     async def on_intent(self, intent: Intent) -> Quote:
         return Quote(status="understood", cost="nothing")
+
+
+async def source(count: int) -> AsyncIterator[bytes]:
+    for _ in range(count):
+        yield bytes(50_000)
+
+
+async def cancel_what_waits(peer: Peer, there: Worker) -> None:
+    """Cancel a call that has begun to run, and see it end over there."""
+    there.cancelled = asyncio.Event()
+    begun = asyncio.Event()
+    call = asyncio.ensure_future(peer.execute("wait", on_progress=lambda _: begun.set()))
+    await asyncio.wait_for(begun.wait(), SECONDS)
+    call.cancel()
+    await asyncio.wait_for(there.cancelled.wait(), SECONDS)
 
 
 async def test_two_agents_work_together_over_a_relay(
@@ -44,6 +78,11 @@ async def test_two_agents_work_together_over_a_relay(
         async with one.connect(found.did, timeout=SECONDS) as peer:
             assert await peer.intent("Double a number for me") == Quote(status="understood", cost="nothing")
             assert await peer.execute("double", value=21) == 42
+            received = b"".join([part async for part in peer.stream("blocks", count=20)])
+            assert received == b"".join(bytes([number]) * 50_000 for number in range(20))
+            assert await peer.execute("measure", data=source(20)) == 1_000_000
+            await cancel_what_waits(peer, two)
+            assert await peer.execute("measure", data=bytes(300_000)) == 300_000
             assert peer.path is not None
             assert peer.path.kind == "relay"
             assert two.peers[one.did].path.kind == "relay"

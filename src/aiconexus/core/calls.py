@@ -103,7 +103,7 @@ from aiconexus.protocol.models import (
     UnregisterPayload,
 )
 from aiconexus.protocol.receipts import Receipt
-from aiconexus.protocol.security import DIDKey, ReplayGuard, sign_message, verify_message
+from aiconexus.protocol.security import DIDKey, ReplayGuard, sign_message, verify_loaded
 from aiconexus.protocol.serialization import encode, loads, parse
 
 ERROR_TEXT_MAX: Final = 4_096  # characters of an exception's text that travel
@@ -515,13 +515,7 @@ class Calls:
 
     def _prove(self, data: str, envelope: dict[str, Any]) -> Message:
         if _must_be_signed(envelope):
-            return verify_message(
-                data,
-                recipient=self._key.did,
-                sender=self.peer,
-                guard=self._guard,
-                limit=DATA_MESSAGE_MAX_BYTES,
-            )
+            return verify_loaded(envelope, data, recipient=self._key.did, sender=self.peer, guard=self._guard)
         message = parse(envelope, data.encode())
         if message.from_ != self.peer:
             raise InvalidSignatureError(name="wrong_sender", field="from", message_id=message.id)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from aiortc import (
     RTCPeerConnection,
     RTCSessionDescription,
 )
+from OpenSSL import SSL
 
 from aiconexus.core.candidates import ice_connection, is_mdns, parse_candidate, take_out_mdns
 from aiconexus.core.channel import Channel
@@ -153,6 +155,7 @@ class PeerConnection:
             raise MalformedMessageError(f"more than {CANDIDATES_MAX} candidates", field="payload.candidate")
 
     async def _set_local_description(self, description: RTCSessionDescription) -> str:
+        _drop_what_comes_too_late(self._pc)
         connection = ice_connection(self._pc)
         assert connection is not None
         self._gathering.take_over(connection)
@@ -196,7 +199,9 @@ class PeerConnection:
             self._add(None, None, 0)
 
     def _add(self, candidate: RTCIceCandidate | None, mid: str | None, index: int | None) -> None:
-        if candidate is None and self._end_withheld:
+        # Of an end without any candidate aioice concludes that there is no way. But a browser that may not
+        # tell its addresses has none, and its own checks tell where it is (RFC 8863).
+        if candidate is None and (self._end_withheld or not self._candidates):
             return
         if candidate is not None:
             if is_mdns(candidate) and not self._looks_names_up:
@@ -285,6 +290,22 @@ class PeerConnection:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _drop_what_comes_too_late(pc: RTCPeerConnection) -> None:
+    """Send nothing once DTLS is shut down, which a browser does the moment its page goes.
+
+    SCTP would still acknowledge, in tasks that nobody waits for: asyncio logs a traceback of each.
+    """
+    assert pc.sctp is not None
+    dtls = pc.sctp.transport
+    send = dtls._send_data
+
+    async def send_while_open(data: bytes) -> None:
+        with suppress(ConnectionError, SSL.Error):
+            await send(data)
+
+    dtls._send_data = send_while_open  # type: ignore[method-assign]
 
 
 def _check_description(sdp: str) -> int:

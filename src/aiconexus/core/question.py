@@ -70,9 +70,14 @@ class Question:
             LateError: There was neither in that time.
         """
         if not self._parts and not self.answer.done():
-            self._arrived = asyncio.get_running_loop().create_future()
-            await asyncio.wait((self._arrived,), timeout=seconds)
-            self._arrived = None
+            loop = asyncio.get_running_loop()
+            self._arrived = loop.create_future()
+            timer = loop.call_later(seconds, self._wake)
+            try:
+                await self._arrived
+            finally:
+                timer.cancel()
+                self._arrived = None
         if self._parts:
             return (self._parts.popleft(),)
         if not self.answer.done():

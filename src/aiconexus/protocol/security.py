@@ -417,6 +417,19 @@ def verify_message(
         MessageError: A subclass for each way to be refused, with the ERROR to answer.
     """
     envelope = loads(data, limit=limit)
+    return verify_loaded(envelope, data, recipient=recipient, guard=guard, sender=sender, now=now)
+
+
+def verify_loaded(
+    envelope: dict[str, Any],
+    data: bytes | str,
+    *,
+    recipient: str,
+    guard: ReplayGuard,
+    sender: str | None = None,
+    now: float | None = None,
+) -> Message:
+    """Prove a message of which `loads` has made `envelope`; else as `verify_message`."""
     message = parse(envelope, data)
     try:
         if sender is not None and message.from_ != sender:

@@ -133,8 +133,10 @@ def loads(data: bytes | str, *, limit: int = MESSAGE_MAX_BYTES) -> dict[str, Any
         raise MalformedMessageError(name="not_object")
     try:
         _check(value, 1)
-        decoder = _DUPLICATES_AND_INTEGERS if _MAY_BE_BEYOND_64_BITS.search(wire) else _DUPLICATES
-        decoder.decode(wire.decode())
+        # What orjson writes as it came has no key twice, and no integer that it took for a float.
+        if orjson.dumps(value) != wire:
+            decoder = _DUPLICATES_AND_INTEGERS if _MAY_BE_BEYOND_64_BITS.search(wire) else _DUPLICATES
+            decoder.decode(wire.decode())
     except MalformedMessageError as error:
         error.message_id = _readable_id(value)
         raise
