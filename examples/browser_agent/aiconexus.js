@@ -52,6 +52,7 @@ export const LIMITS = Object.freeze({
   FRAME_HEAD_BYTES: 17, // before them: kind and call
   ATTACHMENTS_MAX: 64, // of one message
   ATTACHMENTS_MAX_BYTES: 268_435_456, // of one peer that are kept at one time
+  ATTACHED_JSON_MAX_BYTES: 16_777_216, // of JSON among the attachments of one message
   CALL_WINDOW_BYTES: 1_048_576, // of one call and direction without CREDIT
   CALL_CREDIT_BYTES: 262_144, // taken, until CREDIT is due
   CAPABILITIES_MAX: 32,
@@ -2336,9 +2337,10 @@ const ATTACHMENT = {
 /** @param {unknown} value @returns {Detached | null} What a result is beside its envelope; null if it fits into it. */
 function detachResult(value) {
   const bytes = asBytes(value);
-  if (bytes !== null) return { at: "/result", as: "bytes", data: bytes };
-  if (!isLonger(serialize(value), LIMITS.INLINE_MAX_BYTES - 1024)) return null;
-  return { at: "/result", as: "json", data: utf8(canonicalize(value)) };
+  if (bytes === null && !isLonger(serialize(value), LIMITS.INLINE_MAX_BYTES - 1024)) return null;
+  const data = bytes ?? utf8(canonicalize(value));
+  if (isTooLarge([[data.length, bytes === null]])) throw new MalformedMessageError("too_large", tooLarge(data.length));
+  return { at: "/result", as: bytes === null ? "json" : "bytes", data };
 }
 
 /**
@@ -2409,6 +2411,22 @@ async function describe(detached, ext, isSigned) {
   return { ...ext, attachments };
 }
 
+/** @param {number} size Bytes that are attached, and refused. */
+function tooLarge(size) {
+  const { ATTACHMENTS_MAX_BYTES, ATTACHED_JSON_MAX_BYTES } = LIMITS;
+  return `${size} bytes are attached; at most ${ATTACHMENTS_MAX_BYTES} are kept, and ${ATTACHED_JSON_MAX_BYTES} of JSON`;
+}
+
+/**
+ * Tells whether attachments are more than anybody may attach to one message.
+ * @param {[number, boolean][]} sizes Bytes of each, and whether they are JSON.
+ */
+function isTooLarge(sizes) {
+  const all = sizes.reduce((sum, [size]) => sum + size, 0);
+  const json = sizes.reduce((sum, [size, isJson]) => sum + (isJson ? size : 0), 0);
+  return all > LIMITS.ATTACHMENTS_MAX_BYTES || json > LIMITS.ATTACHED_JSON_MAX_BYTES;
+}
+
 /** The attachments of one envelope, as their bytes come in. */
 export class Assembly {
   #envelope;
@@ -2449,6 +2467,8 @@ export class Assembly {
       }));
     /** Bytes of all together. */
     this.size = this.#parts.reduce((sum, { missing }) => sum + missing, 0);
+    /** Whether they are more than anybody may attach to one message. */
+    this.isTooLarge = isTooLarge(this.#parts.map(({ attachment, missing }) => [missing, attachment.as === "json"]));
     /** Bytes that are still to come. */
     this.missing = this.size;
     this.#skipEmpty();
@@ -3309,9 +3329,8 @@ export class Peer {
     try {
       const { inline, detached, source } = detachArguments(args);
       const attached = detached.flatMap(({ data }) => data ?? []);
-      const size = bytesOf(attached);
-      if (size > LIMITS.ATTACHMENTS_MAX_BYTES)
-        throw new MalformedMessageError("too_large", `${size} bytes are too many`);
+      if (isTooLarge(detached.map(({ as, data }) => [data?.length ?? 0, as === "json"])))
+        throw new MalformedMessageError("too_large", tooLarge(bytesOf(attached)));
       const payload = { args: inline, timeout_ms: Math.ceil(timeout), ...(isStream ? { stream: true } : {}) };
       const ext = await describe(detached, { capability }, true);
       const envelope = await sign(this.#message("EXEC_REQUEST", payload, { ext }), this.#hooks.identity);
@@ -3565,7 +3584,7 @@ export class Peer {
     call.arrival.beginPart();
     if (status === "partial" || status === "progress") call.arrival.count(utf8(text).length);
     const assembly = new Assembly(envelope);
-    if (this.#kept + assembly.size > LIMITS.ATTACHMENTS_MAX_BYTES) {
+    if (assembly.isTooLarge || this.#kept + assembly.size > LIMITS.ATTACHMENTS_MAX_BYTES) {
       throw new MalformedMessageError("too_large", `${assembly.size} bytes are more than are kept`, {
         id: envelope.id,
       });
@@ -3756,12 +3775,8 @@ export class Peer {
     const assembly = new Assembly(envelope);
     const call = this.#begin(envelope);
     if (call === null) return;
-    if (assembly.size > LIMITS.ATTACHMENTS_MAX_BYTES) {
-      this.#failCall(
-        call,
-        "invalid_arguments",
-        `${assembly.size} bytes are attached; at most ${LIMITS.ATTACHMENTS_MAX_BYTES} are kept`,
-      );
+    if (assembly.isTooLarge) {
+      this.#failCall(call, "invalid_arguments", tooLarge(assembly.size));
     } else if (this.#kept + assembly.size > LIMITS.ATTACHMENTS_MAX_BYTES) {
       this.#failCall(call, "busy", `busy: ${this.#kept} bytes of your calls are kept here; try again`);
     } else {

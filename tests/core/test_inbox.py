@@ -14,6 +14,7 @@ from aiconexus.protocol import DIDKey, MalformedMessageError, Message
 from aiconexus.protocol.attachments import RESULT, Assembly, Attachment
 from aiconexus.protocol.frames import Credit, Data, parse_frame
 from aiconexus.protocol.limits import (
+    ATTACHED_JSON_MAX_BYTES,
     ATTACHMENTS_MAX_BYTES,
     CALL_CREDIT_BYTES,
     CALL_WINDOW_BYTES,
@@ -148,6 +149,12 @@ def test_room_is_for_all_calls_together(inbox: Inbox) -> None:
     inbox.close(CALL)
     assert inbox.has_room(of(ATTACHMENTS_MAX_BYTES))
     assert not inbox.has_room(of(ATTACHMENTS_MAX_BYTES + 1))
+
+
+def test_json_has_less_room_than_bytes(inbox: Inbox) -> None:
+    for size, has_room in ((ATTACHED_JSON_MAX_BYTES, True), (ATTACHED_JSON_MAX_BYTES + 1, False)):
+        assembly = Assembly(MESSAGE, [Attachment(at=RESULT, as_="json", size=size)])
+        assert inbox.could_have_room(assembly) is inbox.has_room(assembly) is has_room
 
 
 # --- credit --------------------------------------------------------------------------------------

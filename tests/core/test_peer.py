@@ -149,11 +149,15 @@ async def test_both_sides_call_at_once(pair: Pair, peer: Peer) -> None:
 
 async def test_what_is_too_large_is_an_error_here(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detach, "ATTACHMENTS_MAX_BYTES", 1_000_000)
-    fits = "x" * 999_000
+    monkeypatch.setattr(detach, "ATTACHED_JSON_MAX_BYTES", 500_000)
+    fits = "x" * 499_000
     assert await peer.execute("echo", value=fits) == fits
-    with pytest.raises(InvalidArgumentsError, match="at most 1000000 are kept: stream them in parts"):
-        await peer.execute("echo", value="x" * 1_000_000)
-    with pytest.raises(CapabilityError, match="at most 1000000 are kept: stream them in parts"):
+    for value in ("x" * 500_000, b"x" * 1_000_001):
+        with pytest.raises(
+            InvalidArgumentsError, match="at most 1000000 are kept, and 500000 of JSON: stream"
+        ):
+            await peer.execute("echo", value=value)
+    with pytest.raises(CapabilityError, match="at most 1000000 are kept, and 500000 of JSON: stream"):
         await peer.execute("blocks", count=1, size=1_000_001)
     with pytest.raises(MalformedMessageError, match="at most 262144 can be sent"):
         await peer.intent("x" * DATA_MESSAGE_MAX_BYTES)

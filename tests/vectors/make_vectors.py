@@ -633,6 +633,7 @@ LIMITS = (
     ("FRAME_HEAD_BYTES", "bytes", "before them: kind and call"),
     ("ATTACHMENTS_MAX", "", "attachments of one message"),
     ("ATTACHMENTS_MAX_BYTES", "bytes", "of attachments of one peer that are kept at one time"),
+    ("ATTACHED_JSON_MAX_BYTES", "bytes", "of JSON among the attachments of one message"),
     ("CALL_WINDOW_BYTES", "bytes", "of one call and direction without CREDIT"),
     ("CALL_CREDIT_BYTES", "bytes", "taken, until CREDIT is due"),
     ("INTEGER_MAX", "", "largest integer, and its negative (RFC 7493 §2.2)"),

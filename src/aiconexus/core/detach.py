@@ -16,7 +16,12 @@ from pydantic_core import to_jsonable_python
 
 from aiconexus.protocol.attachments import ARGS, Detached, argument_pointer
 from aiconexus.protocol.errors import MalformedMessageError
-from aiconexus.protocol.limits import ATTACHMENTS_MAX, ATTACHMENTS_MAX_BYTES, INLINE_MAX_BYTES
+from aiconexus.protocol.limits import (
+    ATTACHED_JSON_MAX_BYTES,
+    ATTACHMENTS_MAX,
+    ATTACHMENTS_MAX_BYTES,
+    INLINE_MAX_BYTES,
+)
 
 ENVELOPE_BYTES: Final = 1_024  # of an EXEC_REQUEST or EXEC_RESPONSE around its arguments or result
 
@@ -65,7 +70,7 @@ def detach_arguments(args: dict[str, Any]) -> Outgoing:
     count = len(outgoing.detached) + len(streams)
     if count > ATTACHMENTS_MAX:
         raise MalformedMessageError(f"{count} arguments are bytes; at most {ATTACHMENTS_MAX} can be")
-    _check_size(sum(len(each.data) for each in outgoing.detached))
+    _check_size(outgoing.detached)
     return outgoing
 
 
@@ -78,7 +83,7 @@ def detach(at: str, value: Any) -> Detached | None:
     if not isinstance(value, bytes) and not _is_long(value):
         return None
     detached = Detached.of(at, value)
-    _check_size(len(detached.data))
+    _check_size([detached])
     return detached
 
 
@@ -94,11 +99,16 @@ def describe(
 
 def too_large(size: int) -> str:
     """Say why attachments of this many bytes are refused."""
-    return f"{size} bytes are attached; at most {ATTACHMENTS_MAX_BYTES} are kept: stream them in parts"
+    return (
+        f"{size} bytes are attached; at most {ATTACHMENTS_MAX_BYTES} are kept, "
+        f"and {ATTACHED_JSON_MAX_BYTES} of JSON: stream them"
+    )
 
 
-def _check_size(size: int) -> None:
-    if size > ATTACHMENTS_MAX_BYTES:
+def _check_size(detached: list[Detached]) -> None:
+    size = sum(len(each.data) for each in detached)
+    json_size = sum(len(each.data) for each in detached if not each.is_bytes)
+    if size > ATTACHMENTS_MAX_BYTES or json_size > ATTACHED_JSON_MAX_BYTES:
         raise MalformedMessageError(too_large(size), name="too_large")
 
 

@@ -12,7 +12,12 @@ from collections import deque
 from aiconexus.protocol.attachments import Assembly
 from aiconexus.protocol.errors import MalformedMessageError
 from aiconexus.protocol.frames import credit_frame
-from aiconexus.protocol.limits import ATTACHMENTS_MAX_BYTES, CALL_CREDIT_BYTES, CALL_WINDOW_BYTES
+from aiconexus.protocol.limits import (
+    ATTACHED_JSON_MAX_BYTES,
+    ATTACHMENTS_MAX_BYTES,
+    CALL_CREDIT_BYTES,
+    CALL_WINDOW_BYTES,
+)
 
 
 class _Arrival:
@@ -69,11 +74,11 @@ class Inbox:
     @staticmethod
     def could_have_room(assembly: Assembly) -> bool:
         """Tell whether these attachments may come at any time."""
-        return _room(assembly) <= ATTACHMENTS_MAX_BYTES
+        return _room(assembly) <= ATTACHMENTS_MAX_BYTES and assembly.json_size <= ATTACHED_JSON_MAX_BYTES
 
     def has_room(self, assembly: Assembly) -> bool:
         """Tell whether these attachments may come now."""
-        return self.kept + _room(assembly) <= ATTACHMENTS_MAX_BYTES
+        return self.could_have_room(assembly) and self.kept + _room(assembly) <= ATTACHMENTS_MAX_BYTES
 
     def collect(self, call: str, assembly: Assembly) -> None:
         """Collect the attachments of a call's last envelope; those of an earlier one are given up."""

@@ -194,6 +194,7 @@ class Assembly:
         stream: Where in the payload a stream follows, if one does.
         missing: How many bytes are still to come.
         size: How many bytes there are together.
+        json_size: How many of them are JSON.
     """
 
     def __init__(self, message: Message, attachments: Iterable[Attachment]) -> None:
@@ -202,6 +203,7 @@ class Assembly:
         self.stream: Final = next((each.at for each in announced if each.size is None), None)
         self._attachments = [(each, each.size) for each in announced if each.size is not None]
         self.size: Final = sum(size for _, size in self._attachments)
+        self.json_size: Final = sum(size for each, size in self._attachments if each.as_ == "json")
         self.missing = self.size
         self._parts = [bytearray() for _ in self._attachments]
         self._next = 0

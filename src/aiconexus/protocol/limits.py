@@ -20,6 +20,7 @@ CHUNK_MAX_BYTES: Final = 16_384  # of one DATA frame: 20 ms at 6 Mbit/s, for all
 FRAME_HEAD_BYTES: Final = 17  # kind and call
 ATTACHMENTS_MAX: Final = 64  # of one message
 ATTACHMENTS_MAX_BYTES: Final = 268_435_456  # of one peer, in memory at one time; a stream has no limit
+ATTACHED_JSON_MAX_BYTES: Final = 16_777_216  # of one message: a parser may take 3 s and 30 times the memory
 CALL_WINDOW_BYTES: Final = 1_048_576  # of one call and direction, unread: 80 Mbit/s over 100 ms
 CALL_CREDIT_BYTES: Final = 262_144  # taken and not granted: four CREDIT frames for each window
 NONCE_BYTES: Final = 32  # as long as the key that signs it: never the weakest part
