@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from aiconexus import Agent, GatewayClient, PresenceEvent, capability
-from aiconexus.client import Backoff
+from aiconexus.client import Backoff, ClientState
 from aiconexus.protocol import DIDKey
 
 QUICK = Backoff(base=0.05, maximum=0.2)
@@ -39,7 +39,7 @@ class Events:
         return event.event, event.agent.did
 
 
-async def anext_of(events: AsyncIterator[PresenceEvent]) -> PresenceEvent:
+async def anext_of(events: AsyncIterator[Any]) -> Any:
     return await events.__anext__()
 
 
@@ -71,6 +71,20 @@ async def test_three_hundred_agents_come_page_by_page(gateway):
         assert len([each async for each in asker.discover(limit=150)]) == 150
     for agent in agents:
         await agent.close()
+
+
+async def test_a_search_that_waits_for_the_gateway_finds_it_with_another_key(gateway):
+    async with client(gateway) as searcher, client(gateway) as found:
+        for agent in (searcher, found):
+            await agent.register(["add"])
+        assert searcher.session is not None
+        before = searcher.session.gateway_did
+        gateway.kill()
+        await searcher.wait_for(ClientState.RECONNECTING, timeout=20)
+        search = asyncio.ensure_future(anext_of(searcher.discover(dids=[searcher.did])))
+        gateway.start()
+        assert (await asyncio.wait_for(search, 20)).did == searcher.did
+        assert searcher.session.gateway_did != before
 
 
 async def test_a_watch_goes_on_after_the_gateway_was_killed_and_tells_what_has_changed(gateway):

@@ -105,13 +105,7 @@ def _read(client: GatewayClient, entry: dict[str, JsonValue]) -> Found | None:
 async def _ask(
     client: GatewayClient, query: DiscoverPayload, timeout: float, id_: str = ""
 ) -> PresencePayload:
-    session = client.session
-    if session is None:
-        raise NotConnectedError(f"{client!r} is not registered")
-    message = Message.create(client.did, session.gateway_did, query)
-    if id_:
-        message = message.model_copy(update={"id": id_})
-    answer = await client.request(message, timeout=timeout)
+    answer = await client.ask_gateway(query, timeout=timeout, id_=id_ or None)
     if not isinstance(answer.payload, PresencePayload):
         text = f"the gateway answered DISCOVER with {answer.type.value}"
         raise RemoteError(ErrorCode.MALFORMED_MESSAGE, text)

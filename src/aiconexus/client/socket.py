@@ -49,6 +49,7 @@ from aiconexus.protocol import (
     Message,
     MessageError,
     MessageType,
+    Payload,
     PingPayload,
     PongPayload,
     PresencePayload,
@@ -459,6 +460,22 @@ class GatewayClient:
             raise self._remote_error(message, answer, answer.payload)
         return answer
 
+    async def ask_gateway(
+        self, payload: Payload, *, timeout: float = REQUEST_TIMEOUT_SECONDS, id_: str | None = None
+    ) -> Message:
+        """Ask the gateway itself, and return its answer; else as `request`.
+
+        Whoever waits for a connection does not know yet which gateway it will be: one that was started anew
+        may have another key.
+        """
+        deadline = self._deadline(timeout)
+        await self._connected(deadline)
+        assert self._session is not None
+        message = Message.create(self.did, self._session.gateway_did, payload)
+        if id_ is not None:
+            message = message.model_copy(update={"id": id_})
+        return await self.request(message, timeout=self._left(deadline))
+
     async def ping(self, *, timeout: float = REQUEST_TIMEOUT_SECONDS) -> float:
         """Return the round trip to the gateway and back in seconds, by PING and PONG.
 
@@ -467,13 +484,10 @@ class GatewayClient:
             NotConnectedError: No connection in time, or none to wait for.
             GatewayClosedError: The gateway closed the connection for good.
         """
-        deadline = self._deadline(timeout)
-        await self._connected(deadline)
-        assert self._session is not None
-        ping = Message.create(self.did, self._session.gateway_did, PingPayload())
         loop = asyncio.get_running_loop()
+        await self._connected(self._deadline(timeout))
         begin = loop.time()
-        await self.request(ping, timeout=self._left(deadline))
+        await self.ask_gateway(PingPayload(), timeout=timeout)
         return loop.time() - begin
 
     # --- receive -------------------------------------------------------------------------------
