@@ -447,7 +447,11 @@ class Signaling(Generic[Opened]):
         if payload.code is ErrorCode.UNKNOWN_AGENT:
             what = "is not online" if name == "not_online" else f"cannot be reached: {payload.message}"
             return remote_error(payload.code, f"{short_did(did)} {what} (asked {self._gateway})", details)
-        return remote_error(payload.code, f"{short_did(did)}: {payload.message}", details)
+        if payload.code is ErrorCode.CONNECTION_REFUSED:
+            return remote_error(payload.code, f"{short_did(did)}: {payload.message}", details)
+        what = "try again" if payload.details is not None and payload.details.temporary else "it was refused"
+        text = f"the OFFER to {short_did(did)} came back: {payload.message}; {what}"
+        return PeerConnectError(text, did)
 
     # --- attempts -------------------------------------------------------------------------------
 
