@@ -147,10 +147,15 @@ class Gateway:
             self.locations = Locations(
                 self.cluster,
                 node.table,
+                node.ledger,
                 deliver=self._deliver_found,
                 refuse=lambda _, waiting, cause: self._return(waiting.data, cause),
             )
-        self._debts = Debts(self._send_error, on_dropped=lambda: node.counters.add(worker, "errors_dropped"))
+        self._debts = Debts(
+            node.ledger,
+            pay=self._send_error,
+            on_dropped=lambda: node.counters.add(worker, "errors_dropped"),
+        )
         self.discovery = Discovery(
             worker,
             self.registry.directory,
@@ -593,7 +598,7 @@ class Gateway:
         assert self.custody is not None
         self.custody.look_after(alive, self.cluster.is_settled)
         if self.cluster.is_settled:
-            self._debts.settle()
+            self._debts.fall_due()
 
     def _count_waiting_elsewhere(self) -> None:
         assert self.custody is not None
@@ -1068,6 +1073,7 @@ class Gateway:
                 self.watches.catch_up()
                 if self.custody is not None:
                     self.custody.answer_some()
+                    self._debts.pay_some()
                     self._count_waiting_elsewhere()
                 # After a stall, what other workers have to say of their sessions is not read yet.
                 if self.node.workers > 1 and now - last_run < STALL_SECONDS:

@@ -502,6 +502,43 @@ def test_what_comes_back_while_redis_is_lost_reaches_its_sender_when_redis_is_ba
         wait_until(lambda: first.health()["waiting_elsewhere"] == 0)
 
 
+def test_what_was_given_up_at_a_node_that_dies_while_it_looks_for_the_sender_comes_back(
+    own_redis, start_node
+):
+    away_seconds = 4.0
+    first = start_node(url=own_redis.url)
+    second = start_node("--workers", "1", "--away", str(away_seconds), url=own_redis.url)
+    for node in (first, second):
+        node.forgive(*LOST)
+    with Agent(first.port) as sender, Agent(second.port) as near, Agent(second.port) as agent:
+        agent.drop()
+        expires_at = time.monotonic() + away_seconds
+        wait_until(lambda: second.health()["away"] == 1)
+        sent = [sender.candidate(agent.did, number) for number in range(20)]
+        sender.send(*sent)
+        wait_until(lambda: first.health()["waiting_elsewhere"] == 20)
+        wait_until_confirmed(first, second)
+        while time.monotonic() < expires_at - 0.3:
+            near.ping()
+        # Redis is asked where the sender is, and does not answer before this node is dead; what else it is
+        # told meanwhile, it passes on after that.
+        own_redis.signal(signal.SIGSTOP)
+        try:
+            wait_until(lambda: second.health()["away"] == 0)
+            near.ping()
+            second.kill()
+        finally:
+            own_redis.signal(signal.SIGCONT)
+        deadline = time.monotonic() + 2 * RECOVERY_SECONDS
+        answered = set()
+        while answered != ids(sent):
+            error = json.loads(first_of([sender], deadline - time.monotonic())[1])
+            assert error["payload"]["details"]["name"] in ("unconfirmed", "away_expired")
+            answered.add(error["correlation_id"])
+        wait_until(lambda: first.health()["waiting_elsewhere"] == 0)
+        sender.ping()
+
+
 def test_what_waits_is_answered_for_after_redis_came_back_empty(own_redis, start_node):
     first, second = start_node(url=own_redis.url), start_node(url=own_redis.url)
     for node in (first, second):
