@@ -17,6 +17,7 @@ from gateway._memory cimport map_shared, unmap_shared
 
 
 LEDGER_FULL = NO_ROOM
+LEDGER_NO_RECORD = NO_RECORD
 LEDGER_RECORDS = RECORDS
 LEDGER_ENTRY_BYTES = ENTRY_BYTES
 

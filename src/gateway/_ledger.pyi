@@ -1,6 +1,7 @@
 from typing import Final
 
 LEDGER_FULL: Final[int]
+LEDGER_NO_RECORD: Final[int]
 LEDGER_RECORDS: Final[int]
 LEDGER_ENTRY_BYTES: Final[int]
 

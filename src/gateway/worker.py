@@ -48,6 +48,7 @@ from gateway.handshake import Handshake, Registrar, Registration, read_shown
 from gateway.ice import IceServers
 from gateway.kinds import ANSWER, ASK, CHANGED, CUSTODY_KINDS, MESSAGE_KINDS, WATCHING
 from gateway.locations import Locations, Waiting
+from gateway.losses import Losses
 from gateway.moves import Moves, is_lasting
 from gateway.node import Node, Tally
 from gateway.registry import Registered, Registry, Session
@@ -151,6 +152,7 @@ class Gateway:
                 deliver=self._deliver_found,
                 refuse=lambda _, waiting, cause: self._return(waiting.data, cause),
             )
+        self._losses = Losses(node.ledger, after=self.router.settle)
         self._debts = Debts(
             node.ledger,
             pay=self._send_error,
@@ -610,17 +612,16 @@ class Gateway:
             self._log.debug("worker left", left=worker, unconfirmed=len(records))
         elif worker < NODE_WORKERS:
             self._log.warning("worker lost", lost=worker, unconfirmed=len(records))
-        told = set()
-        for kind, _, _, data in records:
-            if kind == ROUTED_KIND or kind in MESSAGE_KINDS:
-                told.add(scan(data).id)
-                self._return(data, "unconfirmed")
+        lost = [data for kind, _, _, data in records if kind == ROUTED_KIND or kind in MESSAGE_KINDS]
+        for data in lost:
+            self._losses.add(partial(self._return, data, "unconfirmed"), data)
         self.moves.on_link_lost(worker)
         self.discovery.on_link_lost(worker)
         self.router.flush()
         if worker >= NODE_WORKERS:
             return
         self.watches.on_link_lost(worker)
+        told = {scan(data).id for data in lost}
         # What it had confirmed, and kept for agents that were away or slow. What came from another node is
         # answered for there, and senders that have gone to another node by one of the workers that are left.
         is_first = self.cluster is not None and self.worker < min(self._siblings(), default=NODE_WORKERS)
@@ -630,7 +631,7 @@ class Gateway:
             if source or message_id in told:
                 continue
             if sender in self.registry or (is_first and self._is_afar(sender)):
-                self._answer_sender(sender, target, message_id, "unconfirmed")
+                self._losses.add(partial(self._answer_sender, sender, target, message_id, "unconfirmed"))
 
     # --- sessions ------------------------------------------------------------------------------
 

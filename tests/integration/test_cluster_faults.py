@@ -7,7 +7,7 @@ import json
 import signal
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime
 
 import pytest
@@ -94,6 +94,33 @@ def test_what_was_sent_when_redis_stopped_comes_back_unconfirmed(own_redis, star
             one.send(*sent)
             for data in sent:
                 one.receive_error("unconfirmed", json.loads(data)["id"])
+        finally:
+            own_redis.signal(signal.SIGCONT)
+
+
+def test_many_messages_that_come_back_at_once_close_no_sender(own_redis, start_node):
+    """All their ERRORs together would not fit into the queue of a sender."""
+    first, second = start_node("--workers", "1", url=own_redis.url), start_node(url=own_redis.url)
+    for node in (first, second):
+        node.forgive(*LOST)
+    with ExitStack() as stack:
+        senders = [stack.enter_context(Agent(first.port)) for _ in range(2)]
+        far = [stack.enter_context(Agent(second.port)) for _ in range(8)]
+        for agent in far:
+            assert_exchange(senders[0], agent)
+        wait_until_confirmed(first, second)
+        own_redis.signal(signal.SIGSTOP)
+        try:
+            left: set[str] = set()
+            for number in range(12_000):
+                sender = senders[number % 2]
+                data = sender.candidate(far[number % 8].did, number)
+                sender.send(data)
+                left.add(json.loads(data)["id"])
+            while left:
+                error = json.loads(first_of(senders)[1])
+                assert error["payload"]["details"]["name"] in ("unconfirmed", "overloaded")
+                left.remove(error["correlation_id"])
         finally:
             own_redis.signal(signal.SIGCONT)
 
