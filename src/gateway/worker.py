@@ -658,7 +658,6 @@ class Gateway:
                 registration.shown,
                 self._registrar.new_resume_token(),
                 registration.resume_token,
-                round(registration.message.timestamp.timestamp() * 1000),
             )
         except (TableFullError, TableBusyError) as error:
             self._refuse(connection, "gateway_full", str(error), found=found)

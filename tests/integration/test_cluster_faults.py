@@ -271,6 +271,27 @@ def test_nodes_whose_clocks_are_five_minutes_apart_work_together(own_redis, star
     assert not {"node gone"} & {line["event"] for node in (first, second) for line in node.log_lines()}
 
 
+def test_whoever_has_registered_last_keeps_the_agent_whatever_the_clocks_of_the_nodes_say(
+    own_redis, start_node
+):
+    faketime = pytest.importorskip("libfaketime", reason="needs another clock: `pip install libfaketime`")
+    _, environment = faketime.get_reload_information()
+    first = start_node(url=own_redis.url)
+    second = start_node(url=own_redis.url, environment={**environment, "FAKETIME": "+300s"})
+    for node in (first, second):
+        node.forgive(*LOST)
+    with Agent(first.port) as stays, Agent(second.port, clock=300) as older:
+        own_redis.kill()
+        wait_until(lambda: redis_state(first) == redis_state(second) == "lost")
+        with Agent(first.port, older.key) as newer:
+            own_redis.start()
+            close = older.read_close()
+            assert (close.close_code, close.close_reason["n"]) == (4504, "replaced")
+            assert_exchange(stays, newer)
+            wait_until(lambda: entries(own_redis) == 2)
+            wait_until(lambda: [node.health()["sessions"] for node in (first, second)] == [2, 0])
+
+
 def test_a_worker_that_starts_again_with_a_clock_set_back_is_heard_at_once(own_redis, start_node, tmp_path):
     faketime = pytest.importorskip("libfaketime", reason="needs another clock: `pip install libfaketime`")
     _, environment = faketime.get_reload_information()
