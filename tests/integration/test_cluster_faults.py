@@ -142,7 +142,7 @@ def test_many_messages_that_come_back_at_once_close_no_sender(own_redis, start_n
                 left.add(json.loads(data)["id"])
             while left:
                 error = json.loads(first_of(senders)[1])
-                assert error["payload"]["details"]["name"] in ("unconfirmed", "overloaded")
+                assert error["payload"]["details"]["name"] in ("unconfirmed", "overloaded", "unreachable")
                 left.remove(error["correlation_id"])
         finally:
             own_redis.signal(signal.SIGCONT)
