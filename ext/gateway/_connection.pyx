@@ -324,7 +324,7 @@ cdef class Router:
     cdef int tell_news(self, bint with_freed) except -1:
         """Tell other nodes what of theirs waits here: before it is confirmed, for then they forget it.
 
-        What does no longer is told with the next tick, for an ERROR may still be looking for its receiver.
+        What does no longer is told with the next tick, all together: that is in no hurry.
         """
         try:
             self.handler.on_news(*self.ledger.take_news(with_freed))

@@ -25,7 +25,7 @@ cdef enum:
 
 cdef struct Waiting:
     char sender[56]      # DIDs
-    char target[56]
+    char target[56]      # the gateway itself where only an ERROR is left of the message
     char id[36]
     uint32_t source      # from where it came: see Ledger.source
     uint32_t size        # bytes of the message; 0: no record. Written last
@@ -54,6 +54,9 @@ cdef class Ledger:
         return PyList_GET_SIZE(self.kept) > 0 or (with_freed and PyList_GET_SIZE(self.freed) > 0)
 
     cdef int write(self, const char* data, Py_ssize_t size) except -3
+    cdef int write_down(
+        self, const char* sender, const char* target, const char* id, Py_ssize_t size
+    ) except -3
     cpdef int strike(self, int number) except -1
     cdef int area(self, int worker, int generation) except -1
     cdef bytes entry(self, uint32_t number)

@@ -12,11 +12,12 @@ cdef extern from *:
     """
     void aic_publish(uint32_t* target, uint32_t value) noexcept nogil
 
-from gateway._frames cimport OK, Envelope, scan_envelope
+from gateway._frames cimport ERROR, OK, Envelope, scan_envelope
 from gateway._memory cimport map_shared, unmap_shared
 
 
 LEDGER_FULL = NO_ROOM
+LEDGER_NO_RECORD = NO_RECORD
 LEDGER_RECORDS = RECORDS
 LEDGER_ENTRY_BYTES = ENTRY_BYTES
 
@@ -73,12 +74,39 @@ cdef class Ledger:
 
     cdef int write(self, const char* data, Py_ssize_t size) except -3:
         cdef Envelope envelope
+        if scan_envelope(data, size, &envelope) != OK or memcmp(envelope.from_.data, self.did, 56) == 0:
+            return NO_RECORD
+        return self.write_down(envelope.from_.data, envelope.to.data, envelope.id.data, size)
+
+    def owe(self, bytes error not None):
+        """Write down the message that an ERROR of the gateway answers, for that is not on its way yet.
+
+        Returns:
+            As `add`; NO_RECORD for what is no such ERROR.
+        """
+        cdef Envelope envelope
+        cdef const char* target
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(error)
+        if (
+            scan_envelope(PyBytes_AS_STRING(error), size, &envelope) != OK
+            or envelope.type != ERROR
+            or envelope.correlation_id.data == NULL
+            or memcmp(envelope.from_.data, self.did, 56) != 0
+        ):
+            return NO_RECORD
+        target = envelope.from_.data
+        found = self.sources.get(key_of(envelope.to.data, envelope.correlation_id.data))
+        if found is not None:
+            target = self.own[<int>found[1]].target  # two records of one message are to be alike
+        return self.write_down(envelope.to.data, target, envelope.correlation_id.data, size)
+
+    cdef int write_down(
+        self, const char* sender, const char* target, const char* id, Py_ssize_t size
+    ) except -3:
         cdef Waiting* record
         cdef int number
         cdef uint32_t source = self.source
         cdef bytes key = None
-        if scan_envelope(data, size, &envelope) != OK or memcmp(envelope.from_.data, self.did, 56) == 0:
-            return NO_RECORD
         if self.waiting_bytes + size > WAITING_MAX_BYTES:
             return NO_ROOM
         if self.free:
@@ -91,9 +119,9 @@ cdef class Ledger:
             aic_publish(self.top, number + 1)
         else:
             return NO_ROOM
-        memcpy(record.sender, envelope.from_.data, 56)
-        memcpy(record.target, envelope.to.data, 56)
-        memcpy(record.id, envelope.id.data, 36)
+        memcpy(record.sender, sender, 56)
+        memcpy(record.target, target, 56)
+        memcpy(record.id, id, 36)
         if source or self.sources:
             # One that has waited already, elsewhere in this process, still comes from where it came.
             key = key_of(record.sender, record.id)

@@ -123,11 +123,11 @@ cdef class RemoteLink(Link):
         uint16_t source      # number of this worker for others
         uint64_t stream      # ours, and that of the other end; 0: nothing was heard
         uint64_t opposite
-        uint64_t former      # life of the other end before the present one; 0: none is known
+        set formers          # lives of the other end before the present one
         uint32_t known_as    # source under which the ledger knows the other end; 0: not known yet
         bint may_confirm     # what is being read belongs to our present stream
 
     # Take a piece that was published. False: our stream must begin anew.
     cdef bint take(self, bytes piece, Deliver deliver, void* owner) except -1
-    cdef bint is_next(self, uint64_t stream) noexcept
+    cdef bint is_next(self, uint64_t stream) except -1
     cdef int say_reset(self, uint64_t stream) except -1

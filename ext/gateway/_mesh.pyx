@@ -298,6 +298,7 @@ cdef class RemoteLink(Link):
         self.source = node * MAX_WORKERS + source
         self.publish = publish
         self.stream = stream
+        self.formers = set()
 
     @property
     def progress(self):
@@ -359,12 +360,12 @@ cdef class RemoteLink(Link):
             Link.confirm(self, position)
         return 0
 
-    cdef bint is_next(self, uint64_t stream) noexcept:
+    cdef bint is_next(self, uint64_t stream) except -1:
         """Tell whether a stream is newer than the one that is followed."""
         if stream >> STREAM_BITS == self.opposite >> STREAM_BITS:
             return stream > self.opposite
         # Of a process that is gone, Redis may still hand over what it had said last.
-        return stream >> STREAM_BITS != self.former or self.former == 0
+        return stream >> STREAM_BITS not in self.formers
 
     cdef int say_reset(self, uint64_t stream) except -1:
         cdef bytes piece = PyBytes_FromStringAndSize(NULL, sizeof(RemoteHead))
@@ -388,7 +389,7 @@ cdef class RemoteLink(Link):
             return True
         if head.position == 0 and self.is_next(head.stream):
             if head.stream >> STREAM_BITS != self.opposite >> STREAM_BITS:
-                self.former = self.opposite >> STREAM_BITS
+                self.formers.add(self.opposite >> STREAM_BITS)
             self.opposite = head.stream
             self.dealt_with = self.written_out = self.told = 0
             self.has_records = self.owes = False

@@ -220,7 +220,7 @@ class Cluster:
         if self._registry is None:
             done(None)
             return
-        deadline = time.monotonic() * 1000 + self._clock_offset + REGISTER_SECONDS * 1000
+        deadline = self._shared_time(time.monotonic() + REGISTER_SECONDS)
         self._claim(session, round(deadline), done)
 
     def update(self, session: Session) -> None:
@@ -252,7 +252,7 @@ class Cluster:
                 did=session.did,
                 connection=session.connection.index if session.connection is not None else 0,
                 epoch=session.epoch,
-                proven_at=session.proven_at,
+                proven_at=int(self._shared_time(session.proven_at)),
                 is_away=session.connection is None,
                 card=session.card,
                 hidden=session.hidden,
@@ -484,7 +484,7 @@ class Cluster:
                 workers=self._workers,
                 worker=self._worker,
             )
-            beat = await registry.heartbeat()
+            beat = await self._ask_heartbeat(registry)
             registry.number = beat.number
             await pubsub.subscribe(registry.channel(beat.number * NODE_WORKERS + self._worker))
             if await pubsub.get_message(timeout=LEASE_SECONDS) is None:
@@ -510,10 +510,18 @@ class Cluster:
             await pubsub.aclose()  # type: ignore[no-untyped-call]
             await close_client(client)
 
+    async def _ask_heartbeat(self, registry: SharedRegistry) -> Heartbeat:
+        beat = await registry.heartbeat()
+        self._clock_offset = beat.time - time.monotonic() * 1000
+        return beat
+
+    def _shared_time(self, seconds: float) -> float:
+        """Return the time of Redis in ms at a monotonic time of this node: the clock that all nodes share."""
+        return seconds * 1000 + self._clock_offset
+
     async def _stay(self, registry: SharedRegistry, beat: Heartbeat) -> None:
         """Renew the lease, and look who else is there."""
         while True:
-            self._clock_offset = beat.time - time.monotonic() * 1000
             self._meet(beat.members)
             self._look_after_links()
             self._on_members({member.instance: member.number for member in self._members.values()})
@@ -521,7 +529,7 @@ class Cluster:
             self._beat = beat
             self._has_beaten.set()
             await asyncio.sleep(HEARTBEAT_SECONDS * random.uniform(0.9, 1.1))  # noqa: S311
-            beat = await registry.heartbeat()
+            beat = await self._ask_heartbeat(registry)
             if beat.number != registry.number:
                 raise LineLostError("the node has another number now")
 

@@ -5,6 +5,8 @@ cached route goes when the agent's node says so, or says that the agent is not t
 
 Order: while a message of an agent waits here, all that this agent sends takes this way (`is_waiting`), for
 another worker may have found the target meanwhile, and the table would let the newer message overtake.
+
+An ERROR that waits here is written down: if this worker dies, others answer for the message that it is about.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from gateway._connection import Connection
+from gateway._ledger import Ledger
 from gateway._mesh import NODE_WORKERS
 from gateway._routing import RoutingTable, TableBusyError
 from gateway.cluster import Cluster
@@ -31,10 +34,17 @@ WAITING_MAX = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A message whose target is looked up; `sender` is None if it did not come from a connection here."""
+    """A message whose target is looked up.
+
+    Attributes:
+        data: The message.
+        sender: From which it came; None if that was no connection here.
+        number: In the ledger.
+    """
 
     data: bytes
     sender: Connection | None
+    number: int
 
 
 @dataclass(slots=True)
@@ -50,6 +60,7 @@ class Locations:
     Args:
         cluster: Asked.
         table: Where what is found is cached.
+        ledger: Where it is written down which ERRORs wait.
         deliver: Called with the DID and what waited for it, in order, once the table has its route.
         refuse: Called with the DID, what waited for it, and the cause.
     """
@@ -58,12 +69,14 @@ class Locations:
         self,
         cluster: Cluster,
         table: RoutingTable,
+        ledger: Ledger,
         *,
         deliver: Callable[[str, Waiting], None],
         refuse: Callable[[str, Waiting, str], None],
     ) -> None:
         self._cluster = cluster
         self._table = table
+        self._ledger = ledger
         self._deliver = deliver
         self._refuse = refuse
         self._searches: dict[str, _Search] = {}
@@ -82,6 +95,7 @@ class Locations:
         if self._waiting >= WAITING_MAX:
             return "overloaded"
         self._waiting += 1
+        waiting = Waiting(data, sender, self._ledger.owe(data))
         if sender is not None:
             self._senders[sender] = self._senders.get(sender, 0) + 1
             sender.is_waiting = True
@@ -91,9 +105,9 @@ class Locations:
             if wait > 0:
                 asyncio.get_running_loop().call_later(wait, self._ask, search)
             else:
-                self._ask(search, Waiting(data, sender))
+                self._ask(search, waiting)
                 return None
-        search.messages.append(Waiting(data, sender))
+        search.messages.append(waiting)
         return None
 
     def _ask(self, search: _Search, *messages: Waiting) -> None:
@@ -127,15 +141,16 @@ class Locations:
             if cause == "not_online":
                 self._be_absent(did)
         for waiting in messages:
-            self._release(waiting.sender)
+            self._release(waiting)
             if cause is None:
                 self._deliver(did, waiting)
             else:
                 self._refuse(did, waiting, cause)
 
-    def _release(self, sender: Connection | None) -> None:
+    def _release(self, waiting: Waiting) -> None:
         self._waiting -= 1
-        if sender is None:
+        self._ledger.strike(waiting.number)
+        if (sender := waiting.sender) is None:
             return
         self._senders[sender] -= 1
         if self._senders[sender] == 0:

@@ -36,7 +36,7 @@ class Session:
     `epoch` grows with every registration: whatever an older connection of the same DID still does, it
     cannot touch what belongs to a newer epoch. `move` is set while the session comes over from another
     worker; `old_path_closed` once what is still on its way through that worker would come too late.
-    `proven_at` is the timestamp of its REGISTER in ms.
+    `proven_at` is the monotonic time at which it was proven.
     """
 
     __slots__ = (
@@ -63,7 +63,6 @@ class Session:
         epoch: int,
         shown: Shown,
         resume_token: str,
-        proven_at: int,
         ledger: Ledger,
     ) -> None:
         self.did = did
@@ -73,7 +72,7 @@ class Session:
         self.epoch = epoch
         self.show(shown)
         self.resume_token = resume_token
-        self.proven_at = proven_at
+        self.proven_at = time.monotonic()
         self.away_until = 0.0
         self.move: Move | None = None
         self.old_path_closed = False
@@ -201,7 +200,6 @@ class Registry:
         shown: Shown,
         resume_token: str,
         resume: str | None,
-        proven_at: int = 0,
     ) -> Registered:
         """Make `connection` the one of `did`: the newest proven session wins.
 
@@ -211,10 +209,9 @@ class Registry:
             shown: What others may see of the agent.
             resume_token: The token that the new session may be resumed with.
             resume: The token that the agent presented.
-            proven_at: The timestamp of its REGISTER in ms.
         """
         epoch, owner = self._table.bind(did.encode(), self._worker, connection.index)
-        session = Session(did, connection, epoch, shown, resume_token, proven_at, self._ledger)
+        session = Session(did, connection, epoch, shown, resume_token, self._ledger)
         before = self._sessions.get(did)
         self._sessions[did] = session
         self._list(session, before)

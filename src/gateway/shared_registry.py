@@ -92,7 +92,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What is registered of a session. `proven_at` is the timestamp of its REGISTER in ms."""
+    """What is registered of a session. `proven_at` is the time of Redis in ms at which it was proven."""
 
     did: str
     connection: int

@@ -48,6 +48,7 @@ from gateway.handshake import Handshake, Registrar, Registration, read_shown
 from gateway.ice import IceServers
 from gateway.kinds import ANSWER, ASK, CHANGED, CUSTODY_KINDS, MESSAGE_KINDS, WATCHING
 from gateway.locations import Locations, Waiting
+from gateway.losses import Losses
 from gateway.moves import Moves, is_lasting
 from gateway.node import Node, Tally
 from gateway.registry import Registered, Registry, Session
@@ -147,10 +148,16 @@ class Gateway:
             self.locations = Locations(
                 self.cluster,
                 node.table,
+                node.ledger,
                 deliver=self._deliver_found,
                 refuse=lambda _, waiting, cause: self._return(waiting.data, cause),
             )
-        self._debts = Debts(self._send_error, on_dropped=lambda: node.counters.add(worker, "errors_dropped"))
+        self._losses = Losses(node.ledger, after=self.router.settle)
+        self._debts = Debts(
+            node.ledger,
+            pay=self._send_error,
+            on_dropped=lambda: node.counters.add(worker, "errors_dropped"),
+        )
         self.discovery = Discovery(
             worker,
             self.registry.directory,
@@ -593,7 +600,7 @@ class Gateway:
         assert self.custody is not None
         self.custody.look_after(alive, self.cluster.is_settled)
         if self.cluster.is_settled:
-            self._debts.settle()
+            self._debts.fall_due()
 
     def _count_waiting_elsewhere(self) -> None:
         assert self.custody is not None
@@ -605,17 +612,16 @@ class Gateway:
             self._log.debug("worker left", left=worker, unconfirmed=len(records))
         elif worker < NODE_WORKERS:
             self._log.warning("worker lost", lost=worker, unconfirmed=len(records))
-        told = set()
-        for kind, _, _, data in records:
-            if kind == ROUTED_KIND or kind in MESSAGE_KINDS:
-                told.add(scan(data).id)
-                self._return(data, "unconfirmed")
+        lost = [data for kind, _, _, data in records if kind == ROUTED_KIND or kind in MESSAGE_KINDS]
+        for data in lost:
+            self._losses.add(partial(self._return, data, "unconfirmed"), data)
         self.moves.on_link_lost(worker)
         self.discovery.on_link_lost(worker)
         self.router.flush()
         if worker >= NODE_WORKERS:
             return
         self.watches.on_link_lost(worker)
+        told = {scan(data).id for data in lost}
         # What it had confirmed, and kept for agents that were away or slow. What came from another node is
         # answered for there, and senders that have gone to another node by one of the workers that are left.
         is_first = self.cluster is not None and self.worker < min(self._siblings(), default=NODE_WORKERS)
@@ -625,7 +631,7 @@ class Gateway:
             if source or message_id in told:
                 continue
             if sender in self.registry or (is_first and self._is_afar(sender)):
-                self._answer_sender(sender, target, message_id, "unconfirmed")
+                self._losses.add(partial(self._answer_sender, sender, target, message_id, "unconfirmed"))
 
     # --- sessions ------------------------------------------------------------------------------
 
@@ -652,7 +658,6 @@ class Gateway:
                 registration.shown,
                 self._registrar.new_resume_token(),
                 registration.resume_token,
-                round(registration.message.timestamp.timestamp() * 1000),
             )
         except (TableFullError, TableBusyError) as error:
             self._refuse(connection, "gateway_full", str(error), found=found)
@@ -1068,6 +1073,7 @@ class Gateway:
                 self.watches.catch_up()
                 if self.custody is not None:
                     self.custody.answer_some()
+                    self._debts.pay_some()
                     self._count_waiting_elsewhere()
                 # After a stall, what other workers have to say of their sessions is not read yet.
                 if self.node.workers > 1 and now - last_run < STALL_SECONDS:

@@ -11,6 +11,7 @@ import pytest
 from processes import forked
 
 from aiconexus.protocol import DIDKey
+from gateway import replies
 from gateway._ledger import LEDGER_ENTRY_BYTES, LEDGER_FULL, Ledger
 from gateway.shelf import Shelf
 
@@ -191,3 +192,43 @@ def test_what_waits_elsewhere_in_the_process_comes_from_where_it_came(ledger):
     ledger.strike(second)
     ledger.settle()
     assert ledger.source_of(message(1)) == 0
+
+
+def test_an_error_that_is_owed_stands_for_the_message_that_it_answers():
+    """Until it is on its way, nobody was told what became of the message."""
+    own = Ledger(1)
+    gateway = DIDKey.from_seed(b"g" * 32).did
+    own.begin(0, 0, gateway.encode())
+    error = replies.error(gateway, A, "away_expired", correlation_id=name(1))
+    own.source = 7
+    first = own.add(message(1))
+    own.source = 0
+    own.take_news(True)
+    own.strike(first)
+    second = own.owe(error)
+    assert own.take_news(True) == ([(7, entry(second, 1))], [(7, entry(first, 1)[:4])])
+    own.settle()
+    assert own.read(0, 0) == [record(1, source=7)]
+    own.strike(second)
+    own.settle()
+    assert own.take_news(True) == ([], [(7, entry(second, 1)[:4])])
+    assert own.read(0, 0) == []
+
+
+def test_what_is_owed_for_a_message_that_never_waited_is_written_down_too():
+    own = Ledger(1)
+    gateway = DIDKey.from_seed(b"g" * 32).did
+    own.begin(0, 0, gateway.encode())
+    own.source = 7
+    own.owe(replies.error(gateway, A, "not_online", correlation_id=name(1)))
+    assert own.read(0, 0) == [(A, gateway, name(1), 7)]
+    # What is no answer of the gateway to a message is not owed.
+    for data in (
+        replies.error(gateway, A, "too_large"),
+        replies.error(B, A, "not_online", correlation_id=name(2)),
+        replies.pong(gateway, A, name(2), None),
+        message(2),
+        b"{",
+    ):
+        own.strike(own.owe(data))
+    assert own.size == 1

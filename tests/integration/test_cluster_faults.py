@@ -7,8 +7,9 @@ import json
 import signal
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime
+from typing import Any
 
 import pytest
 from flock import Flock
@@ -24,6 +25,7 @@ from network import (
     wait_until_confirmed,
 )
 from redis_server import RedisServer
+from tcp_proxy import TcpProxy
 from wire import Agent, assert_exchange, wait_until
 
 # --- Redis -------------------------------------------------------------------------------------
@@ -39,6 +41,27 @@ def test_without_redis_a_node_goes_on_alone_and_joins_when_it_comes(own_redis, s
         own_redis.start()
         wait_until(lambda: redis_state(node) == "connected")
         wait_until(lambda: entries(own_redis) == 2)
+
+
+def test_an_agent_at_two_nodes_that_have_started_without_redis_is_at_one_when_it_comes(
+    own_redis, start_gateway, tmp_path
+):
+    own_redis.kill()
+    options = ("--redis", own_redis.url, "--workers", "2", "--identity", str(tmp_path / "gateway.pem"))
+    first, second = (start_gateway(*options) for _ in range(2))
+    for node in (first, second):
+        node.forgive(*LOST)
+    with (
+        Agent(first.port) as stays,
+        Agent(first.port) as older,
+        Agent(second.port, older.key) as newer,
+    ):
+        own_redis.start()
+        close = older.read_close()
+        assert (close.close_code, close.close_reason["n"]) == (4504, "replaced")
+        exchange_soon(stays, newer)
+        wait_until(lambda: entries(own_redis) == 2)
+        wait_until(lambda: [node.health()["sessions"] for node in (first, second)] == [1, 1])
 
 
 def test_redis_that_is_required_and_not_there_is_one_clear_sentence(own_redis, run_gateway):
@@ -94,6 +117,33 @@ def test_what_was_sent_when_redis_stopped_comes_back_unconfirmed(own_redis, star
             one.send(*sent)
             for data in sent:
                 one.receive_error("unconfirmed", json.loads(data)["id"])
+        finally:
+            own_redis.signal(signal.SIGCONT)
+
+
+def test_many_messages_that_come_back_at_once_close_no_sender(own_redis, start_node):
+    """All their ERRORs together would not fit into the queue of a sender."""
+    first, second = start_node("--workers", "1", url=own_redis.url), start_node(url=own_redis.url)
+    for node in (first, second):
+        node.forgive(*LOST)
+    with ExitStack() as stack:
+        senders = [stack.enter_context(Agent(first.port)) for _ in range(2)]
+        far = [stack.enter_context(Agent(second.port)) for _ in range(8)]
+        for agent in far:
+            assert_exchange(senders[0], agent)
+        wait_until_confirmed(first, second)
+        own_redis.signal(signal.SIGSTOP)
+        try:
+            left: set[str] = set()
+            for number in range(12_000):
+                sender = senders[number % 2]
+                data = sender.candidate(far[number % 8].did, number)
+                sender.send(data)
+                left.add(json.loads(data)["id"])
+            while left:
+                error = json.loads(first_of(senders)[1])
+                assert error["payload"]["details"]["name"] in ("unconfirmed", "overloaded", "unreachable")
+                left.remove(error["correlation_id"])
         finally:
             own_redis.signal(signal.SIGCONT)
 
@@ -219,6 +269,27 @@ def test_nodes_whose_clocks_are_five_minutes_apart_work_together(own_redis, star
         exchange_soon(one, ahead)
         wait_until(lambda: entries(own_redis) == 2, RECOVERY_SECONDS)
     assert not {"node gone"} & {line["event"] for node in (first, second) for line in node.log_lines()}
+
+
+def test_whoever_has_registered_last_keeps_the_agent_whatever_the_clocks_of_the_nodes_say(
+    own_redis, start_node
+):
+    faketime = pytest.importorskip("libfaketime", reason="needs another clock: `pip install libfaketime`")
+    _, environment = faketime.get_reload_information()
+    first = start_node(url=own_redis.url)
+    second = start_node(url=own_redis.url, environment={**environment, "FAKETIME": "+300s"})
+    for node in (first, second):
+        node.forgive(*LOST)
+    with Agent(first.port) as stays, Agent(second.port, clock=300) as older:
+        own_redis.kill()
+        wait_until(lambda: redis_state(first) == redis_state(second) == "lost")
+        with Agent(first.port, older.key) as newer:
+            own_redis.start()
+            close = older.read_close()
+            assert (close.close_code, close.close_reason["n"]) == (4504, "replaced")
+            assert_exchange(stays, newer)
+            wait_until(lambda: entries(own_redis) == 2)
+            wait_until(lambda: [node.health()["sessions"] for node in (first, second)] == [2, 0])
 
 
 def test_a_worker_that_starts_again_with_a_clock_set_back_is_heard_at_once(own_redis, start_node, tmp_path):
@@ -502,6 +573,43 @@ def test_what_comes_back_while_redis_is_lost_reaches_its_sender_when_redis_is_ba
         wait_until(lambda: first.health()["waiting_elsewhere"] == 0)
 
 
+def test_what_was_given_up_at_a_node_that_dies_while_it_looks_for_the_sender_comes_back(
+    own_redis, start_node
+):
+    away_seconds = 4.0
+    first = start_node(url=own_redis.url)
+    second = start_node("--workers", "1", "--away", str(away_seconds), url=own_redis.url)
+    for node in (first, second):
+        node.forgive(*LOST)
+    with Agent(first.port) as sender, Agent(second.port) as near, Agent(second.port) as agent:
+        agent.drop()
+        expires_at = time.monotonic() + away_seconds
+        wait_until(lambda: second.health()["away"] == 1)
+        sent = [sender.candidate(agent.did, number) for number in range(20)]
+        sender.send(*sent)
+        wait_until(lambda: first.health()["waiting_elsewhere"] == 20)
+        wait_until_confirmed(first, second)
+        while time.monotonic() < expires_at - 0.3:
+            near.ping()
+        # Redis is asked where the sender is, and does not answer before this node is dead; what else it is
+        # told meanwhile, it passes on after that.
+        own_redis.signal(signal.SIGSTOP)
+        try:
+            wait_until(lambda: second.health()["away"] == 0)
+            near.ping()
+            second.kill()
+        finally:
+            own_redis.signal(signal.SIGCONT)
+        deadline = time.monotonic() + 2 * RECOVERY_SECONDS
+        answered = set()
+        while answered != ids(sent):
+            error = json.loads(first_of([sender], deadline - time.monotonic())[1])
+            assert error["payload"]["details"]["name"] in ("unconfirmed", "away_expired")
+            answered.add(error["correlation_id"])
+        wait_until(lambda: first.health()["waiting_elsewhere"] == 0)
+        sender.ping()
+
+
 def test_what_waits_is_answered_for_after_redis_came_back_empty(own_redis, start_node):
     first, second = start_node(url=own_redis.url), start_node(url=own_redis.url)
     for node in (first, second):
@@ -544,37 +652,127 @@ def test_what_waits_at_the_only_worker_of_a_node_comes_back_if_that_is_killed(ow
         wait_until(lambda: first.health()["waiting_elsewhere"] == 0)
 
 
+class Outage:
+    """A fault that begins and ends while two nodes are under load.
+
+    Args:
+        fault: Which one.
+        redis: Which they share.
+        replica: That takes over from it, if it is to fail over.
+        proxies: Between each node and Redis, if the way is what fails.
+        nodes: The nodes.
+    """
+
+    def __init__(
+        self,
+        fault: str,
+        redis: RedisServer,
+        replica: RedisServer | None,
+        proxies: list[TcpProxy],
+        nodes: list[Any],
+    ) -> None:
+        self.fault = fault
+        self.redis = redis
+        self.replica = replica
+        self.proxies = proxies
+        self.nodes = nodes
+
+    @property
+    def lets_nodes_hear(self) -> bool:
+        """Whether nodes hear of each other meanwhile."""
+        return self.fault in ("none", "redis slow", "node killed")
+
+    def begin(self) -> None:
+        if self.fault == "redis killed":
+            self.redis.kill()
+        elif self.fault == "redis stopped":
+            self.redis.signal(signal.SIGSTOP)
+        elif self.fault == "redis slow":
+            for proxy in self.proxies:
+                proxy.delay = 0.1  # each way
+        elif self.fault == "redis fails over":
+            assert self.replica is not None
+            self.redis.kill()
+            self.replica.command("REPLICAOF NO ONE")
+            for proxy in self.proxies:
+                proxy.redirect(self.replica.port)
+        elif self.fault == "node cut off":
+            self.proxies[1].cut()
+        elif self.fault == "node killed":
+            self.nodes[1].kill()
+
+    def end(self) -> None:
+        if self.fault == "redis killed":
+            self.redis.start()
+        elif self.fault == "redis stopped":
+            self.redis.signal(signal.SIGCONT)
+        elif self.fault == "redis slow":
+            for proxy in self.proxies:
+                proxy.delay = 0
+        elif self.fault == "node cut off":
+            self.proxies[1].mend()
+
+
+@pytest.fixture
+def make_outage(own_redis, make_proxy, start_node, tmp_path):
+    """Start two nodes for a fault that is to come."""
+    replicas: list[RedisServer] = []
+
+    def make(fault: str) -> Outage:
+        if fault == "redis fails over":
+            (tmp_path / "replica").mkdir()
+            primary = ("--replicaof", "127.0.0.1", str(own_redis.port))
+            replicas.append(RedisServer(tmp_path / "replica", *primary))
+        way_fails = fault in ("redis slow", "redis fails over", "node cut off")
+        proxies = [make_proxy(own_redis.port) for _ in range(2 * way_fails)]
+        nodes = [start_node(url=each.url) for each in proxies or (own_redis, own_redis)]
+        for node in nodes:
+            node.forgive(*LOST)
+        return Outage(fault, own_redis, replicas[-1] if replicas else None, proxies, nodes)
+
+    yield make
+    for replica in replicas:
+        replica.kill()
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("fault", ["none", "redis killed", "redis stopped", "node killed"])
-async def test_nodes_under_load_lose_no_message_in_silence(fault, own_redis, start_node):
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "none",
+        "redis killed",
+        "redis stopped",
+        "redis slow",
+        "redis fails over",
+        "node cut off",
+        "node killed",
+    ],
+)
+async def test_nodes_under_load_lose_no_message_in_silence(fault, make_outage):
     """2,000 agents at two nodes of two workers, some of them away; each may come back to the other node."""
-    nodes = [start_node(url=own_redis.url) for _ in range(2)]
-    for node in nodes:
-        node.forgive(*LOST)
+    outage = await asyncio.to_thread(make_outage, fault)
+    nodes = outage.nodes
     alive = list(nodes)
     flock = Flock([node.port for node in nodes], 2_000, seed=7)
     await flock.start()
     total: Counter[str] = Counter()
     waited = 0
     for turn in range(6):
+        is_faulty = turn in (2, 3)
         sent = []
         for step in range(4_000):
             if step == 2_000:
                 waited += sum(node.health()["waiting_elsewhere"] for node in alive)
             if step == 2_000 and turn == 2:
-                if fault == "redis killed":
-                    await asyncio.to_thread(own_redis.kill)
-                elif fault == "redis stopped":
-                    own_redis.signal(signal.SIGSTOP)
-                elif fault == "node killed":
-                    await asyncio.to_thread(nodes[1].kill)
+                await asyncio.to_thread(outage.begin)
+                if fault == "node killed":
                     flock.ports.remove(nodes[1].port)
                     alive.remove(nodes[1])
-            if step % 100 == 50 and turn not in (2, 3):
+            if step % 100 == 50 and (not is_faulty or fault == "redis slow"):
                 flock.roam()
             # Nobody hears what becomes of what waits elsewhere while Redis is lost.
-            if step % 20 == 0 and (turn not in (2, 3) or fault == "node killed"):
+            if step % 20 == 0 and (not is_faulty or outage.lets_nodes_hear):
                 flock.rest(2.0)
             message = flock.send()
             if message is not None:
@@ -582,14 +780,13 @@ async def test_nodes_under_load_lose_no_message_in_silence(fault, own_redis, sta
             if step % 100 == 99:
                 await asyncio.sleep(0.01)
         total.update(await flock.settle(sent, 30))
-        if turn == 3 and fault == "redis killed":
-            await asyncio.to_thread(own_redis.start)
-        if turn == 3 and fault == "redis stopped":
-            own_redis.signal(signal.SIGCONT)
+        if turn == 3:
+            await asyncio.to_thread(outage.end)
     assert total["delivered"] > 10_000
     assert waited > 0
+    redis = outage.replica or outage.redis
     deadline = time.monotonic() + STALE_SECONDS
-    while entries(own_redis) != 2_000 or sum(node.health()["sessions"] for node in alive) != 2_000:
-        assert time.monotonic() < deadline, (entries(own_redis), [node.health() for node in alive])
+    while entries(redis) != 2_000 or sum(node.health()["sessions"] for node in alive) != 2_000:
+        assert time.monotonic() < deadline, (entries(redis), [node.health() for node in alive])
         await asyncio.sleep(0.1)
     await flock.leave()

@@ -1,7 +1,7 @@
 -- Make a session the one of its DID, and return the one that it replaces.
 --
 -- KEYS[1]  the agent: hash; n number of its node, i instance of the node, w worker, c connection, e epoch,
---          p when it was proven, s status, k card, h 1 if hidden, x index terms (JSON list), t text to search,
+--          p when it was proven, in ms, s status, k card, h 1 if hidden, x index terms (JSON list), t text to search,
 --          q numbers of the nodes that asked where it is, each followed by a comma
 -- KEYS[2]  set of the DIDs of the worker that registers it
 -- ARGV[1]  what all keys begin with
