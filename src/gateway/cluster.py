@@ -29,7 +29,7 @@ from gateway._mesh import NODE_WORKERS, source_of
 from gateway._routing import RoutingTable, TableBusyError
 from gateway.directory import Offer, Query
 from gateway.discovery import Page
-from gateway.redis_line import LineLostError, RedisLine, close_client, make_client, reason_of
+from gateway.redis_line import LineLostError, RedisLine, close_client, is_loss, make_client, reason_of
 from gateway.shared_registry import (
     HEARTBEAT_SECONDS,
     LEASE_SECONDS,
@@ -441,11 +441,12 @@ class Cluster:
                 MovedError
             ) as error:  # of a Redis Cluster; all keys have one slot, so one node has them all
                 self._moved_to, reason = (error.host, error.port), str(error)
-            except (LineLostError, RedisError, OSError, asyncio.TimeoutError) as error:
-                reason = reason_of(error)
-                self._moved_to = None
-            except Exception:
-                self._log.exception("fault")
+            except Exception as error:
+                if is_loss(error):
+                    reason = reason_of(error)
+                    self._moved_to = None
+                else:
+                    self._log.exception("fault")
             if not self._is_loss_told:
                 self._log.error("Redis lost", reason=reason)
                 self._is_loss_told = True

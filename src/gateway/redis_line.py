@@ -148,6 +148,13 @@ def ping(url: str) -> None:
         raise LineLostError(reason_of(error)) from error
 
 
+def is_loss(error: Exception) -> bool:
+    """Tell whether an exception says that Redis cannot be reached, not that something is wrong here."""
+    # uvloop says this of a transport that has closed just before redis-py writes to it.
+    is_closed = isinstance(error, RuntimeError) and "the handler is closed" in str(error)
+    return is_closed or isinstance(error, LineLostError | RedisError | OSError | asyncio.TimeoutError)
+
+
 def reason_of(error: Exception) -> str:
     """Return what an operator should know of why Redis cannot be reached."""
     # Behind that, Sentinels are described by all their settings.
@@ -259,7 +266,9 @@ class RedisLine:
                 for (_, tell), answer in zip(done, answers, strict=True):
                     self._give(tell, answer)
                 self._after()
-        except (RedisError, OSError, asyncio.TimeoutError) as error:
+        except Exception as error:
+            if not is_loss(error):
+                raise
             reason = LineLostError(reason_of(error))
             raise reason from error
         finally:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
+import uvloop
 from redis.asyncio.connection import SSLConnection
 
-from gateway.redis_line import check_url, close_client, make_client, without_password
+from gateway.redis_line import check_url, close_client, is_loss, make_client, without_password
 
 
 @pytest.mark.parametrize(
@@ -78,3 +81,19 @@ async def test_the_name_in_a_certificate_is_checked_unless_the_url_says_otherwis
 def test_a_url_that_cannot_work_is_refused_before_anybody_connects(url, reason):
     with pytest.raises(ValueError, match=reason):
         check_url(url)
+
+
+def test_a_transport_that_closed_before_it_was_written_to_is_a_loss():
+    async def main():
+        server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        await reader.read()
+        writer.transport.abort()
+        await writer.wait_closed()
+        server.close()
+        with pytest.raises(RuntimeError) as caught:
+            writer.transport.write(b"x")
+        return caught.value
+
+    assert is_loss(uvloop.run(main()))
+    assert not is_loss(RuntimeError("something else"))
