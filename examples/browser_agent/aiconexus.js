@@ -1865,7 +1865,7 @@ class Gateway {
     for (const [id, { to, answer }] of this.#pending) {
       if (to !== this.session?.gatewayDid) continue;
       this.#pending.delete(id);
-      answer.reject(new NotConnectedError("the connection broke before the gateway answered: ask again", "lost"));
+      answer.reject(this.#lostError());
     }
   }
 
@@ -1878,6 +1878,10 @@ class Gateway {
     this.#wake();
     for (const { answer } of this.#pending.values()) answer.reject(this.#closedError());
     this.#pending.clear();
+  }
+
+  #lostError() {
+    return new NotConnectedError("the connection broke before the gateway answered: ask again", "lost");
   }
 
   #closedError() {
@@ -1896,16 +1900,25 @@ class Gateway {
   // --- sending ---------------------------------------------------------------------------------------------------
 
   /**
-   * Send a message, signed; while there is no connection it waits for the next.
+   * Send a message, signed; while there is no connection it waits for the next, unless it is for the gateway itself.
    * @param {Envelope} envelope @param {number} [timeout]
    * @returns {Promise<Envelope>} As it was sent.
    */
   async send(envelope, timeout = LIMITS.REQUEST_TIMEOUT_MS) {
+    const isForGateway = envelope.to === this.session?.gatewayDid;
     const signed = await sign(envelope, this.#identity);
     const text = serialize(signed);
     const announced = this.session?.limits.message_max_bytes;
     const limit = Math.min(Number.isSafeInteger(announced) ? announced : Infinity, LIMITS.MESSAGE_MAX_BYTES);
     if (isLonger(text, limit)) throw new MalformedMessageError("too_large", `at most ${limit} bytes can be sent`);
+    // What is for this gateway is not for the next, which may be another one.
+    if (isForGateway && this.#socket?.readyState !== 1) throw this.#lostError();
+    (await this.#connected(timeout)).send(text);
+    return signed;
+  }
+
+  /** The socket of the session; while there is none, that of the next. @param {number} timeout */
+  async #connected(timeout) {
     const deadline = Date.now() + timeout;
     while (this.#socket === null || this.#socket.readyState !== 1) {
       if (this.state === "closed") throw this.#closedError();
@@ -1916,8 +1929,18 @@ class Gateway {
       const change = this.state === "registered" ? sleep(10) : this.#settled.promise;
       await within(change, Math.max(0, deadline - Date.now()), late);
     }
-    this.#socket.send(text);
-    return signed;
+    return this.#socket;
+  }
+
+  /**
+   * Ask the gateway itself; while there is no connection, the one that answers next: it may have another key.
+   * @param {string} type @param {Record<string, any>} payload @param {{id?: string, timeout?: number}} [options]
+   */
+  async ask(type, payload, { id, timeout = LIMITS.REQUEST_TIMEOUT_MS } = {}) {
+    await this.#connected(timeout);
+    const { gatewayDid } = /** @type {Session} */ (this.session);
+    const message = createMessage(this.#identity.did, gatewayDid, type, payload);
+    return this.request(id === undefined ? message : { ...message, id }, timeout);
   }
 
   /**
@@ -2142,7 +2165,7 @@ class Directory {
       let isWhole = true;
       try {
         const asked = watchId === undefined ? query : { ...query, watch: true };
-        for await (const page of directory.#pages(asked, watchId)) {
+        for await (const page of directory.#pages(asked, { id: watchId })) {
           isWhole &&= page.partial !== true;
           for (const entry of page.agents ?? []) {
             present.add(entry.did);
@@ -2173,7 +2196,8 @@ class Directory {
     }
 
     try {
-      yield* compare(begin());
+      begin();
+      queue.put(null); // where there is no connection now, the next one begins it
       for (;;) {
         const payload = await unlessAborted(queue.take(), signal);
         told.clear();
@@ -2209,18 +2233,14 @@ class Directory {
 
   /**
    * @param {Record<string, any>} query
-   * @param {string} [id] Of the first DISCOVER.
+   * @param {{id?: string, timeout?: number}} [options] `id` of the first DISCOVER; `timeout` of each.
    * @returns {AsyncGenerator<any, void, void>}
    */
-  async *#pages(query, id) {
-    const { session } = this.#gateway;
-    if (session === null) throw new NotConnectedError("not registered: call start() first", "disconnected");
+  async *#pages(query, { id, timeout } = {}) {
     const fields = Object.entries(query).filter(([, value]) => value !== undefined);
     let payload = Object.fromEntries(fields);
     for (;;) {
-      const message = createMessage(this.#did, session.gatewayDid, "DISCOVER", payload);
-      if (id !== undefined) message.id = id;
-      const answer = await this.#gateway.request(message);
+      const answer = await this.#gateway.ask("DISCOVER", payload, { id, timeout });
       if (answer.type !== "PRESENCE") {
         throw new GatewayUnreachableError(`the gateway answered DISCOVER with ${answer.type}`, "unexpected_type");
       }
