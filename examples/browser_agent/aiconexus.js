@@ -603,8 +603,14 @@ export class Identity {
    * The key that this origin keeps in IndexedDB under a name; made at the first time. Scripts of the page can use it,
    * but not even they can copy it.
    * @param {string} [name]
+   * @throws {AIConexusError} `no_storage`: nothing can be kept here, as in Node.js.
    */
   static async load(name = "default") {
+    if (globalThis.indexedDB === undefined) {
+      const text =
+        "this runtime has no IndexedDB to keep a key in: take Identity.generate() or Identity.fromSeed(seed)";
+      throw new AIConexusError(text, "no_storage");
+    }
     const request = indexedDB.open("aiconexus", 1);
     request.onupgradeneeded = () => request.result.createObjectStore("identities");
     const database = await fulfilled(request);
@@ -3133,7 +3139,7 @@ export class Peer {
    */
   async intent(intent, { timeout = LIMITS.CALL_TIMEOUT_MS, signal } = {}) {
     const payload = typeof intent === "string" ? { query: intent } : intent;
-    if (payload.query === undefined && payload.task === undefined)
+    if (!isPlain(payload) || (payload.query === undefined && payload.task === undefined))
       throw new TypeError("an intent needs a query or a task");
     const { status, required_input: requiredInput, cost } = await this.#ask("INTENT", payload, timeout, signal);
     return {
@@ -3284,6 +3290,8 @@ export class Peer {
    * @returns {AsyncGenerator<{part: any} | {result: any, isStream: boolean}, void, void>}
    */
   async *#call(capability, args, { timeout = LIMITS.CALL_TIMEOUT_MS, signal, ...listeners }, isStream) {
+    if (typeof capability !== "string") throw new TypeError("a capability is called by its name, a string");
+    if (!isPlain(args)) throw new TypeError(`${capability}: arguments go by name, in an object: { text: "…" }`);
     signal?.throwIfAborted();
     this.#checkTimeout(timeout);
     this.#checkOpen();
@@ -4853,6 +4861,7 @@ export class Agent extends EventTarget {
   /** @param {AgentOptions} options */
   constructor(options) {
     super();
+    checkOptions(options);
     const { gateway, identity, capabilities = {}, hidden = false, gatewayDid } = options;
     this.#options = options;
     this.#identity = identity;
@@ -5059,6 +5068,27 @@ export class Agent extends EventTarget {
     return capability.run(args, call);
   }
 }
+
+/** Say what to give, to those whom no type checker tells. @param {any} options */
+function checkOptions(options) {
+  if (!isPlain(options) || (typeof options.gateway !== "string" && !(options.gateway instanceof URL)))
+    throw new TypeError('an agent needs its gateway\'s URL: new Agent({ gateway: "wss://host/ws", identity })');
+  if (!(options.identity instanceof Identity)) {
+    const given = typeof options.identity?.then === "function" ? "; this is a promise of one" : "";
+    throw new TypeError(
+      `an agent needs an identity: await Identity.load() in a browser, await Identity.generate() elsewhere${given}`,
+    );
+  }
+  const { capabilities = {} } = options;
+  if (!isPlain(capabilities)) throw new TypeError("capabilities are an object: { name: async (args) => result }");
+  for (const [name, capability] of Object.entries(capabilities)) {
+    if (typeof capability === "function" || typeof capability?.run === "function") continue;
+    throw new TypeError(`the capability ${name} is a function, or an object with the function as "run"`);
+  }
+}
+
+/** Whether it has named values, and is not of a class that means something else. @param {any} value */
+const isPlain = (value) => Object.prototype.toString.call(value) === "[object Object]" && !isAsyncIterable(value);
 
 /** @type {Readonly<Record<string, (value: any) => boolean>>} */
 const SCHEMA_TYPES = {

@@ -67,6 +67,15 @@ test("a watch tells who comes, what changes, and who goes", async () => {
   await watching;
 });
 
+test("arguments go by name", async () => {
+  for (const wrong of ["abc", 7, null, ["abc"], new Uint8Array(3), new Map()]) {
+    await assert.rejects(peer.execute("double", wrong), { name: "TypeError", message: /^double: .* by name/ });
+    await assert.rejects(peer.stream("double", wrong).next(), TypeError);
+  }
+  await assert.rejects(peer.execute(undefined), TypeError);
+  await assert.rejects(peer.intent(undefined), TypeError);
+});
+
 test("an intent is answered, both ways", async () => {
   assert.deepEqual(await peer.intent("double it"), {
     status: "understood",

@@ -185,6 +185,21 @@ test("nobody at the address is told at once", async () => {
   await assert.rejects(newAgent({ gateway: "http://127.0.0.1/ws" }), TypeError);
 });
 
+test("what an agent lacks is told in words", async () => {
+  const made = (options) => () => new ioap.Agent(options);
+  const gateway = "ws://127.0.0.1:1/ws";
+  assert.throws(made(), { name: "TypeError", message: /its gateway's URL/ });
+  assert.throws(made({ identity }), { name: "TypeError", message: /its gateway's URL/ });
+  assert.throws(made({ gateway }), { name: "TypeError", message: /needs an identity/ });
+  assert.throws(made({ gateway, identity: ioap.Identity.generate() }), { name: "TypeError", message: /a promise/ });
+  for (const wrong of [{ tags: [] }, null, "sing"]) {
+    const capabilities = { sing: wrong };
+    assert.throws(made({ gateway, identity, capabilities }), { name: "TypeError", message: /sing is a function/ });
+  }
+  assert.throws(made({ gateway, identity, capabilities: [] }), { name: "TypeError", message: /are an object/ });
+  await assert.rejects(ioap.Identity.load(), { name: "AIConexusError", code: "no_storage", message: /generate/ });
+});
+
 test("after a drop it comes back with the token of that gateway, when the gateway says", async () => {
   const drops = [];
   serve = async (side) => {
