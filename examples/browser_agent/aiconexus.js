@@ -84,6 +84,7 @@ const BEGINS_MAX = 8; // of one attempt: somebody may offer anew for ever
 const SENDS_MAX = 5; // of one OFFER, where messages get lost
 const CANDIDATES_MAX = 100; // of one agent: each is sent packets, wherever it points (RFC 8445 section 19.5.1)
 const EARLY_SENDERS_MAX = 64; // agents whose candidates wait for their OFFER
+const ASK_MS = 2_000; // before a connect() gives up, for the gateway to say what it knows
 const CONTEST_MS = 6_000; // for the loser of a glare to answer
 const RETRY_MS = 200; // before a message that was refused for the moment is sent again
 const RENEWAL_MIN_MS = 200; // no gateway can make this agent busy with new TURN credentials
@@ -2112,12 +2113,15 @@ class Directory {
     for (const tell of [...this.#watches.values()]) tell(null);
   }
 
-  /** @param {Query} query @param {{limit?: number}} options @returns {AsyncGenerator<Found, void, void>} */
-  async *discover({ capability, tag, text, dids }, { limit = Infinity }) {
+  /**
+   * @param {Query} query @param {{limit?: number, timeout?: number}} options `timeout` of each page.
+   * @returns {AsyncGenerator<Found, void, void>}
+   */
+  async *discover({ capability, tag, text, dids }, { limit = Infinity, timeout }) {
     let count = 0;
     let isWhole = true;
     const size = Math.max(1, Math.min(limit, PAGE_SIZE));
-    for await (const page of this.#pages({ capability, tag, text, dids, limit: size })) {
+    for await (const page of this.#pages({ capability, tag, text, dids, limit: size }, { timeout })) {
       isWhole &&= page.partial !== true;
       for (const entry of page.agents ?? []) {
         const found = await this.#read(entry);
@@ -4243,6 +4247,15 @@ class Channel {
 /** What passes by itself in a moment. */
 const PASSING = new Set(["rate_limited", "overloaded", "unreachable", "unconfirmed"]);
 
+/** Why an OFFER was not answered, by what the gateway says of its receiver. */
+const UNANSWERED = Object.freeze({
+  "": "it has not answered the OFFER; it may be busy, or an ANSWER was lost: try again",
+  online: "it is online, but has not answered the OFFER; it may be busy: try again",
+  away: "it is away: its connection to the gateway is interrupted; try again, it may return",
+  offline: "it has not answered the OFFER, and is not online any more",
+  unknown: "it has not answered the OFFER, and the gateway does not answer either",
+});
+
 /** @typedef {{candidate: string, sdp_mid?: string | null, sdp_mline_index?: number | null}} Candidate */
 
 /** One way to a connection with one agent. It belongs to whoever waits for it, whichever side's offer it comes of. */
@@ -4278,10 +4291,25 @@ class Attempt {
   early = [];
   candidates = 0;
   limit = 65_536;
+  /** What the gateway says of the other agent. @type {keyof typeof UNANSWERED} */
+  status = "";
 
   /** @param {string} did */
   constructor(did) {
     this.did = did;
+  }
+
+  /** How far it came and what to do, in words. @param {boolean} hasGateway */
+  describe(hasGateway) {
+    const ice = `(ICE ${this.pc?.iceConnectionState ?? "closed"})`;
+    if (!this.isOffering) return `its offer was answered, but the connection did not open ${ice}`;
+    if (this.isAnswered) return `it has answered, but the connection did not open ${ice}`;
+    const isSent = this.sentId !== "";
+    if (!hasGateway) {
+      const what = isSent ? "it may or may not have the OFFER" : "the OFFER could not be sent";
+      return `the gateway is away, ${what}; this agent returns to it: try again`;
+    }
+    return isSent ? UNANSWERED[this.status] : "the OFFER could not be sent yet: give it more time";
   }
 }
 
@@ -4301,6 +4329,8 @@ class Attempt {
  * @property {(did: string) => Promise<string | null>} admit Null, or the cause why a stranger may not connect.
  * @property {(did: string, pc: RTCPeerConnection, channel: Channel, limit: number) => Peer} opened
  * @property {() => string | undefined} gatewayDid
+ * @property {() => boolean} hasGateway Whether it is there now.
+ * @property {(did: string) => Promise<Found["status"]>} statusOf Asks the gateway, for ASK_MS at most.
  * @property {(text: string) => void} warn
  */
 class Signaling {
@@ -4332,19 +4362,19 @@ class Signaling {
 
   /** @param {string} did @param {number} timeout @param {AbortSignal} [signal] @returns {Promise<Peer>} */
   async connect(did, timeout, signal) {
-    let attempt = this.#attempts.get(did);
-    if (attempt === undefined) {
-      attempt = new Attempt(did);
-      this.#offer(attempt);
-    }
+    const attempt = this.#attempts.get(did) ?? new Attempt(did);
+    if (!this.#attempts.has(did)) this.#offer(attempt);
     attempt.waiting++;
-    const { result } = attempt;
-    const ice = () => attempt?.pc?.iceConnectionState ?? "closed";
     const late = () =>
-      new PeerConnectError(`no connection to ${shortDid(did)} in ${timeout} ms (ICE ${ice()})`, "timeout");
+      new PeerConnectError(
+        `no connection to ${shortDid(did)} in ${timeout} ms: ${attempt.describe(this.#hooks.hasGateway())}`,
+        "timeout",
+      );
+    const asking = setTimeout(() => void this.#askGateway(attempt), timeout - Math.min(ASK_MS, timeout / 2));
     try {
-      return await within(unlessAborted(result.promise, signal), timeout, late);
+      return await within(unlessAborted(attempt.result.promise, signal), timeout, late);
     } finally {
+      clearTimeout(asking);
       attempt.waiting--;
       // The other side's wish to connect is not ours to give up.
       if (attempt.waiting === 0 && attempt.isOffering)
@@ -4608,6 +4638,7 @@ class Signaling {
         isAnswered: false,
         isContested: false,
         isRetried: false,
+        status: "",
         sends: 0,
         offerId: offer?.id.toLowerCase() ?? "",
         sentId: "",
@@ -4678,6 +4709,17 @@ class Signaling {
     const { pc } = attempt;
     attempt.pc = null;
     pc?.close();
+  }
+
+  /** Find out what to tell of an OFFER that is not answered. @param {Attempt} attempt */
+  async #askGateway(attempt) {
+    if (!attempt.isOffering || attempt.isAnswered || attempt.sentId === "") return;
+    attempt.status = "unknown";
+    const { begins } = attempt;
+    const status = await this.#hooks.statusOf(attempt.did).catch((error) => {
+      return error instanceof GatewayUnreachableError ? "unknown" : "";
+    });
+    if (attempt.begins === begins) attempt.status = status;
   }
 
   /** The attempt whose last OFFER or ANSWER has this id. @param {unknown} id */
@@ -4897,6 +4939,11 @@ export class Agent extends EventTarget {
       admit: (did) => this.#admit(did),
       opened: (did, pc, channel, limit) => this.#opened(did, pc, channel, limit),
       gatewayDid: () => this.#gateway.session?.gatewayDid,
+      hasGateway: () => this.state === "registered",
+      statusOf: async (did) => {
+        for await (const { status } of this.#directory.discover({ dids: [did] }, { timeout: ASK_MS })) return status;
+        return "offline";
+      },
       warn,
     });
   }
