@@ -2,20 +2,58 @@
 /**
  * An AIConexus agent in one file: for browsers, and for Node.js from 18 on. It depends on nothing.
  *
- *     import { Agent, Identity } from "./aiconexus.js";
+ *     import { Agent, CallTimeoutError, CapabilityError, Identity } from "./aiconexus.js";
+ *     import { PeerError, UnknownAgentError } from "./aiconexus.js";
  *
  *     const me = new Agent({
  *       gateway: "ws://127.0.0.1:8000/ws",
- *       identity: await Identity.load("me"),
- *       capabilities: { double: async ({ value }) => 2 * value },
+ *       identity: await Identity.load("me"), // in Node.js: Identity.generate() or Identity.fromSeed(seed)
+ *       capabilities: {
+ *         double: async ({ value }) => 2 * value,
+ *         count: async function* ({ to }, { progress, signal }) {
+ *           for (let number = 0; number < to && !signal.aborted; number++) {
+ *             progress({ done: number });
+ *             yield number; // a part of a stream
+ *           }
+ *         },
+ *       },
  *     });
+ *     me.addEventListener("state", ({ detail }) => console.log(detail)); // "registered", "reconnecting", …
+ *     me.addEventListener("peer", ({ detail: peer }) => console.log(peer.did, "is connected"));
+ *     me.addEventListener("peerlost", ({ detail: { peer, reason } }) => console.log(peer.did, "is gone:", reason));
+ *     me.addEventListener("warning", ({ detail: text }) => console.warn(text));
  *     await me.start();
+ *
+ *     const stop = new AbortController(); // stop.abort() ends what has its signal, as with fetch
  *     for await (const found of me.discover({ tag: "legal" })) {
- *       const peer = await me.connect(found.did);
- *       console.log(await peer.execute("extract_clauses", { text, kinds: ["compete"] }));
- *       await peer.release();
+ *       try {
+ *         const peer = await me.connect(found.did, { timeout: 10_000, signal: stop.signal });
+ *         try {
+ *           const clauses = await peer.execute("extract_clauses", { text, kinds: ["compete"] }, {
+ *             timeout: 30_000,
+ *             signal: stop.signal,
+ *             onProgress: (value) => console.log("so far", value),
+ *             onReceipt: ({ request, response }) => console.log("both have signed", request, response),
+ *           });
+ *           for await (const part of peer.stream("explain", { clauses })) console.log(part); // `break` cancels it
+ *         } finally {
+ *           await peer.release();
+ *         }
+ *       } catch (error) {
+ *         // `code` is for programs, `message` for people; the class AIConexusError has the tree of all errors.
+ *         if (error === stop.signal.reason) break;
+ *         else if (error instanceof UnknownAgentError) console.log("it is not online");
+ *         else if (error instanceof PeerError) console.log("no connection, or it was lost", error.code);
+ *         else if (error instanceof CallTimeoutError) console.log("it took too long");
+ *         else if (error instanceof CapabilityError) console.log("over there it failed:", error.message);
+ *         else throw error;
+ *       }
  *     }
  *     await me.close();
+ *
+ * An identity is registered once at a time: of two tabs that load the same one, the later replaces the earlier, whose
+ * state becomes "closed" (`closedBecause.code` is "replaced") and which does not come back by itself. Give each tab a
+ * name of its own (`Identity.load(name)`) where several are to run, or `Identity.generate()` where none is to be kept.
  *
  * It implements PROTOCOL_DESIGN.md; the numbers of sections in comments are those of that document. From the top:
  *
