@@ -90,10 +90,10 @@ test("a connect to an agent that is away says so", async () => {
   assert.equal((await watching.next()).value?.event, "join");
   socket.terminate();
   assert.equal((await watching.next()).value?.event, "away");
-  await assert.rejects(me.connect(away.did, { timeout: 1000 }), {
+  await assert.rejects(me.connect(away.did, { timeout: 3000 }), {
     name: "PeerConnectError",
     code: "timeout",
-    message: /in 1000 ms: it is away: its connection to the gateway is interrupted; try again/,
+    message: /in 3000 ms: it is away: its connection to the gateway is interrupted; try again/,
   });
   await watching.return();
   await away.close();
