@@ -2,20 +2,58 @@
 /**
  * An AIConexus agent in one file: for browsers, and for Node.js from 18 on. It depends on nothing.
  *
- *     import { Agent, Identity } from "./aiconexus.js";
+ *     import { Agent, CallTimeoutError, CapabilityError, Identity } from "./aiconexus.js";
+ *     import { PeerError, UnknownAgentError } from "./aiconexus.js";
  *
  *     const me = new Agent({
  *       gateway: "ws://127.0.0.1:8000/ws",
- *       identity: await Identity.load("me"),
- *       capabilities: { double: async ({ value }) => 2 * value },
+ *       identity: await Identity.load("me"), // in Node.js: Identity.generate() or Identity.fromSeed(seed)
+ *       capabilities: {
+ *         double: async ({ value }) => 2 * value,
+ *         count: async function* ({ to }, { progress, signal }) {
+ *           for (let number = 0; number < to && !signal.aborted; number++) {
+ *             progress({ done: number });
+ *             yield number; // a part of a stream
+ *           }
+ *         },
+ *       },
  *     });
+ *     me.addEventListener("state", ({ detail }) => console.log(detail)); // "registered", "reconnecting", …
+ *     me.addEventListener("peer", ({ detail: peer }) => console.log(peer.did, "is connected"));
+ *     me.addEventListener("peerlost", ({ detail: { peer, reason } }) => console.log(peer.did, "is gone:", reason));
+ *     me.addEventListener("warning", ({ detail: text }) => console.warn(text));
  *     await me.start();
+ *
+ *     const stop = new AbortController(); // stop.abort() ends what has its signal, as with fetch
  *     for await (const found of me.discover({ tag: "legal" })) {
- *       const peer = await me.connect(found.did);
- *       console.log(await peer.execute("extract_clauses", { text, kinds: ["compete"] }));
- *       await peer.release();
+ *       try {
+ *         const peer = await me.connect(found.did, { timeout: 10_000, signal: stop.signal });
+ *         try {
+ *           const clauses = await peer.execute("extract_clauses", { text, kinds: ["compete"] }, {
+ *             timeout: 30_000,
+ *             signal: stop.signal,
+ *             onProgress: (value) => console.log("so far", value),
+ *             onReceipt: ({ request, response }) => console.log("both have signed", request, response),
+ *           });
+ *           for await (const part of peer.stream("explain", { clauses })) console.log(part); // `break` cancels it
+ *         } finally {
+ *           await peer.release();
+ *         }
+ *       } catch (error) {
+ *         // `code` is for programs, `message` for people; the class AIConexusError has the tree of all errors.
+ *         if (error === stop.signal.reason) break;
+ *         else if (error instanceof UnknownAgentError) console.log("it is not online");
+ *         else if (error instanceof PeerError) console.log("no connection, or it was lost", error.code);
+ *         else if (error instanceof CallTimeoutError) console.log("it took too long");
+ *         else if (error instanceof CapabilityError) console.log("over there it failed:", error.message);
+ *         else throw error;
+ *       }
  *     }
  *     await me.close();
+ *
+ * An identity is registered once at a time: of two tabs that load the same one, the later replaces the earlier, whose
+ * state becomes "closed" (`closedBecause.code` is "replaced") and which does not come back by itself. Give each tab a
+ * name of its own (`Identity.load(name)`) where several are to run, or `Identity.generate()` where none is to be kept.
  *
  * It implements PROTOCOL_DESIGN.md; the numbers of sections in comments are those of that document. From the top:
  *
@@ -84,6 +122,7 @@ const BEGINS_MAX = 8; // of one attempt: somebody may offer anew for ever
 const SENDS_MAX = 5; // of one OFFER, where messages get lost
 const CANDIDATES_MAX = 100; // of one agent: each is sent packets, wherever it points (RFC 8445 section 19.5.1)
 const EARLY_SENDERS_MAX = 64; // agents whose candidates wait for their OFFER
+const ASK_MS = 2_000; // before a connect() gives up, for the gateway to say what it knows
 const CONTEST_MS = 6_000; // for the loser of a glare to answer
 const RETRY_MS = 200; // before a message that was refused for the moment is sent again
 const RENEWAL_MIN_MS = 200; // no gateway can make this agent busy with new TURN credentials
@@ -603,8 +642,14 @@ export class Identity {
    * The key that this origin keeps in IndexedDB under a name; made at the first time. Scripts of the page can use it,
    * but not even they can copy it.
    * @param {string} [name]
+   * @throws {AIConexusError} `no_storage`: nothing can be kept here, as in Node.js.
    */
   static async load(name = "default") {
+    if (globalThis.indexedDB === undefined) {
+      const text =
+        "this runtime has no IndexedDB to keep a key in: take Identity.generate() or Identity.fromSeed(seed)";
+      throw new AIConexusError(text, "no_storage");
+    }
     const request = indexedDB.open("aiconexus", 1);
     request.onupgradeneeded = () => request.result.createObjectStore("identities");
     const database = await fulfilled(request);
@@ -1865,7 +1910,7 @@ class Gateway {
     for (const [id, { to, answer }] of this.#pending) {
       if (to !== this.session?.gatewayDid) continue;
       this.#pending.delete(id);
-      answer.reject(new NotConnectedError("the connection broke before the gateway answered: ask again", "lost"));
+      answer.reject(this.#lostError());
     }
   }
 
@@ -1878,6 +1923,10 @@ class Gateway {
     this.#wake();
     for (const { answer } of this.#pending.values()) answer.reject(this.#closedError());
     this.#pending.clear();
+  }
+
+  #lostError() {
+    return new NotConnectedError("the connection broke before the gateway answered: ask again", "lost");
   }
 
   #closedError() {
@@ -1896,16 +1945,25 @@ class Gateway {
   // --- sending ---------------------------------------------------------------------------------------------------
 
   /**
-   * Send a message, signed; while there is no connection it waits for the next.
+   * Send a message, signed; while there is no connection it waits for the next, unless it is for the gateway itself.
    * @param {Envelope} envelope @param {number} [timeout]
    * @returns {Promise<Envelope>} As it was sent.
    */
   async send(envelope, timeout = LIMITS.REQUEST_TIMEOUT_MS) {
+    const isForGateway = envelope.to === this.session?.gatewayDid;
     const signed = await sign(envelope, this.#identity);
     const text = serialize(signed);
     const announced = this.session?.limits.message_max_bytes;
     const limit = Math.min(Number.isSafeInteger(announced) ? announced : Infinity, LIMITS.MESSAGE_MAX_BYTES);
     if (isLonger(text, limit)) throw new MalformedMessageError("too_large", `at most ${limit} bytes can be sent`);
+    // What is for this gateway is not for the next, which may be another one.
+    if (isForGateway && this.#socket?.readyState !== 1) throw this.#lostError();
+    (await this.#connected(timeout)).send(text);
+    return signed;
+  }
+
+  /** The socket of the session; while there is none, that of the next. @param {number} timeout */
+  async #connected(timeout) {
     const deadline = Date.now() + timeout;
     while (this.#socket === null || this.#socket.readyState !== 1) {
       if (this.state === "closed") throw this.#closedError();
@@ -1916,8 +1974,18 @@ class Gateway {
       const change = this.state === "registered" ? sleep(10) : this.#settled.promise;
       await within(change, Math.max(0, deadline - Date.now()), late);
     }
-    this.#socket.send(text);
-    return signed;
+    return this.#socket;
+  }
+
+  /**
+   * Ask the gateway itself; while there is no connection, the one that answers next: it may have another key.
+   * @param {string} type @param {Record<string, any>} payload @param {{id?: string, timeout?: number}} [options]
+   */
+  async ask(type, payload, { id, timeout = LIMITS.REQUEST_TIMEOUT_MS } = {}) {
+    await this.#connected(timeout);
+    const { gatewayDid } = /** @type {Session} */ (this.session);
+    const message = createMessage(this.#identity.did, gatewayDid, type, payload);
+    return this.request(id === undefined ? message : { ...message, id }, timeout);
   }
 
   /**
@@ -2083,12 +2151,15 @@ class Directory {
     for (const tell of [...this.#watches.values()]) tell(null);
   }
 
-  /** @param {Query} query @param {{limit?: number}} options @returns {AsyncGenerator<Found, void, void>} */
-  async *discover({ capability, tag, text, dids }, { limit = Infinity }) {
+  /**
+   * @param {Query} query @param {{limit?: number, timeout?: number}} options `timeout` of each page.
+   * @returns {AsyncGenerator<Found, void, void>}
+   */
+  async *discover({ capability, tag, text, dids }, { limit = Infinity, timeout }) {
     let count = 0;
     let isWhole = true;
     const size = Math.max(1, Math.min(limit, PAGE_SIZE));
-    for await (const page of this.#pages({ capability, tag, text, dids, limit: size })) {
+    for await (const page of this.#pages({ capability, tag, text, dids, limit: size }, { timeout })) {
       isWhole &&= page.partial !== true;
       for (const entry of page.agents ?? []) {
         const found = await this.#read(entry);
@@ -2142,7 +2213,7 @@ class Directory {
       let isWhole = true;
       try {
         const asked = watchId === undefined ? query : { ...query, watch: true };
-        for await (const page of directory.#pages(asked, watchId)) {
+        for await (const page of directory.#pages(asked, { id: watchId })) {
           isWhole &&= page.partial !== true;
           for (const entry of page.agents ?? []) {
             present.add(entry.did);
@@ -2173,7 +2244,8 @@ class Directory {
     }
 
     try {
-      yield* compare(begin());
+      begin();
+      queue.put(null); // where there is no connection now, the next one begins it
       for (;;) {
         const payload = await unlessAborted(queue.take(), signal);
         told.clear();
@@ -2209,18 +2281,14 @@ class Directory {
 
   /**
    * @param {Record<string, any>} query
-   * @param {string} [id] Of the first DISCOVER.
+   * @param {{id?: string, timeout?: number}} [options] `id` of the first DISCOVER; `timeout` of each.
    * @returns {AsyncGenerator<any, void, void>}
    */
-  async *#pages(query, id) {
-    const { session } = this.#gateway;
-    if (session === null) throw new NotConnectedError("not registered: call start() first", "disconnected");
+  async *#pages(query, { id, timeout } = {}) {
     const fields = Object.entries(query).filter(([, value]) => value !== undefined);
     let payload = Object.fromEntries(fields);
     for (;;) {
-      const message = createMessage(this.#did, session.gatewayDid, "DISCOVER", payload);
-      if (id !== undefined) message.id = id;
-      const answer = await this.#gateway.request(message);
+      const answer = await this.#gateway.ask("DISCOVER", payload, { id, timeout });
       if (answer.type !== "PRESENCE") {
         throw new GatewayUnreachableError(`the gateway answered DISCOVER with ${answer.type}`, "unexpected_type");
       }
@@ -3113,7 +3181,7 @@ export class Peer {
    */
   async intent(intent, { timeout = LIMITS.CALL_TIMEOUT_MS, signal } = {}) {
     const payload = typeof intent === "string" ? { query: intent } : intent;
-    if (payload.query === undefined && payload.task === undefined)
+    if (!isPlain(payload) || (payload.query === undefined && payload.task === undefined))
       throw new TypeError("an intent needs a query or a task");
     const { status, required_input: requiredInput, cost } = await this.#ask("INTENT", payload, timeout, signal);
     return {
@@ -3264,6 +3332,8 @@ export class Peer {
    * @returns {AsyncGenerator<{part: any} | {result: any, isStream: boolean}, void, void>}
    */
   async *#call(capability, args, { timeout = LIMITS.CALL_TIMEOUT_MS, signal, ...listeners }, isStream) {
+    if (typeof capability !== "string") throw new TypeError("a capability is called by its name, a string");
+    if (!isPlain(args)) throw new TypeError(`${capability}: arguments go by name, in an object: { text: "…" }`);
     signal?.throwIfAborted();
     this.#checkTimeout(timeout);
     this.#checkOpen();
@@ -4215,6 +4285,15 @@ class Channel {
 /** What passes by itself in a moment. */
 const PASSING = new Set(["rate_limited", "overloaded", "unreachable", "unconfirmed"]);
 
+/** Why an OFFER was not answered, by what the gateway says of its receiver. */
+const UNANSWERED = Object.freeze({
+  "": "it has not answered the OFFER; it may be busy, or an ANSWER was lost: try again",
+  online: "it is online, but has not answered the OFFER; it may be busy: try again",
+  away: "it is away: its connection to the gateway is interrupted; try again, it may return",
+  offline: "it has not answered the OFFER, and is not online any more",
+  unknown: "it has not answered the OFFER, and the gateway does not answer either",
+});
+
 /** @typedef {{candidate: string, sdp_mid?: string | null, sdp_mline_index?: number | null}} Candidate */
 
 /** One way to a connection with one agent. It belongs to whoever waits for it, whichever side's offer it comes of. */
@@ -4250,10 +4329,25 @@ class Attempt {
   early = [];
   candidates = 0;
   limit = 65_536;
+  /** What the gateway says of the other agent. @type {keyof typeof UNANSWERED} */
+  status = "";
 
   /** @param {string} did */
   constructor(did) {
     this.did = did;
+  }
+
+  /** How far it came and what to do, in words. @param {boolean} hasGateway */
+  describe(hasGateway) {
+    const ice = `(ICE ${this.pc?.iceConnectionState ?? "closed"})`;
+    if (!this.isOffering) return `its offer was answered, but the connection did not open ${ice}`;
+    if (this.isAnswered) return `it has answered, but the connection did not open ${ice}`;
+    const isSent = this.sentId !== "";
+    if (!hasGateway) {
+      const what = isSent ? "it may or may not have the OFFER" : "the OFFER could not be sent";
+      return `the gateway is away, ${what}; this agent returns to it: try again`;
+    }
+    return isSent ? UNANSWERED[this.status] : "the OFFER could not be sent yet: give it more time";
   }
 }
 
@@ -4273,6 +4367,8 @@ class Attempt {
  * @property {(did: string) => Promise<string | null>} admit Null, or the cause why a stranger may not connect.
  * @property {(did: string, pc: RTCPeerConnection, channel: Channel, limit: number) => Peer} opened
  * @property {() => string | undefined} gatewayDid
+ * @property {() => boolean} hasGateway Whether it is there now.
+ * @property {(did: string) => Promise<Found["status"]>} statusOf Asks the gateway, for ASK_MS at most.
  * @property {(text: string) => void} warn
  */
 class Signaling {
@@ -4304,19 +4400,19 @@ class Signaling {
 
   /** @param {string} did @param {number} timeout @param {AbortSignal} [signal] @returns {Promise<Peer>} */
   async connect(did, timeout, signal) {
-    let attempt = this.#attempts.get(did);
-    if (attempt === undefined) {
-      attempt = new Attempt(did);
-      this.#offer(attempt);
-    }
+    const attempt = this.#attempts.get(did) ?? new Attempt(did);
+    if (!this.#attempts.has(did)) this.#offer(attempt);
     attempt.waiting++;
-    const { result } = attempt;
-    const ice = () => attempt?.pc?.iceConnectionState ?? "closed";
     const late = () =>
-      new PeerConnectError(`no connection to ${shortDid(did)} in ${timeout} ms (ICE ${ice()})`, "timeout");
+      new PeerConnectError(
+        `no connection to ${shortDid(did)} in ${timeout} ms: ${attempt.describe(this.#hooks.hasGateway())}`,
+        "timeout",
+      );
+    const asking = setTimeout(() => void this.#askGateway(attempt), timeout - Math.min(ASK_MS, timeout / 2));
     try {
-      return await within(unlessAborted(result.promise, signal), timeout, late);
+      return await within(unlessAborted(attempt.result.promise, signal), timeout, late);
     } finally {
+      clearTimeout(asking);
       attempt.waiting--;
       // The other side's wish to connect is not ours to give up.
       if (attempt.waiting === 0 && attempt.isOffering)
@@ -4580,6 +4676,7 @@ class Signaling {
         isAnswered: false,
         isContested: false,
         isRetried: false,
+        status: "",
         sends: 0,
         offerId: offer?.id.toLowerCase() ?? "",
         sentId: "",
@@ -4650,6 +4747,17 @@ class Signaling {
     const { pc } = attempt;
     attempt.pc = null;
     pc?.close();
+  }
+
+  /** Find out what to tell of an OFFER that is not answered. @param {Attempt} attempt */
+  async #askGateway(attempt) {
+    if (!attempt.isOffering || attempt.isAnswered || attempt.sentId === "") return;
+    attempt.status = "unknown";
+    const { begins } = attempt;
+    const status = await this.#hooks.statusOf(attempt.did).catch((error) => {
+      return error instanceof GatewayUnreachableError ? "unknown" : "";
+    });
+    if (attempt.begins === begins) attempt.status = status;
   }
 
   /** The attempt whose last OFFER or ANSWER has this id. @param {unknown} id */
@@ -4833,6 +4941,7 @@ export class Agent extends EventTarget {
   /** @param {AgentOptions} options */
   constructor(options) {
     super();
+    checkOptions(options);
     const { gateway, identity, capabilities = {}, hidden = false, gatewayDid } = options;
     this.#options = options;
     this.#identity = identity;
@@ -4868,6 +4977,11 @@ export class Agent extends EventTarget {
       admit: (did) => this.#admit(did),
       opened: (did, pc, channel, limit) => this.#opened(did, pc, channel, limit),
       gatewayDid: () => this.#gateway.session?.gatewayDid,
+      hasGateway: () => this.state === "registered",
+      statusOf: async (did) => {
+        for await (const { status } of this.#directory.discover({ dids: [did] }, { timeout: ASK_MS })) return status;
+        return "offline";
+      },
       warn,
     });
   }
@@ -5039,6 +5153,27 @@ export class Agent extends EventTarget {
     return capability.run(args, call);
   }
 }
+
+/** Say what to give, to those whom no type checker tells. @param {any} options */
+function checkOptions(options) {
+  if (!isPlain(options) || (typeof options.gateway !== "string" && !(options.gateway instanceof URL)))
+    throw new TypeError('an agent needs its gateway\'s URL: new Agent({ gateway: "wss://host/ws", identity })');
+  if (!(options.identity instanceof Identity)) {
+    const given = typeof options.identity?.then === "function" ? "; this is a promise of one" : "";
+    throw new TypeError(
+      `an agent needs an identity: await Identity.load() in a browser, await Identity.generate() elsewhere${given}`,
+    );
+  }
+  const { capabilities = {} } = options;
+  if (!isPlain(capabilities)) throw new TypeError("capabilities are an object: { name: async (args) => result }");
+  for (const [name, capability] of Object.entries(capabilities)) {
+    if (typeof capability === "function" || typeof capability?.run === "function") continue;
+    throw new TypeError(`the capability ${name} is a function, or an object with the function as "run"`);
+  }
+}
+
+/** Whether it has named values, and is not of a class that means something else. @param {any} value */
+const isPlain = (value) => Object.prototype.toString.call(value) === "[object Object]" && !isAsyncIterable(value);
 
 /** @type {Readonly<Record<string, (value: any) => boolean>>} */
 const SCHEMA_TYPES = {

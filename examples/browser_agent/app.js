@@ -110,7 +110,17 @@ const capabilities = {
     output: { type: "string" },
     run: ({ question }, { caller, signal }) =>
       new Promise((resolve, reject) => {
-        const input = element("textarea", { required: true, ariaLabel: "Your answer", placeholder: "Your answer" });
+        const input = element("textarea", {
+          required: true,
+          ariaLabel: "Your answer",
+          placeholder: "Your answer; Shift+Enter begins a new line",
+          onkeydown: (/** @type {KeyboardEvent} */ event) => {
+            // The Enter that ends the choice of a character is not meant for the form.
+            if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+            event.preventDefault();
+            form.requestSubmit();
+          },
+        });
         const form = element(
           "form",
           { className: "question" },
@@ -141,7 +151,8 @@ const capabilities = {
         const withdraw = () => end(() => reject(signal.reason), "has withdrawn the question");
         form.addEventListener("submit", (/** @type {Event} */ event) => {
           event.preventDefault();
-          end(() => resolve(input.value), "has your answer");
+          input.value = input.value.trim();
+          if (form.reportValidity()) end(() => resolve(input.value), "has your answer");
         });
         signal.addEventListener("abort", withdraw);
         $("questions").append(form);

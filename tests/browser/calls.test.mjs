@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
 
 import * as ioap from "../../examples/browser_agent/aiconexus.js";
-import { capabilities, newAgent } from "./werift.mjs";
+import { capabilities, newAgent, ws } from "./werift.mjs";
 
 const served = capabilities();
 let me;
@@ -65,6 +65,38 @@ test("a watch tells who comes, what changes, and who goes", async () => {
   ]);
   controller.abort();
   await watching;
+});
+
+test("arguments go by name", async () => {
+  for (const wrong of ["abc", 7, null, ["abc"], new Uint8Array(3), new Map()]) {
+    await assert.rejects(peer.execute("double", wrong), { name: "TypeError", message: /^double: .* by name/ });
+    await assert.rejects(peer.stream("double", wrong).next(), TypeError);
+  }
+  await assert.rejects(peer.execute(undefined), TypeError);
+  await assert.rejects(peer.intent(undefined), TypeError);
+});
+
+test("a connect to an agent that is away says so", async () => {
+  let socket;
+  class Interrupted extends ws.WebSocket {
+    constructor(url, protocol) {
+      super(socket === undefined ? url : "ws://127.0.0.1:1/ws", protocol);
+      socket ??= this;
+    }
+  }
+  const away = await newAgent({ WebSocket: Interrupted });
+  await away.start();
+  const watching = me.watch({ dids: [away.did] });
+  assert.equal((await watching.next()).value?.event, "join");
+  socket.terminate();
+  assert.equal((await watching.next()).value?.event, "away");
+  await assert.rejects(me.connect(away.did, { timeout: 3000 }), {
+    name: "PeerConnectError",
+    code: "timeout",
+    message: /in 3000 ms: it is away: its connection to the gateway is interrupted; try again/,
+  });
+  await watching.return();
+  await away.close();
 });
 
 test("an intent is answered, both ways", async () => {

@@ -185,6 +185,21 @@ test("nobody at the address is told at once", async () => {
   await assert.rejects(newAgent({ gateway: "http://127.0.0.1/ws" }), TypeError);
 });
 
+test("what an agent lacks is told in words", async () => {
+  const made = (options) => () => new ioap.Agent(options);
+  const gateway = "ws://127.0.0.1:1/ws";
+  assert.throws(made(), { name: "TypeError", message: /its gateway's URL/ });
+  assert.throws(made({ identity }), { name: "TypeError", message: /its gateway's URL/ });
+  assert.throws(made({ gateway }), { name: "TypeError", message: /needs an identity/ });
+  assert.throws(made({ gateway, identity: ioap.Identity.generate() }), { name: "TypeError", message: /a promise/ });
+  for (const wrong of [{ tags: [] }, null, "sing"]) {
+    const capabilities = { sing: wrong };
+    assert.throws(made({ gateway, identity, capabilities }), { name: "TypeError", message: /sing is a function/ });
+  }
+  assert.throws(made({ gateway, identity, capabilities: [] }), { name: "TypeError", message: /are an object/ });
+  await assert.rejects(ioap.Identity.load(), { name: "AIConexusError", code: "no_storage", message: /generate/ });
+});
+
 test("after a drop it comes back with the token of that gateway, when the gateway says", async () => {
   const drops = [];
   serve = async (side) => {
@@ -222,6 +237,38 @@ test("another gateway at the address does not get the token", async () => {
   assert.equal(me.session.gatewayDid, other.did);
   assert.ok(warnings.some((text) => text.includes("another gateway answers")));
   await me.close();
+});
+
+test("who asks while the gateway is away asks the one that comes, whatever its key", async () => {
+  const other = await ioap.Identity.generate();
+  const asked = [];
+  serve = async (side) => {
+    await side.register({ signer: proofs.length === 0 ? identity : other });
+    if (proofs.length === 1) return side.socket.close(4001, '{"n":"draining","r":300}');
+    while (asked.length < 2) {
+      const question = await side.next();
+      asked.push(question);
+      const agents = [{ did: identity.did, status: "online" }];
+      await side.send("PRESENCE", { agents }, { signer: other, to: question.from, correlationId: question.id });
+    }
+  };
+  const me = await agent();
+  await me.start();
+  await state(me, "reconnecting");
+  const watching = me.watch();
+  const event = watching.next();
+  const found = [];
+  for await (const { did } of me.discover()) found.push(did);
+  assert.deepEqual(found, [identity.did]);
+  assert.equal((await event).value?.agent.did, identity.did);
+  assert.equal(me.session.gatewayDid, other.did);
+  assert.deepEqual(
+    asked.map(({ type, to }) => [type, to]),
+    Array(2).fill(["DISCOVER", other.did]),
+  );
+  await watching.return();
+  await me.close();
+  assert.equal((await me.watch().next()).done, true);
 });
 
 test("TURN credentials are renewed before they expire, and servers that cannot be used left out", async () => {

@@ -303,6 +303,17 @@ async def test_python_asks_the_person_at_the_page(tab: Tab, worker: Worker) -> N
         assert await asyncio.wait_for(asked, SECONDS) == "Tea, please"
         await expect(question).to_have_count(0)
 
+        asked = asyncio.ensure_future(peer.execute("ask_human", question="And with it?"))
+        answer = question.locator("textarea")
+        await answer.press("Space")
+        await answer.press("Enter")
+        await expect(answer).to_have_value("")  # nothing is no answer
+        await answer.press_sequentially(" Cake")
+        await answer.press("Shift+Enter")
+        await answer.press_sequentially("or bread ")
+        await answer.press("Enter")
+        assert await asyncio.wait_for(asked, SECONDS) == "Cake\nor bread"
+
         asked = asyncio.ensure_future(peer.execute("ask_human", question="Milk?"))
         await question.get_by_text("Decline").click()
         with pytest.raises(CapabilityError, match="the person declined to answer"):
