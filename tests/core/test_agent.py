@@ -54,6 +54,20 @@ def test_one_address_is_no_list_of_addresses() -> None:
         Agent(GATEWAY, host_addresses="127.0.0.1")
 
 
+@pytest.mark.parametrize("name", ["start", "run", "did", "peers", "on_intent", "_execute"])
+def test_capability_does_not_replace_what_the_agent_needs(name: str) -> None:
+    async def method(self: object) -> None: ...
+
+    method.__name__ = name
+    kind = type("Robot", (Agent,), {name: capability(method)})
+    text = rf'Robot\.{name} replaces Agent\.{name}: .*capability\(name="{name}"\)'
+    with pytest.raises(TypeError, match=text):
+        kind(GATEWAY)
+
+    named = type("Robot", (Agent,), {"begin": capability(name=name)(method)})
+    assert list(named(GATEWAY)._capabilities) == [name]
+
+
 def test_tls_and_backoff_are_those_of_its_client() -> None:
     context, backoff = ssl.create_default_context(), Backoff(0.01, 0.01)
     agent = Agent("wss://gateway.example/ws", ssl=context, backoff=backoff)

@@ -136,7 +136,7 @@ class Agent:
         self._ice_servers = None if ice_servers is None else tuple(ice_servers)
         read_ice_servers(self._ice_servers or ())
         self._relay_only = relay_only
-        self._capabilities: dict[str, CapabilityMethod] = capabilities_of(self)
+        self._capabilities: dict[str, CapabilityMethod] = capabilities_of(self, Agent)
         self._client = GatewayClient(gateway, self._key, gateway_did=gateway_did, ssl=ssl, backoff=backoff)
         self._idle_timeout = math.inf if idle_timeout is None else idle_timeout
         self._peers_max = peers_max
