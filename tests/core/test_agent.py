@@ -49,6 +49,19 @@ def test_name_is_that_of_the_class() -> None:
     assert repr(Notary(GATEWAY)).endswith(" at ws://127.0.0.1:1/ws>")
 
 
+def test_did_is_no_identity() -> None:
+    with pytest.raises(ValueError, match="a DID does not prove itself"):
+        Agent(GATEWAY, DIDKey.generate().did)
+
+
+@pytest.mark.parametrize("name", ["capability", "tag", "text"])
+def test_search_is_for_one_text_each(name: str) -> None:
+    me = Agent(GATEWAY)
+    for search in (me.discover, me.watch):
+        with pytest.raises(TypeError, match=rf"{name} is one text, not \['legal'\]"):
+            search(**{name: ["legal"]})  # type: ignore[operator]
+
+
 def test_one_address_is_no_list_of_addresses() -> None:
     with pytest.raises(TypeError, match="host_addresses is a list"):
         Agent(GATEWAY, host_addresses="127.0.0.1")
@@ -85,6 +98,11 @@ async def test_connect_before_start_says_what_to_do() -> None:
     with pytest.raises(NotConnectedError, match="is not registered: use `async with`"):
         await agent.connect(DIDKey.generate().did)
     await agent.close()
+
+
+async def test_timeout_of_connect_is_a_number() -> None:
+    with pytest.raises(TypeError, match="timeout is in seconds, a number, not '5'"):
+        Agent(GATEWAY).connect(DIDKey.generate().did, timeout="5")  # type: ignore[arg-type]
 
 
 async def test_connect_takes_another_agents_did() -> None:

@@ -230,6 +230,19 @@ def test_arguments_that_cannot_be_sent_are_refused_at_the_caller(alice: Calls, v
     assert alice.open == 0
 
 
+async def _blocks() -> AsyncIterator[bytes]:
+    yield b"block"
+
+
+def test_what_is_meant_as_a_stream_and_is_none_is_named(alice: Calls) -> None:
+    text = "the arguments cannot be sent: data: .*; give JSON, bytes, or an async iterator of bytes"
+    with open(__file__, "rb") as file:
+        for value in (file, _blocks):
+            with pytest.raises(InvalidArgumentsError, match=text):
+                alice.execute("measure", {"unit": "kB", "data": value}, 1.0)
+    assert alice.open == 0
+
+
 def test_text_of_an_exception_may_hold_anything(alice: Calls, bob: Calls) -> None:
     id_ = ask(alice, bob)
     answer = fail(bob, id_, "capability_error", "no such file: \udcff" + "x" * 10_000)

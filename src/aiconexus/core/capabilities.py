@@ -211,13 +211,17 @@ class CapabilityMethod:
         if isinstance(value, str):
             try:
                 value = b64decode(value, b"-_", validate=True)
-            except ValueError as error:
-                raise InvalidArgumentsError(f"{self._input}: {error}", self.announced.name) from None
+            except ValueError:
+                raise self._no_stream() from None
         if isinstance(value, bytes):
             return whole(value)
         if not isinstance(value, Input):
-            raise InvalidArgumentsError(f"{self._input}: takes a stream of bytes", self.announced.name)
+            raise self._no_stream()
         return value
+
+    def _no_stream(self) -> InvalidArgumentsError:
+        text = f"{self._input}: takes a stream of bytes: give bytes, or an async iterator of bytes"
+        return InvalidArgumentsError(text, self.announced.name)
 
     def serialize(self, result: Any) -> Value:
         """Return the JSON, or the bytes, of what the method returned or yielded.
