@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterable
 from dataclasses import dataclass, field
 from io import IOBase
+from pathlib import PurePath
 from typing import Any, Final
 
 import orjson
@@ -62,8 +63,9 @@ def detach_arguments(args: dict[str, Any]) -> Outgoing:
             whole[name] = value
     for name, value in whole.items():
         try:
-            if isinstance(value, IOBase):  # pydantic would read it to its end, as a list of lines
-                raise ValueError("an open file has no JSON form")
+            # pydantic would read a file to its end, as a list of lines, and send a path as text.
+            if isinstance(value, IOBase | PurePath):
+                raise ValueError(f"a {type(value).__name__} is not what the file holds")
             outgoing.inline[name] = to_jsonable_python(value)
         except (PydanticSerializationError, ValueError) as error:  # noqa: PERF203
             text = f"{name}: {error}; give JSON, bytes, or an async iterator of bytes"
