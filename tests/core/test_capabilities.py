@@ -167,6 +167,8 @@ async def _other_first(text: str) -> None: ...
     [
         (_sync, "capability _sync: neither an async method nor an async generator; write `async def`"),
         (_without_self, "its first parameter is not `self`"),
+        (staticmethod(_positional), "its first parameter is not `self`"),
+        (classmethod(_positional), "its first parameter is not `self`"),
         (_other_first, "its first parameter is not `self`"),
         (_positional, "arguments travel by name"),
         (_variadic, "arguments travel by name"),

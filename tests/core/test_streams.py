@@ -21,6 +21,7 @@ from aiconexus.protocol.errors import (
     CallTimeoutError,
     CapabilityError,
     InvalidArgumentsError,
+    MalformedMessageError,
     PeerIdentityError,
     PeerLostError,
 )
@@ -59,6 +60,8 @@ async def test_what_is_no_question_is_refused_before_it_is_asked(peer: Peer) -> 
             await asked
     with pytest.raises(TypeError, match="params is a dict, not list"):
         await wrong.intent(task="add", params=[1, 2])
+    with pytest.raises(MalformedMessageError, match=r"^the intent has no JSON form: context, params$"):
+        await wrong.intent(task="add", params={"a": object()}, context=object())
 
 
 async def test_progress_without_json_form_is_said_once(pair: Pair, peer: Peer) -> None:

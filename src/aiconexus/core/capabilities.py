@@ -88,13 +88,15 @@ def capability(
     Raises:
         TypeError: It is not an async method, or others could not call it.
     """
-    if method is not None and not callable(method):
+    if isinstance(method, str):
         raise TypeError(f"{method!r} is no method: use @capability(tags=[...])")
     if isinstance(tags, str):
         raise TypeError("tags is a list of tags, not one string")
     mark = _Mark(name, description, tuple(tags), version, metadata or {})
 
     def decorate(method: Method) -> Method:
+        if isinstance(method, staticmethod | classmethod):
+            raise TypeError(f"capability {_full_name(method)}: its first parameter is not `self`")
         if not inspect.iscoroutinefunction(method) and not inspect.isasyncgenfunction(method):
             raise TypeError(
                 f"capability {_full_name(method)}: neither an async method nor an async generator; "
@@ -321,7 +323,8 @@ def _without_schema(hints: dict[str, Any]) -> str:
 
 
 def _text_of(hint: Any) -> str:
-    return hint.__qualname__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    is_class = isinstance(hint, type) and not get_args(hint)
+    return hint.__qualname__.rpartition("<locals>.")[2] if is_class else str(hint)
 
 
 def _input_of(method: Callable[..., Any], hints: dict[str, Any]) -> str:

@@ -248,7 +248,8 @@ class Peer:
         try:
             payload = IntentPayload(**{name: value for name, value in fields.items() if value is not None})
         except ValidationError as error:
-            raise MalformedMessageError(f"the intent has no JSON form: {error}") from None
+            faulty = {str(fault["loc"][0]) for fault in error.errors()}
+            raise MalformedMessageError(f"the intent has no JSON form: {', '.join(sorted(faulty))}") from None
         seconds = time_left(timeout, CALL_TIMEOUT_SECONDS)
         quote = await self._ask(Question(), lambda: self._calls.ask(payload, seconds), seconds)
         assert isinstance(quote, Quote)
@@ -279,6 +280,7 @@ class Peer:
                 iterable of bytes, which are sent as the other agent reads them.
 
         Raises:
+            TypeError, ValueError: A positional argument, a timeout or a callback that is none.
             UnknownCapabilityError: The other agent has none of this name.
             InvalidArgumentsError: They do not fit, or cannot be sent.
             CapabilityError: It raised, or streams more than can be collected; the text tells what.
