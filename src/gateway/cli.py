@@ -305,8 +305,6 @@ def serve(
         key = DIDKey.load_or_create(settings.identity) if settings.identity else DIDKey.generate()
     except KeyFileError as error:
         _fail(str(error))
-    except OSError as error:
-        _fail(f"{settings.identity}: {error.strerror or error}")
     if settings.redis and settings.redis_required:
         try:
             ping(settings.redis)

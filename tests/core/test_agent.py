@@ -49,9 +49,36 @@ def test_name_is_that_of_the_class() -> None:
     assert repr(Notary(GATEWAY)).endswith(" at ws://127.0.0.1:1/ws>")
 
 
+def test_did_is_no_identity() -> None:
+    with pytest.raises(ValueError, match="a DID does not prove itself"):
+        Agent(GATEWAY, DIDKey.generate().did)
+
+
+@pytest.mark.parametrize("name", ["capability", "tag", "text"])
+def test_search_is_for_one_text_each(name: str) -> None:
+    me = Agent(GATEWAY)
+    for search in (me.discover, me.watch):
+        with pytest.raises(TypeError, match=rf"{name} is one text, not \['legal'\]"):
+            search(**{name: ["legal"]})  # type: ignore[operator]
+
+
 def test_one_address_is_no_list_of_addresses() -> None:
     with pytest.raises(TypeError, match="host_addresses is a list"):
         Agent(GATEWAY, host_addresses="127.0.0.1")
+
+
+@pytest.mark.parametrize("name", ["start", "run", "did", "peers", "on_intent", "_execute"])
+def test_capability_does_not_replace_what_the_agent_needs(name: str) -> None:
+    async def method(self: object) -> None: ...
+
+    method.__name__ = name
+    kind = type("Robot", (Agent,), {name: capability(method)})
+    text = rf'Robot\.{name} replaces Agent\.{name}: .*capability\(name="{name}"\)'
+    with pytest.raises(TypeError, match=text):
+        kind(GATEWAY)
+
+    named = type("Robot", (Agent,), {"begin": capability(name=name)(method)})
+    assert list(named(GATEWAY)._capabilities) == [name]
 
 
 def test_tls_and_backoff_are_those_of_its_client() -> None:
@@ -71,6 +98,11 @@ async def test_connect_before_start_says_what_to_do() -> None:
     with pytest.raises(NotConnectedError, match="is not registered: use `async with`"):
         await agent.connect(DIDKey.generate().did)
     await agent.close()
+
+
+async def test_timeout_of_connect_is_a_number() -> None:
+    with pytest.raises(TypeError, match="timeout is in seconds, a number, not '5'"):
+        Agent(GATEWAY).connect(DIDKey.generate().did, timeout="5")  # type: ignore[arg-type]
 
 
 async def test_connect_takes_another_agents_did() -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from datetime import date
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
 
@@ -227,6 +228,19 @@ def test_result_without_canonical_form_becomes_an_error(alice: Calls, bob: Calls
 def test_arguments_that_cannot_be_sent_are_refused_at_the_caller(alice: Calls, value: Any) -> None:
     with pytest.raises(InvalidArgumentsError, match="the arguments cannot be sent"):
         alice.execute("add", {"a": value}, 1.0)
+    assert alice.open == 0
+
+
+async def _blocks() -> AsyncIterator[bytes]:
+    yield b"block"
+
+
+def test_what_is_meant_as_a_stream_and_is_none_is_named(alice: Calls) -> None:
+    text = "the arguments cannot be sent: data: .*; give JSON, bytes, or an async iterator of bytes"
+    with open(__file__, "rb") as file:
+        for value in (file, Path(__file__), _blocks):
+            with pytest.raises(InvalidArgumentsError, match=text):
+                alice.execute("measure", {"unit": "kB", "data": value}, 1.0)
     assert alice.open == 0
 
 

@@ -156,10 +156,20 @@ async def _variadic(self: object, *values: int) -> None: ...
 async def _deadline(self: object, timeout: float) -> None: ...
 
 
+async def _without_self() -> None: ...
+
+
+async def _other_first(text: str) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("method", "text"),
     [
-        (_sync, "neither an async method nor an async generator"),
+        (_sync, "capability _sync: neither an async method nor an async generator; write `async def`"),
+        (_without_self, "its first parameter is not `self`"),
+        (staticmethod(_positional), "its first parameter is not `self`"),
+        (classmethod(_positional), "its first parameter is not `self`"),
+        (_other_first, "its first parameter is not `self`"),
         (_positional, "arguments travel by name"),
         (_variadic, "arguments travel by name"),
         (_deadline, "Peer.execute takes `timeout` itself"),
@@ -171,12 +181,68 @@ def test_method_that_others_could_not_call_is_refused(method: Callable[..., Any]
 
 
 def test_hint_without_json_schema_is_refused_with_the_name_of_the_capability() -> None:
+    class Thing: ...
+
     class Odd:
         @capability
-        async def odd(self, event: Callable[[], None]) -> None: ...
+        async def odd(self, number: int, event: Callable[[], None]) -> None: ...
 
-    with pytest.raises(TypeError, match="capability odd: no JSON Schema"):
-        capabilities_of(Odd())
+    class Odder:
+        @capability
+        async def odd(self) -> Thing: ...  # type: ignore[empty-body]
+
+    # As with `from __future__ import annotations` in a module of its own.
+    Odder.odd.__annotations__["return"] = Thing
+    cases = ((Odd, r"Odd\.odd: .* of event \(.*\)"), (Odder, r"Odder\.odd: .* of the result \(.*\)"))
+    for kind, where in cases:
+        with pytest.raises(TypeError, match=rf"^capability {where}: use a pydantic model or a dataclass$"):
+            capabilities_of(kind())
+
+
+def test_hint_of_a_stream_belongs_to_an_async_generator() -> None:
+    class Returns:
+        @capability
+        async def numbers(self, it: Any) -> AsyncIterator[int]:
+            return it  # type: ignore[no-any-return]
+
+    class Yields:
+        @capability
+        async def numbers(self) -> int:  # type: ignore[misc]
+            yield 1
+
+    with pytest.raises(TypeError, match=r"capability Returns\.numbers: .*yield instead of return"):
+        capabilities_of(Returns())
+    with pytest.raises(TypeError, match=r"Yields\.numbers: .* an AsyncIterator\[...\], not int"):
+        capabilities_of(Yields())
+
+
+def test_async_generator_may_leave_open_what_it_yields() -> None:
+    class Open:
+        @capability
+        async def bare(self) -> AsyncIterator:  # type: ignore[type-arg]
+            yield 1
+
+        @capability
+        async def nothing(self):  # type: ignore[no-untyped-def]
+            yield 1
+
+    assert [method.announced.output for method in capabilities_of(Open()).values()] == [{}, {}]
+
+
+def test_decorator_is_not_given_its_tags_as_text() -> None:
+    with pytest.raises(TypeError, match=r"'legal' is no method: use @capability\(tags=\[...\]\)"):
+        capability("legal")  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="tags is a list of tags, not one string"):
+        capability(tags="legal")
+
+
+def test_capability_that_cannot_be_announced_is_refused_in_one_line() -> None:
+    class Nameless:
+        @capability(tags=[""] * 1_000, description="x" * 5_000)
+        async def talk(self) -> None: ...
+
+    with pytest.raises(TypeError, match=r"^capability Nameless\.talk: it cannot be announced: [^\n]*$"):
+        capabilities_of(Nameless())
 
 
 def test_two_capabilities_of_one_name_are_refused() -> None:
@@ -244,7 +310,7 @@ async def test_stream_may_come_as_one_or_as_a_whole() -> None:
 
 @pytest.mark.parametrize("data", ["!!!!", "AAE", "AA EC", "é", 7, None, ["AAEC"]])
 def test_stream_of_something_else_is_refused(data: Any) -> None:
-    with pytest.raises(InvalidArgumentsError, match=r"^data: "):
+    with pytest.raises(InvalidArgumentsError, match=r"^data: .*give bytes, or an async iterator of bytes$"):
         capabilities_of(Scale())["weigh"].call({"data": data})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
@@ -94,6 +95,20 @@ async def test_progress_is_told() -> None:
     Question(told.append).progress({"step": 1})
     Question().progress({"step": 2})  # to nobody
     assert told == [{"step": 1}]
+
+
+class Later:
+    async def __call__(self, value: Any) -> None: ...
+
+
+async def later(value: Any) -> None: ...
+
+
+@pytest.mark.parametrize("callback", [later, partial(later), Later(), Later().__call__, "print", 7])
+@pytest.mark.parametrize("name", ["on_progress", "on_receipt"])
+async def test_callback_is_called_and_not_awaited(name: str, callback: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} is called, not awaited: give a plain function$"):
+        Question(**{name: callback})
 
 
 async def test_callback_that_fails_is_logged_and_harms_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -21,6 +21,7 @@ from aiconexus.protocol.errors import (
     CallTimeoutError,
     CapabilityError,
     InvalidArgumentsError,
+    MalformedMessageError,
     PeerIdentityError,
     PeerLostError,
 )
@@ -38,6 +39,40 @@ async def peer(pair: Pair) -> AsyncIterator[Peer]:
 
 async def collected(parts: AsyncIterator[Any]) -> list[Any]:
     return [part async for part in parts]
+
+
+async def test_what_is_no_question_is_refused_before_it_is_asked(peer: Peer) -> None:
+    wrong: Any = peer  # for the type checker
+    with pytest.raises(TypeError, match="arguments go by name: 'add' takes no positional ones"):
+        await wrong.execute("add", 1, 2)
+    with pytest.raises(TypeError, match="arguments go by name"):
+        await collected(wrong.stream("numbers", 3))
+    for asked in (
+        wrong.execute("add", a=1, timeout="5"),
+        wrong.intent("Hello?", timeout="5"),
+        wrong.ping(timeout="5"),
+        collected(wrong.stream("numbers", until=1, timeout="5")),
+    ):
+        with pytest.raises(TypeError, match="timeout is in seconds, a number, not '5'"):
+            await asked
+    for asked in (wrong.intent({"task": "add"}), wrong.intent(task=["add"])):
+        with pytest.raises(TypeError, match="query and task are texts"):
+            await asked
+    with pytest.raises(TypeError, match="params is a dict, not list"):
+        await wrong.intent(task="add", params=[1, 2])
+    with pytest.raises(MalformedMessageError, match=r"^the intent has no JSON form: context, params$"):
+        await wrong.intent(task="add", params={"a": object()}, context=object())
+
+
+async def test_progress_without_json_form_is_said_once(pair: Pair, peer: Peer) -> None:
+    class Vague(Workshop):
+        @as_capability
+        async def tell(self) -> None:
+            current_call().progress(object())
+
+    async with Vague(pair[0]._switchboard) as vague, pair[0].connect(vague.did) as there:
+        with pytest.raises(CapabilityError, match=r"^the progress has no JSON form"):
+            await there.execute("tell", on_progress=print)
 
 
 # --- streams -----------------------------------------------------------------------------------

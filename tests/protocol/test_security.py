@@ -1,5 +1,6 @@
 """Identity, key files, signatures, and the guard against replay."""
 
+import re
 import shutil
 import stat
 import subprocess
@@ -41,6 +42,7 @@ from aiconexus.protocol.errors import (
     DIDMethodError,
     DIDMultibaseError,
     DIDTypeError,
+    KeyFileError,
     KeyFileFormatError,
     KeyFilePassphraseError,
     KeyFilePermissionError,
@@ -325,6 +327,15 @@ def test_missing_key_file_is_a_file_not_found_error(tmp_path):
 def test_load_or_create_keeps_the_first_key(tmp_path, passphrase):
     path = tmp_path / "agent.key"
     assert DIDKey.load_or_create(path, passphrase) == DIDKey.load_or_create(path, passphrase)
+
+
+@pytest.mark.parametrize("where", [".", "missing/agent.key", "file/agent.key"])
+def test_key_file_that_cannot_be_is_named_as_it_was_given(tmp_path, where):
+    (tmp_path / "file").touch()
+    path = tmp_path / where
+    with pytest.raises(KeyFileError, match=rf"^{re.escape(str(path))}: [A-Z][a-z ]+$") as caught:
+        DIDKey.load_or_create(path)
+    assert caught.value.path == path
 
 
 def test_load_or_create_in_many_threads_gives_one_key(tmp_path):

@@ -32,6 +32,7 @@ from aiconexus.client.deadline import within
 from aiconexus.client.directory import Found, PresenceEvent
 from aiconexus.client.socket import ClientState, GatewayClient, short_did
 from aiconexus.core.answers import Answers
+from aiconexus.core.call import check_seconds
 from aiconexus.core.capabilities import CapabilityMethod, capabilities_of
 from aiconexus.core.channel import Channel
 from aiconexus.core.gathering import read_ice_servers
@@ -50,7 +51,7 @@ from aiconexus.protocol.errors import (
 )
 from aiconexus.protocol.limits import CALL_TIMEOUT_SECONDS, CONNECT_TIMEOUT_SECONDS, PEER_IDLE_SECONDS
 from aiconexus.protocol.models import Message, MessageType
-from aiconexus.protocol.security import DIDKey, decode_did
+from aiconexus.protocol.security import DID_PREFIX, DIDKey, decode_did
 
 _SIGNALING: Final = (
     MessageType.OFFER,
@@ -125,6 +126,8 @@ class Agent:
     ) -> None:
         if isinstance(host_addresses, str):
             raise TypeError("host_addresses is a list of addresses, not one string")
+        if isinstance(identity, str) and identity.startswith(DID_PREFIX):
+            raise ValueError("identity is a DIDKey or the path of a key file; a DID does not prove itself")
         if isinstance(identity, DIDKey):
             self._key = identity
         elif identity is None:
@@ -136,7 +139,7 @@ class Agent:
         self._ice_servers = None if ice_servers is None else tuple(ice_servers)
         read_ice_servers(self._ice_servers or ())
         self._relay_only = relay_only
-        self._capabilities: dict[str, CapabilityMethod] = capabilities_of(self)
+        self._capabilities: dict[str, CapabilityMethod] = capabilities_of(self, Agent)
         self._client = GatewayClient(gateway, self._key, gateway_did=gateway_did, ssl=ssl, backoff=backoff)
         self._idle_timeout = math.inf if idle_timeout is None else idle_timeout
         self._peers_max = peers_max
@@ -302,6 +305,7 @@ class Agent:
         limit: int | None = None,
     ) -> AsyncGenerator[Found, None]:
         """Find agents: `async for found in me.discover(tag="legal")`; see `GatewayClient.discover`."""
+        _check_texts(capability=capability, tag=tag, text=text)
         return self._client.discover(capability=capability, tag=tag, text=text, dids=dids, limit=limit)
 
     def watch(
@@ -313,6 +317,7 @@ class Agent:
         dids: Sequence[str] | None = None,
     ) -> AsyncGenerator[PresenceEvent, None]:
         """Be told who comes and goes: `async for event in me.watch()`; see `GatewayClient.watch`."""
+        _check_texts(capability=capability, tag=tag, text=text)
         return self._client.watch(capability=capability, tag=tag, text=text, dids=dids)
 
     # --- peers ----------------------------------------------------------------------------------
@@ -332,10 +337,12 @@ class Agent:
             UnknownAgentError: It is not online.
             PeerRefusedError: It takes no connection.
             PeerIdentityError: Somebody else answered for it.
+            RemoteError: It, or the gateway, answered by another ERROR.
             PeerConnectError: No connection in time; the text says what was tried, and what the gateway knows.
             NotConnectedError: This agent is not registered at a gateway.
         """
         decode_did(did)
+        check_seconds(timeout)
         if did == self.did:
             raise ValueError("an agent does not connect with itself")
         return Connecting(partial(self._connect, did, timeout))
@@ -459,7 +466,9 @@ class Agent:
 
     def _failure(self, name: str, error: BaseException) -> CapabilityError:
         _log.warning("%s of %r failed", name, self, exc_info=error)
-        return CapabilityError(f"{type(error).__name__}: {error}", name)
+        # One that names no capability is no other agent's: it tells of this call, as of its progress.
+        is_own = type(error) is CapabilityError and not error.capability
+        return CapabilityError(str(error) if is_own else f"{type(error).__name__}: {error}", name)
 
     # --- the gateway ----------------------------------------------------------------------------
 
@@ -494,6 +503,12 @@ class Agent:
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _check_texts(**words: str | None) -> None:
+    for name, word in words.items():
+        if not isinstance(word, str | None):
+            raise TypeError(f"{name} is one text, not {word!r}")
 
 
 class Connecting:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Final
 
 _current: Final[ContextVar[Call | None]] = ContextVar("aiconexus_call", default=None)
@@ -62,13 +63,28 @@ def current_call() -> Call:
     return call
 
 
+def check_seconds(timeout: float) -> None:
+    """Check what was given as a timeout.
+
+    Raises:
+        TypeError: It is no number.
+    """
+    if not isinstance(timeout, Real):
+        raise TypeError(f"timeout is in seconds, a number, not {timeout!r}")
+
+
 def time_left(timeout: float | None, default: float) -> float:
     """Return how long something may take that this code asks of others, in seconds.
 
     Args:
         timeout: As it was asked for; None for as long as there is.
         default: Where nobody says anything, not even the call that this code runs for.
+
+    Raises:
+        TypeError: `timeout` is no number.
     """
+    if timeout is not None:
+        check_seconds(timeout)
     call = _current.get()
     # A task, a connection or a timer that began in a call and outlives it still finds it here.
     if call is None or call._is_over():

@@ -88,19 +88,35 @@ def capability(
     Raises:
         TypeError: It is not an async method, or others could not call it.
     """
+    if isinstance(method, str):
+        raise TypeError(f"{method!r} is no method: use @capability(tags=[...])")
+    if isinstance(tags, str):
+        raise TypeError("tags is a list of tags, not one string")
     mark = _Mark(name, description, tuple(tags), version, metadata or {})
 
     def decorate(method: Method) -> Method:
+        if isinstance(method, staticmethod | classmethod):
+            raise TypeError(f"capability {_full_name(method)}: its first parameter is not `self`")
         if not inspect.iscoroutinefunction(method) and not inspect.isasyncgenfunction(method):
-            raise TypeError(f"capability {_name(method)}: neither an async method nor an async generator")
-        for parameter in list(inspect.signature(method).parameters.values())[1:]:
+            raise TypeError(
+                f"capability {_full_name(method)}: neither an async method nor an async generator; "
+                "write `async def`"
+            )
+        parameters = list(inspect.signature(method).parameters.values())
+        # A decorator below this one may take all that there is as `*args`.
+        if not parameters or (
+            parameters[0].name != "self" and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL
+        ):
+            raise TypeError(f"capability {_full_name(method)}: its first parameter is not `self`")
+        for parameter in parameters[1:]:
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
                 raise TypeError(
-                    f"capability {_name(method)}: arguments travel by name, {parameter} cannot be given one"
+                    f"capability {_full_name(method)}: arguments travel by name, "
+                    f"{parameter} cannot be given one"
                 )
             if parameter.name in _RESERVED:
                 raise TypeError(
-                    f"capability {_name(method)}: Peer.execute takes `{parameter.name}` itself; "
+                    f"capability {_full_name(method)}: Peer.execute takes `{parameter.name}` itself; "
                     "call the parameter otherwise"
                 )
         setattr(method, _MARK, mark)
@@ -127,8 +143,7 @@ class CapabilityMethod:
             self._bytes_adapter = lru_cache(ADAPTERS_MAX)(self._new_bytes_adapter)
             self._arguments_without = lru_cache(ADAPTERS_MAX)(partial(_arguments, method))
             arguments = self._arguments_without(frozenset({self._input} if self._input else ()))
-            hint = self._hints.get("return", Any)
-            self._result = _result_adapter(_part_of(hint) if self.is_stream else hint)
+            self._result = _result_adapter(_result_hint(self._hints.get("return", Any), self.is_stream))
             self.announced: Final = Capability(
                 name=mark.name or _name(method),
                 description=_describe(method) if mark.description is None else mark.description,
@@ -139,8 +154,16 @@ class CapabilityMethod:
                 stream=self.is_stream,
                 metadata=mark.metadata,
             )
-        except Exception as error:  # pydantic's many, NameError of a hint
-            raise TypeError(f"capability {_name(method)}: no JSON Schema can be made: {error}") from error
+        except PydanticUserError as error:
+            text = _without_schema(self._hints) or error.message
+            raise TypeError(
+                f"capability {_full_name(method)}: no JSON Schema can be made of {text}"
+            ) from error
+        except ValidationError as error:
+            text = _explain(error)
+            raise TypeError(f"capability {_full_name(method)}: it cannot be announced: {text}") from error
+        except Exception as error:  # TypeError of this module, NameError of a hint
+            raise TypeError(f"capability {_full_name(method)}: {error}") from error
 
     def call(self, args: dict[str, Any]) -> Any:
         """Return the coroutine, or the async generator, of one execution; nothing of it has run yet.
@@ -190,13 +213,17 @@ class CapabilityMethod:
         if isinstance(value, str):
             try:
                 value = b64decode(value, b"-_", validate=True)
-            except ValueError as error:
-                raise InvalidArgumentsError(f"{self._input}: {error}", self.announced.name) from None
+            except ValueError:
+                raise self._no_stream() from None
         if isinstance(value, bytes):
             return whole(value)
         if not isinstance(value, Input):
-            raise InvalidArgumentsError(f"{self._input}: takes a stream of bytes", self.announced.name)
+            raise self._no_stream()
         return value
+
+    def _no_stream(self) -> InvalidArgumentsError:
+        text = f"{self._input}: takes a stream of bytes: give bytes, or an async iterator of bytes"
+        return InvalidArgumentsError(text, self.announced.name)
 
     def serialize(self, result: Any) -> Value:
         """Return the JSON, or the bytes, of what the method returned or yielded.
@@ -217,11 +244,15 @@ class CapabilityMethod:
         return value
 
 
-def capabilities_of(agent: object) -> dict[str, CapabilityMethod]:
+def capabilities_of(agent: object, base: type = object) -> dict[str, CapabilityMethod]:
     """Collect the capabilities of an agent object by name, in the order of their definition.
 
+    Args:
+        agent: What has them.
+        base: The class whose own attributes none of them may replace.
+
     Raises:
-        TypeError: No JSON Schema can be made for one.
+        TypeError: No JSON Schema can be made for one, or it replaces what the agent itself needs.
         ValueError: Two have one name, or they are too many or too large to announce.
     """
     found: dict[str, CapabilityMethod] = {}
@@ -230,6 +261,11 @@ def capabilities_of(agent: object) -> dict[str, CapabilityMethod]:
         mark = getattr(inspect.getattr_static(kind, attribute), _MARK, None)
         if not isinstance(mark, _Mark):
             continue
+        if hasattr(base, attribute):
+            raise TypeError(
+                f"capability {kind.__name__}.{attribute} replaces {base.__name__}.{attribute}: "
+                f'call the method otherwise, with @capability(name="{mark.name or attribute}")'
+            )
         method = CapabilityMethod(getattr(agent, attribute), mark)
         name = method.announced.name
         if name in found:
@@ -259,9 +295,36 @@ def _result_adapter(hint: Any) -> TypeAdapter[Any]:
         return TypeAdapter(hint)
 
 
-def _part_of(hint: Any) -> Any:
-    """Return what an async generator of this hint yields."""
-    return get_args(hint)[0] if get_origin(hint) in _STREAMS else Any
+def _result_hint(hint: Any, is_stream: bool) -> Any:
+    """Return the hint of what a method returns, or of what an async generator yields.
+
+    Raises:
+        TypeError: The hint is that of the other.
+    """
+    if ((get_origin(hint) or hint) in _STREAMS) is is_stream:
+        return (*get_args(hint), Any)[0] if is_stream else hint
+    if not is_stream:
+        raise TypeError("its hint promises a stream: yield instead of return")
+    if hint is not Any:
+        raise TypeError(f"it yields, so its hint is an AsyncIterator[...], not {_text_of(hint)}")
+    return Any
+
+
+def _without_schema(hints: dict[str, Any]) -> str:
+    """Tell which hint pydantic can make no JSON Schema of, and what to do; "" if it can of each."""
+    for name, hint in hints.items():
+        is_stream = get_origin(hint) in _STREAMS
+        try:
+            TypeAdapter((*get_args(hint), Any)[0] if is_stream else hint).json_schema()
+        except PydanticUserError:
+            what = "the result" if name == "return" else name
+            return f"{what} ({_text_of(hint)}): use a pydantic model or a dataclass"
+    return ""
+
+
+def _text_of(hint: Any) -> str:
+    is_class = isinstance(hint, type) and not get_args(hint)
+    return hint.__qualname__.rpartition("<locals>.")[2] if is_class else str(hint)
 
 
 def _input_of(method: Callable[..., Any], hints: dict[str, Any]) -> str:
@@ -310,6 +373,11 @@ def _arguments(method: Callable[..., Any], apart: frozenset[str]) -> TypeAdapter
 
 def _name(method: Callable[..., Any]) -> str:
     return method.__name__
+
+
+def _full_name(method: Callable[..., Any]) -> str:
+    """Return the names of its class and itself, for whoever has to look for it."""
+    return method.__qualname__.rpartition("<locals>.")[2]
 
 
 def _describe(method: Callable[..., Any]) -> str:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable
 from dataclasses import dataclass, field
+from io import IOBase
+from pathlib import PurePath
 from typing import Any, Final
 
 import orjson
 from pydantic import JsonValue
-from pydantic_core import to_jsonable_python
+from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from aiconexus.protocol.attachments import ARGS, Detached, argument_pointer
 from aiconexus.protocol.errors import MalformedMessageError
@@ -48,8 +50,7 @@ def detach_arguments(args: dict[str, Any]) -> Outgoing:
         args: By name: bytes, an async iterable of them, or anything that pydantic can write as JSON.
 
     Raises:
-        MalformedMessageError: One has no canonical JSON form, or they are too many, or too large.
-        PydanticSerializationError, ValueError: One has no JSON form.
+        MalformedMessageError: One has no JSON form, or no canonical one, or they are too many, or too large.
     """
     whole: dict[str, Any] = {}
     outgoing, streams = Outgoing(), []
@@ -60,7 +61,15 @@ def detach_arguments(args: dict[str, Any]) -> Outgoing:
             streams.append(argument_pointer(name))
         else:
             whole[name] = value
-    outgoing.inline = to_jsonable_python(whole)
+    for name, value in whole.items():
+        try:
+            # pydantic would read a file to its end, as a list of lines, and send a path as text.
+            if isinstance(value, IOBase | PurePath):
+                raise ValueError(f"a {type(value).__name__} is not what the file holds")
+            outgoing.inline[name] = to_jsonable_python(value)
+        except (PydanticSerializationError, ValueError) as error:  # noqa: PERF203
+            text = f"{name}: {error}; give JSON, bytes, or an async iterator of bytes"
+            raise MalformedMessageError(text) from error
     if _is_long(outgoing.inline):
         outgoing.detached.insert(0, Detached.of(ARGS, outgoing.inline))
         outgoing.inline = {}

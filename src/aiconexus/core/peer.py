@@ -28,10 +28,11 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from pydantic import ValidationError
+from typing_extensions import Never
 
 from aiconexus.client.socket import short_did
 from aiconexus.core.answers import Answers
-from aiconexus.core.call import Call, time_left
+from aiconexus.core.call import Call, check_seconds, time_left
 from aiconexus.core.calls import Calls
 from aiconexus.core.channel import Channel
 from aiconexus.core.collection import Collection
@@ -233,16 +234,22 @@ class Peer:
         Raises:
             CallTimeoutError: No answer in time; the other agent is told how much there is.
             RemoteError: The other agent's `on_intent` failed, or it is busy.
+            PeerIdentityError: The answer was not signed by the other agent.
             PeerLostError: The connection went away.
             MalformedMessageError: It has no JSON form, or is too large for one message.
         """
         if query is None and task is None:
             raise TypeError("an intent needs a query or a task")
+        if not isinstance(query, str | None) or not isinstance(task, str | None):
+            raise TypeError("query and task are texts; what is structured goes into `params` or `context`")
+        if not isinstance(params, dict | None):
+            raise TypeError(f"params is a dict, not {type(params).__name__}")
         fields = {"query": query, "task": task, "params": params, "context": context}
         try:
             payload = IntentPayload(**{name: value for name, value in fields.items() if value is not None})
         except ValidationError as error:
-            raise MalformedMessageError(f"the intent has no JSON form: {error}") from None
+            faulty = {str(fault["loc"][0]) for fault in error.errors()}
+            raise MalformedMessageError(f"the intent has no JSON form: {', '.join(sorted(faulty))}") from None
         seconds = time_left(timeout, CALL_TIMEOUT_SECONDS)
         quote = await self._ask(Question(), lambda: self._calls.ask(payload, seconds), seconds)
         assert isinstance(quote, Quote)
@@ -252,7 +259,7 @@ class Peer:
         self,
         capability: str,
         /,
-        *,
+        *_positional: Never,
         timeout: float | None = None,
         on_progress: Callable[[Any], None] | None = None,
         on_receipt: Callable[[Receipt], None] | None = None,
@@ -273,6 +280,7 @@ class Peer:
                 iterable of bytes, which are sent as the other agent reads them.
 
         Raises:
+            TypeError, ValueError: A positional argument, a timeout or a callback that is none.
             UnknownCapabilityError: The other agent has none of this name.
             InvalidArgumentsError: They do not fit, or cannot be sent.
             CapabilityError: It raised, or streams more than can be collected; the text tells what.
@@ -282,6 +290,8 @@ class Peer:
             PeerIdentityError: The answer was not signed by the other agent.
             PeerLostError: The connection went away; whether it was executed is not known.
         """
+        if _positional:
+            raise TypeError(f"arguments go by name: {capability!r} takes no positional ones")
         seconds = time_left(timeout, CALL_TIMEOUT_SECONDS)
         wants_progress = on_progress is not None
         return await self._ask(
@@ -296,7 +306,7 @@ class Peer:
         self,
         capability: str,
         /,
-        *,
+        *_positional: Never,
         timeout: float | None = None,
         on_progress: Callable[[Any], None] | None = None,
         on_receipt: Callable[[Receipt], None] | None = None,
@@ -319,6 +329,8 @@ class Peer:
         Raises:
             As `execute`, also after some parts: then the result is not complete.
         """
+        if _positional:
+            raise TypeError(f"arguments go by name: {capability!r} takes no positional ones")
         seconds = time_left(timeout, STREAM_TIMEOUT_SECONDS)
         deadline = self._loop.time() + seconds
         question = Question(on_progress, on_receipt)
@@ -346,6 +358,7 @@ class Peer:
             CallTimeoutError: No PONG in time.
             PeerLostError: The connection went away.
         """
+        check_seconds(timeout)
         begin = self._loop.time()
         await self._ask(Question(), self._ping_now, timeout)
         return self._loop.time() - begin
@@ -735,7 +748,8 @@ class Peer:
             is_congested=self._channel.is_congested,
         )
         if verdict is Verdict.DEAD:
-            self._lost(f"it was silent for {PEER_PING_INTERVAL_SECONDS + PEER_PONG_TIMEOUT_SECONDS:g} s")
+            silence = PEER_PING_INTERVAL_SECONDS + PEER_PONG_TIMEOUT_SECONDS
+            self._lost(f"it was silent for {silence:g} s: it is gone, or its event loop is blocked")
             return
         if verdict is Verdict.STALLED:
             self._lost(f"it has read nothing for {PEER_STALL_SECONDS:g} s")

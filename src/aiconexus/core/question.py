@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -33,6 +34,9 @@ class Question:
         on_progress: Callable[[Any], None] | None = None,
         on_receipt: Callable[[Receipt], None] | None = None,
     ) -> None:
+        for name, callback in (("on_progress", on_progress), ("on_receipt", on_receipt)):
+            if callback is not None and (not callable(callback) or _is_awaited(callback)):
+                raise TypeError(f"{name} is called, not awaited: give a plain function")
         self.answer: Final[asyncio.Future[Any]] = asyncio.get_running_loop().create_future()
         self._on_progress = on_progress
         self._on_receipt = on_receipt
@@ -104,3 +108,11 @@ class Question:
             callback(value)
         except Exception:
             _log.exception("%r failed", callback)
+
+
+def _is_awaited(callback: Callable[..., Any]) -> bool:
+    return any(
+        is_kind(each)
+        for each in (callback, type(callback).__call__)
+        for is_kind in (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    )

@@ -57,11 +57,14 @@ class Receipt:
         """
         try:
             value = orjson.loads(data)
-            request, response = value["request"], value["response"]
-        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        except orjson.JSONDecodeError as error:
             raise MalformedMessageError(f"not a receipt: {error}", name="not_json") from None
+        if not isinstance(value, dict):
+            raise MalformedMessageError("not a receipt: it is no JSON object", name="not_object")
+        request, response = value.get("request"), value.get("response")
         if not isinstance(request, str) or not isinstance(response, str):
-            raise MalformedMessageError("not a receipt: it holds no two texts", name="wrong_type")
+            text = "not a receipt: it has no texts `request` and `response`"
+            raise MalformedMessageError(text, name="wrong_type")
         return cls(request, response)
 
     def verify(self) -> Verified:

@@ -27,6 +27,7 @@ from aiconexus.protocol.errors import (
     DIDMultibaseError,
     DIDTypeError,
     InvalidSignatureError,
+    KeyFileError,
     KeyFileFormatError,
     KeyFilePassphraseError,
     KeyFilePermissionError,
@@ -193,7 +194,18 @@ class DIDKey:
 
     @classmethod
     def load_or_create(cls, path: str | os.PathLike[str], passphrase: str | None = None) -> DIDKey:
-        """Read the key at `path`; where there is none, make one and write it there."""
+        """Read the key at `path`; where there is none, make one and write it there.
+
+        Raises:
+            KeyFileError: It cannot be read or written, or holds no key.
+        """
+        try:
+            return cls._load_or_create(path, passphrase)
+        except OSError as error:  # it may name a file that only `to_file` knows
+            raise KeyFileError(path, error.strerror or str(error)) from error
+
+    @classmethod
+    def _load_or_create(cls, path: str | os.PathLike[str], passphrase: str | None) -> DIDKey:
         try:
             return cls.from_file(path, passphrase)
         except FileNotFoundError:
