@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
-import resource
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
@@ -54,8 +54,9 @@ class Figures:
 
 
 def peak_mib() -> float:
-    """Return the most memory that this process has had, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Return the most memory that this process has had, in MiB; `getrusage` would count its parent's, too."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 async def timed(ask: Callable[[], Awaitable[object]]) -> float:

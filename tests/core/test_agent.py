@@ -196,7 +196,7 @@ async def test_ice_servers_that_cannot_be_used_fail_every_connection_with_the_re
         for _ in range(2):
             with pytest.raises(PeerConnectError, match="check the ice_servers"):
                 await one.connect(two.did)
-        with pytest.raises(RemoteError, match="can make no connection"):
+        with pytest.raises(PeerConnectError, match="can make no connection"):
             await two.connect(one.did)
         one._ice_servers = ()
         await one.connect(two.did)

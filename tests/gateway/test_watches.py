@@ -39,7 +39,7 @@ def told() -> Told:
 
 @pytest.fixture
 def session() -> Session:
-    return Session(A, None, 1, Shown(), "token", 0, LEDGER)
+    return Session(A, None, 1, Shown(), "token", LEDGER)
 
 
 def test_a_watch_hears_what_happens_until_it_ends(told, session):
