@@ -99,26 +99,25 @@ class Outbox:
             is_counted: Whether the text needs credit, too.
             is_progress: Whether it tells how far the call is: then only the latest is of interest.
         """
-        lane = self._lanes.setdefault(call, _Lane())
-        if is_progress and lane.items and lane.items[-1].is_progress and lane.items[-1].text is not None:
-            lane.items[-1].text = text
+        lane = self._lanes.get(call)
+        last = lane.items[-1] if lane is not None and lane.items else None
+        if is_progress and last is not None and last.is_progress and last.text is not None:
+            last.text = text
             return
         views = deque(memoryview(data) for data in attached if data)
-        lane.items.append(_Item(text, views, is_counted, is_progress))
-        self._give_turn(call, lane)
-        self.ready()
+        self._add(call, _Item(text, views, is_counted, is_progress))
 
     def put_data(self, call: str, data: bytes) -> None:
         """Add the next bytes of the stream in a request."""
-        lane = self._lanes.setdefault(call, _Lane())
-        lane.items.append(_Item(None, deque([memoryview(data)])))
-        self._give_turn(call, lane)
-        self.ready()
+        self._add(call, _Item(None, deque([memoryview(data)])))
 
     def put_end(self, call: str, frame: bytes) -> None:
         """Add the END frame of the stream in a request."""
+        self._add(call, _Item(frame, deque()))
+
+    def _add(self, call: str, item: _Item) -> None:
         lane = self._lanes.setdefault(call, _Lane())
-        lane.items.append(_Item(frame, deque()))
+        lane.items.append(item)
         self._give_turn(call, lane)
         self.ready()
 
