@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from dataclasses import dataclass, field
 
 import orjson
 import pytest
+from offer_bytes import A, B, message, name
 
-from aiconexus.protocol import DIDKey
 from gateway._ledger import LEDGER_RECORDS, Ledger
 from gateway._mesh import NODE_WORKERS
 from gateway.custody import ANSWERS_PER_TICK, NOTED_MAX, Custody
 from gateway.kinds import ACCOUNT, FREED, HELLO, KEPT
-
-A, B = (DIDKey.from_seed(letter * 32).did for letter in (b"a", b"b"))
-
-
-def name(number: int) -> str:
-    return f"{number:08x}-0000-4000-8000-000000000000"
-
-
-def message(number: int) -> bytes:
-    return json.dumps(
-        {
-            "id": name(number),
-            "timestamp": "2026-01-12T10:00:00Z",
-            "from": A,
-            "to": B,
-            "type": "OFFER",
-            "payload": {"sdp": ""},
-            "version": "1.0",
-        }
-    ).encode()
 
 
 def lost(*numbers: int) -> list[tuple[str, str, str]]:

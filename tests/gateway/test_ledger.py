@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 
 import pytest
+from offer_bytes import A, B, message, name
 from processes import forked
 
 from aiconexus.protocol import DIDKey
@@ -15,26 +15,7 @@ from gateway import replies
 from gateway._ledger import LEDGER_ENTRY_BYTES, LEDGER_FULL, Ledger
 from gateway.shelf import Shelf
 
-A, B = (DIDKey.from_seed(letter * 32).did for letter in (b"a", b"b"))
 RECORDS = 65_536
-
-
-def message(number: int, size: int = 0) -> bytes:
-    return json.dumps(
-        {
-            "id": f"{number:08x}-0000-4000-8000-000000000000",
-            "timestamp": "2026-01-12T10:00:00Z",
-            "from": A,
-            "to": B,
-            "type": "OFFER",
-            "payload": {"sdp": "x" * size},
-            "version": "1.0",
-        }
-    ).encode()
-
-
-def name(number: int) -> str:
-    return f"{number:08x}-0000-4000-8000-000000000000"
 
 
 def record(number: int, source: int = 0) -> tuple[str, str, str, int]:

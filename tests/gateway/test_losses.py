@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 
 import pytest
+from offer_bytes import A, B, message, name
 
-from aiconexus.protocol import DIDKey
 from gateway._ledger import Ledger
 from gateway.losses import TOLD_PER_PASS, Losses
 
-A, B = (DIDKey.from_seed(letter * 32).did for letter in (b"a", b"b"))
-NAME = "00000001-0000-4000-8000-000000000000"
-MESSAGE = json.dumps(
-    {
-        "id": NAME,
-        "timestamp": "2026-01-12T10:00:00Z",
-        "from": A,
-        "to": B,
-        "type": "OFFER",
-        "payload": {"sdp": ""},
-        "version": "1.0",
-    }
-).encode()
+NAME, MESSAGE = name(1), message(1)
 
 
 @pytest.fixture

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 
 import pytest
+from offer_bytes import A, B, message
 
-from aiconexus.protocol import DIDKey
 from gateway._addresses import Addresses
 from gateway._connection import Router
 from gateway._counters import Counters
@@ -15,22 +14,7 @@ from gateway._ledger import Ledger
 from gateway._mesh import FIRST_OTHER_KIND, NODE_WORKERS
 from gateway._routing import RoutingTable
 
-A, B = (DIDKey.from_seed(letter * 32).did for letter in (b"a", b"b"))
 KIND = FIRST_OTHER_KIND
-
-
-def message(number: int) -> bytes:
-    return json.dumps(
-        {
-            "id": f"{number:08x}-0000-4000-8000-000000000000",
-            "timestamp": "2026-01-12T10:00:00Z",
-            "from": A,
-            "to": B,
-            "type": "OFFER",
-            "payload": {"sdp": ""},
-            "version": "1.0",
-        }
-    ).encode()
 
 
 @dataclass
