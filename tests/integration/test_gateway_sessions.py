@@ -263,6 +263,15 @@ def gone(gateway, agent: Agent, how: str = "drop") -> None:
     wait_until(lambda: gateway.health()["away"] == away + 1)
 
 
+def leave(gateway, agent: Agent, *messages: bytes) -> None:
+    """Send messages to an agent that is away, and wait until they wait for it.
+
+    They may be on their way to another worker still when a PONG is there, and then reach the next session.
+    """
+    agent.send(*messages)
+    wait_until(lambda: gateway.health()["waiting"] == len(messages))
+
+
 @pytest.mark.parametrize("how", ["drop", "reset"])
 def test_messages_wait_for_an_agent_that_dropped_and_come_in_order(gateway, how):
     with Agent(gateway.port) as a, Agent(gateway.port) as b:
@@ -296,8 +305,7 @@ def test_without_the_right_token_what_waits_goes_back(gateway, token):
     with Agent(gateway.port) as a, Agent(gateway.port) as b:
         gone(gateway, b)
         sent = [a.candidate(b.did, number) for number in range(3)]
-        a.send(*sent)
-        a.ping()
+        leave(gateway, a, *sent)
         with Agent(gateway.port, b.key, resume=token) as back:
             assert not back.resumed
             assert back.session != b.session
@@ -380,8 +388,7 @@ def test_an_error_for_an_agent_that_is_away_itself_waits_for_it(gateway):
     with Agent(gateway.port) as a, Agent(gateway.port) as b:
         gone(gateway, b)
         data = a.offer(b.did)
-        a.send(data)
-        a.ping()
+        leave(gateway, a, data)
         gone(gateway, a)
         with Agent(gateway.port, b.key), Agent(gateway.port, a.key, resume=a.resume_token) as back:
             back.receive_error("away_expired", json.loads(data)["id"])
@@ -638,12 +645,11 @@ def test_time_in_which_the_gateway_stood_still_is_nobodys_silence(start_gateway)
 
 
 def test_a_drain_returns_what_waits_for_an_agent_that_is_away(start_gateway):
-    gateway = start_gateway("--workers", "1")  # so that the PONG comes behind the OFFER's arrival
+    gateway = start_gateway()
     with Agent(gateway.port) as a, Agent(gateway.port) as b:
         gone(gateway, b)
         data = a.offer(b.did)
-        a.send(data)
-        a.ping()
+        leave(gateway, a, data)
         gateway.signal(signal.SIGTERM)
         a.receive_error("away_expired", json.loads(data)["id"])
         assert a.read_close().close_code == 4001

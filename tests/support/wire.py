@@ -334,7 +334,7 @@ class Agent(RawClient):
         return answer
 
     def ping(self) -> None:
-        """Send a PING and read up to its PONG: everything sent before was dealt with."""
+        """Send a PING and read up to its PONG: its worker has dealt with everything sent before."""
         data = self.message(self.gateway_did, PingPayload())
         self.send(data)
         got = self.receive()
