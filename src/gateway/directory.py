@@ -8,19 +8,21 @@ before, so agents that come and go meanwhile make no other appear twice, or not 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from aiconexus.protocol import Capability, DiscoverPayload
 
 # What is looked at before others may get their turn: about 30 microseconds.
 STEP = 64
-# Agents that are looked at one by one first, if there are more than so many offers to look at: about half a
-# millisecond. If a fortieth of all fits, a page of 50 is full by then.
-PROBE = 2_000
-OFFERS_MIN = 256
+# Agents that are looked at one by one first: a millisecond. A page of 50 is full then if a fortieth fits.
+PROBE_MAX = 2_048
+
+
+def probe_size(offers: int) -> int:
+    """Return how many agents are worth a look before that many offers: one costs as much as four of them."""
+    return min(offers // 4, PROBE_MAX)
 
 
 class View(NamedTuple):
@@ -72,14 +74,14 @@ class Query:
         return not self.names_capabilities or any(self.fits(offer) for offer in offers)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, order=True)
 class Offer:
     """One capability, as a search sees it, and the agents that have it."""
 
     name: str
     tags: tuple[str, ...]
     text: str  # name and description, casefolded
-    dids: list[str] = field(default_factory=list)
+    dids: list[str] = field(default_factory=list, compare=False)
 
     @classmethod
     def of(cls, capability: Capability) -> Offer:
@@ -92,24 +94,30 @@ class Offer:
         return cls(name, tuple(sorted(set(tags))), f"{name}\n{description}".casefold())
 
 
-def _add(dids: list[str], did: str) -> None:
-    if not dids or dids[-1] < did:
-        dids.append(did)
-        return
-    position = bisect_left(dids, did)
-    if dids[position] != did:
-        dids.insert(position, did)
+_Item = TypeVar("_Item", str, Offer)
 
 
-def _discard(dids: list[str], did: str) -> None:
-    position = bisect_left(dids, did)
-    if position < len(dids) and dids[position] == did:
-        del dids[position]
+def _add(items: list[_Item], item: _Item) -> _Item:
+    """Put an item into its place, unless an equal one is there; return which is there now."""
+    if not items or items[-1] < item:
+        items.append(item)
+        return item
+    position = bisect_left(items, item)
+    if items[position] != item:
+        items.insert(position, item)
+    return items[position]
 
 
-def _behind(dids: list[str], cursor: str) -> Iterator[str]:
-    for position in range(bisect_right(dids, cursor), len(dids)):
-        yield dids[position]
+def _discard(items: list[_Item], item: _Item) -> None:
+    position = bisect_left(items, item)
+    if position < len(items) and items[position] == item:
+        del items[position]
+
+
+def _behind(items: list[_Item], cursor: _Item | None, count: int) -> Sequence[_Item]:
+    """Return the next few items of a list that may change between any two turns."""
+    position = 0 if cursor is None else bisect_right(items, cursor)
+    return items[position : position + count]
 
 
 class Directory:
@@ -121,10 +129,9 @@ class Directory:
 
     def __init__(self, offers_of: Callable[[str], Iterable[Offer]]) -> None:
         self._offers_of = offers_of
-        self._offers: dict[tuple[str, tuple[str, ...], str], Offer] = {}
-        # Ordered sets: their values mean nothing.
-        self._by_name: dict[str, dict[Offer, None]] = {}
-        self._by_tag: dict[str, dict[Offer, None]] = {}
+        self._offers: list[Offer] = []
+        self._by_name: dict[str, list[Offer]] = {}
+        self._by_tag: dict[str, list[Offer]] = {}
         self._listed: list[str] = []
 
     def __len__(self) -> int:
@@ -135,13 +142,11 @@ class Directory:
         _add(self._listed, did)
         kept = []
         for offer in offers:
-            key = (offer.name, offer.tags, offer.text)
-            shared = self._offers.get(key)
-            if shared is None:
-                shared = self._offers[key] = offer
-                self._by_name.setdefault(offer.name, {})[offer] = None
+            shared = _add(self._offers, offer)
+            if not shared.dids:
+                _add(self._by_name.setdefault(offer.name, []), shared)
                 for tag in offer.tags:
-                    self._by_tag.setdefault(tag, {})[offer] = None
+                    _add(self._by_tag.setdefault(tag, []), shared)
             _add(shared.dids, did)
             kept.append(shared)
         return tuple(kept)
@@ -152,7 +157,7 @@ class Directory:
         self._withdraw(did, offers)
 
     def replace(self, did: str, before: tuple[Offer, ...], offers: tuple[Offer, ...]) -> tuple[Offer, ...]:
-        """List an agent with other offers, or the same: a search that goes on meanwhile does not miss it."""
+        """List an agent with other offers, or the same: a search that goes on meanwhile finds those."""
         kept = self.put(did, offers)
         self._withdraw(did, (offer for offer in before if offer not in kept))
         return kept
@@ -160,13 +165,14 @@ class Directory:
     def _withdraw(self, did: str, offers: Iterable[Offer]) -> None:
         for offer in offers:
             _discard(offer.dids, did)
-            if offer.dids or self._offers.get((offer.name, offer.tags, offer.text)) is not offer:
+            if offer.dids:
                 continue
-            del self._offers[offer.name, offer.tags, offer.text]
+            _discard(self._offers, offer)
             for index, name in ((self._by_name, offer.name), *((self._by_tag, tag) for tag in offer.tags)):
-                del index[name][offer]
-                if not index[name]:
-                    del index[name]
+                if name in index:
+                    _discard(index[name], offer)
+                    if not index[name]:
+                        del index[name]
 
     def search(self, query: Query, cursor: str, limit: int) -> Generator[None, None, list[str]]:
         """Find up to `limit` agents behind `cursor`, in the order of their DIDs.
@@ -174,25 +180,27 @@ class Directory:
         A generator that yields whenever others may get their turn, and returns the DIDs.
         """
         if not query.names_capabilities:
-            return list(islice(_behind(self._listed, cursor), limit))
+            return list(_behind(self._listed, cursor, limit))
         offers = self._candidates(query)
+        agents = probe_size(len(offers))
         found: list[str] = []
-        if len(offers) > OFFERS_MIN:
-            found, cursor = yield from self._probe(query, cursor, limit)
+        if agents >= STEP:
+            found, cursor = yield from self._probe(query, cursor, limit, agents)
             if not cursor or len(found) == limit:
                 return found
         return found + (yield from self._look_up(offers, query, cursor, limit - len(found)))
 
-    def _probe(self, query: Query, cursor: str, limit: int) -> Generator[None, None, tuple[list[str], str]]:
-        """Look at agents one by one: the shortest way if many fit.
+    def _probe(
+        self, query: Query, cursor: str, limit: int, agents: int
+    ) -> Generator[None, None, tuple[list[str], str]]:
+        """Look at some agents one by one: the shortest way if many fit.
 
         Returns:
             Who was found, and the DID behind which nobody was looked at; none if nobody is left.
         """
         found: list[str] = []
-        for _ in range(PROBE // STEP):
-            # Where to go on: the list may be another one after each turn.
-            dids = list(islice(_behind(self._listed, cursor), STEP))
+        for _ in range(agents // STEP):
+            dids = _behind(self._listed, cursor, STEP)
             for did in dids:
                 if any(query.fits(offer) for offer in self._offers_of(did)):
                     found.append(did)
@@ -210,23 +218,25 @@ class Directory:
         """Look at what is offered, and who offers it: the shortest way if few fit."""
         nearest: set[str] = set()
         end = ""  # the last of the nearest, once there are enough
-        for number, offer in enumerate(offers, 1):
-            if number % STEP == 0:
-                yield
-            if not query.fits(offer):
-                continue
-            for did in islice(_behind(offer.dids, cursor), limit):
-                if end and did > end:
-                    break
-                nearest.add(did)
-            if len(nearest) >= 2 * limit:
-                nearest = set(sorted(nearest)[:limit])
-                end = max(nearest)
+        seen: Offer | None = None
+        while looked_at := _behind(offers, seen, STEP):
+            seen = looked_at[-1]
+            for offer in looked_at:
+                if not query.fits(offer):
+                    continue
+                for did in _behind(offer.dids, cursor, limit):
+                    if end and did > end:
+                        break
+                    nearest.add(did)
+                if len(nearest) >= 2 * limit:
+                    nearest = set(sorted(nearest)[:limit])
+                    end = max(nearest)
+            yield
         return sorted(nearest)[:limit]
 
     def _candidates(self, query: Query) -> list[Offer]:
         if query.capability is not None:
-            return list(self._by_name.get(query.capability, ()))
+            return self._by_name.get(query.capability, [])
         if query.tag is not None:
-            return list(self._by_tag.get(query.tag, ()))
-        return list(self._offers.values())
+            return self._by_tag.get(query.tag, [])
+        return self._offers

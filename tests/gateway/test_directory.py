@@ -48,8 +48,8 @@ class Agents:
 def plan(request, monkeypatch):
     """Make a few agents be enough for each way of searching."""
     monkeypatch.setattr(directory, "STEP", 2)
-    monkeypatch.setattr(directory, "OFFERS_MIN", 1_000 if request.param == "look up" else 0)
-    monkeypatch.setattr(directory, "PROBE", 1_000 if request.param == "probe" else 4)
+    size = {"look up": 0, "probe": 1_000, "probe and look up": 4}[request.param]
+    monkeypatch.setattr(directory, "probe_size", lambda offers: size)
 
 
 ADD = Capability(name="add", description="Adds Numbers.", tags=["math", "fast"])
