@@ -15,6 +15,7 @@ import os
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from socket import SO_RCVBUF, SOL_SOCKET
@@ -27,7 +28,6 @@ from aioice.stun import TransactionError, TransactionFailed
 from aioice.turn import (
     DEFAULT_ALLOCATION_LIFETIME,
     DEFAULT_CHANNEL_REFRESH_TIME,
-    UDP_SOCKET_BUFFER_SIZE,
     TurnClientMixin,
     TurnClientTcpProtocol,
     TurnClientUdpProtocol,
@@ -46,6 +46,10 @@ TURN_DELAY_SECONDS: Final = (
     0.25  # for one server to answer before the next is asked, too (RFC 8305 section 8)
 )
 STUN_GRACE_SECONDS: Final = 0.5  # for the other addresses of this machine, once one has its reflexive one
+# Of one call 1 MiB may be in flight: twice as much to Linux, which counts the memory that its packets take.
+# What does not fit is lost and sent anew; aiortc's own 256 KiB lose a tenth of a fast stream. Linux grants no
+# more than its net.core.rmem_max.
+RECEIVE_BUFFER_BYTES: Final = 2_097_152
 TURN_GOODBYE_SECONDS: Final = 1.0  # for the server to confirm that a relay is given up; aioice waits for 63
 
 _SUPPORTED: Final = (("stun", "udp"), ("turn", "udp"), ("turn", "tcp"), ("turns", "tcp"))
@@ -124,6 +128,8 @@ class Gathering:
             else:
                 chosen = addresses if self._host_addresses is None else list(self._host_addresses)
                 hosts = await gather_hosts(component, chosen)
+                for protocol in connection._protocols:
+                    _enlarge_receive_buffer(protocol.transport)
                 asked = await asyncio.gather(self._reflexive(connection), self._relayed(connection))
                 self.candidates = [*hosts, *asked[0], *asked[1]]
             return self.candidates
@@ -214,6 +220,11 @@ class Gathering:
         return [task.result() for task in found]
 
 
+def _enlarge_receive_buffer(transport: asyncio.BaseTransport) -> None:
+    with suppress(OSError):  # BSD refuses what Linux cuts down
+        transport.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+
+
 def _reason(task: asyncio.Future[Any]) -> str:
     """Say in words what became of an attempt that failed."""
     error = None if task.cancelled() else task.exception()
@@ -278,8 +289,7 @@ async def _allocate(connection: Connection, server: IceServer) -> StunProtocol:
         transport, inner = await loop.create_datagram_endpoint(
             lambda: _TurnOverUdp(*options), remote_addr=address
         )
-        socket = transport.get_extra_info("socket")
-        socket.setsockopt(SOL_SOCKET, SO_RCVBUF, UDP_SOCKET_BUFFER_SIZE)
+        _enlarge_receive_buffer(transport)
     try:
         protocol = StunProtocol(connection)
         relay = TurnTransport(inner)
