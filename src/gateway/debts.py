@@ -1,6 +1,7 @@
-"""ERRORs to senders that cannot be reached for now, most often because Redis is lost: sent when they can be.
+"""ERRORs to senders that cannot be reached for now: sent when they can be.
 
-What comes back while a node is cut off would otherwise go back to nobody, if its sender is at another node.
+What comes back while the node is cut off from Redis, or while another worker stands still, would otherwise go
+back to nobody if its sender is there.
 """
 
 from __future__ import annotations

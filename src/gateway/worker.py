@@ -866,9 +866,8 @@ class Gateway:
 
     def _keep_error(self, did: str, data: bytes, cause: str) -> None:
         """Keep an ERROR that could not be delivered, unless nobody is there who waits for it."""
-        if self.cluster is not None and (
-            cause in _PASSING or (cause == "not_online" and not self.cluster.is_settled)
-        ):
+        is_elsewhere = self.cluster is not None and not self.cluster.is_settled
+        if cause in _PASSING or (cause == "not_online" and is_elsewhere):
             self._debts.owe(did, data)
 
     # --- refusals ------------------------------------------------------------------------------
@@ -1071,10 +1070,12 @@ class Gateway:
                 self.moves.expire()
                 self.discovery.expire()
                 self.watches.catch_up()
-                if self.custody is not None:
+                if self.custody is None:
+                    self._debts.fall_due()
+                else:
                     self.custody.answer_some()
-                    self._debts.pay_some()
                     self._count_waiting_elsewhere()
+                self._debts.pay_some()
                 # After a stall, what other workers have to say of their sessions is not read yet.
                 if self.node.workers > 1 and now - last_run < STALL_SECONDS:
                     self._look_for_taken_sessions()

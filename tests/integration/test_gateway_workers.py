@@ -315,6 +315,52 @@ async def test_a_drain_and_a_restart_under_load_lose_no_message_in_silence(start
     await flock.leave()
 
 
+def agents_at(port: int, worker: int, count: int) -> list[Agent]:
+    """Some agents at one worker."""
+    agents: list[Agent] = []
+    while len(agents) < count:
+        agent = Agent(port)
+        if agent.register_answer["ext"]["worker"] == worker:
+            agents.append(agent)
+        else:
+            agent.close()
+    return agents
+
+
+def ask(sender: Agent, target: Agent) -> str:
+    """Write to an agent that takes nothing; return the name of the ERROR."""
+    sender.send(sender.candidate(target.did, 0))
+    name: str = sender.receive()["payload"]["details"]["name"]
+    return name
+
+
+def test_errors_for_a_worker_that_stands_still_wait_until_it_goes_on(start_gateway):
+    """More than may be on the way to it: what does not fit is not dropped."""
+    gateway = start_gateway("--workers", "2", "--message-rate", "0", "--away", "3")
+    sender, other = agents_apart(gateway.port)
+    number = sender.register_answer["ext"]["worker"]
+    (flooded,), (witness, *gone) = agents_at(gateway.port, number, 1), agents_at(gateway.port, 1 - number, 91)
+    with sender, other, flooded, witness:
+        sent = [sender.candidate(agent.did, number) for agent in gone for number in range(64)]
+        for agent in gone:
+            agent.drop()
+        wait_until(lambda: gateway.health()["away"] >= len(gone))
+        sender.send(*sent)
+        wait_until(lambda: gateway.health()["waiting"] == len(sent))
+        stopped = gateway.worker_pids[number]
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            other.send(*(other.offer(flooded.did, 65_536) for _ in range(100)))
+            assert other.receive()["payload"]["details"]["name"] == "overloaded"
+            # The one that dropped last has no room for another message, until it is not awaited any more.
+            wait_until(lambda: ask(witness, gone[-1]) == "not_online")
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        returned = [sender.receive() for _ in sent]
+        assert {got["payload"]["details"]["name"] for got in returned} == {"away_expired"}
+        assert {got["correlation_id"] for got in returned} == {json.loads(data)["id"] for data in sent}
+
+
 async def test_a_stopped_worker_costs_its_own_agents_only(gateway):
     """SIGSTOP: the others go on; what is for the stopped one is bounded, and then comes back as an ERROR."""
     flock = Flock([gateway.port], 40, seed=5)
