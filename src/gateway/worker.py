@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
+from itertools import islice
 
 import structlog
 from picows import WSUpgradeRequest, WSUpgradeResponseWithListener
@@ -61,6 +62,8 @@ FRAME_MAX_BYTES = 4 * MESSAGE_MAX_BYTES
 # Of a client that was refused because there is no room.
 RETRY_AFTER_SECONDS = 10
 TICK_SECONDS = 0.1
+# Sessions that were away for too long: 10 ms. A network that fails may have taken thousands at once.
+EXPIRED_PER_TICK = 500
 # The most by which a tick moves the time: see `_tick`.
 STALL_SECONDS = 1.0
 # The time a client has to answer our CLOSE frame.
@@ -1065,8 +1068,9 @@ class Gateway:
             elapsed += min(now - last, STALL_SECONDS)
             last, last_run = now, last
             try:
-                for session in self.registry.expire():
-                    self._return_all(session.release(), "away_expired")
+                for session in islice(self.registry.expire(), EXPIRED_PER_TICK):
+                    for data in session.release():
+                        self._losses.add(partial(self._return, data, "away_expired"), data)
                 self.moves.expire()
                 self.discovery.expire()
                 self.watches.catch_up()
