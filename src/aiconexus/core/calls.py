@@ -101,10 +101,11 @@ from aiconexus.protocol.models import (
     PingPayload,
     PongPayload,
     UnregisterPayload,
+    new_envelope,
 )
 from aiconexus.protocol.receipts import Receipt
-from aiconexus.protocol.security import DIDKey, ReplayGuard, sign_message, verify_loaded
-from aiconexus.protocol.serialization import encode, loads, parse
+from aiconexus.protocol.security import DIDKey, ReplayGuard, sign_envelope, verify_loaded
+from aiconexus.protocol.serialization import dumps, fitting, loads, parse
 
 ERROR_TEXT_MAX: Final = 4_096  # characters of an exception's text that travel
 TIMEOUT_MAX_SECONDS: Final = 86_400.0  # whoever needs longer should not hold a connection for it
@@ -237,10 +238,11 @@ class Calls:
             MalformedMessageError: It has no canonical JSON form, or is too large.
             ValueError: The timeout is none.
         """
-        message = self._message(payload, ext={"timeout_ms": _milliseconds(timeout)})
-        self.outbox.put(message.id, self._sign(message))
-        self._open[message.id] = _Open(MessageType.INTENT)
-        return message.id
+        envelope = self._envelope(payload, ext={"timeout_ms": _milliseconds(timeout)})
+        id_: str = envelope["id"]
+        self.outbox.put(id_, self._sign(envelope))
+        self._open[id_] = _Open(MessageType.INTENT)
+        return id_
 
     def execute(
         self, capability: str, args: dict[str, Any], timeout: float, *, is_stream: bool = False
@@ -263,15 +265,18 @@ class Calls:
             outgoing = detach_arguments(args)
             fields = {"stream": True} if is_stream else {}
             payload = ExecRequestPayload(args=outgoing.inline, timeout_ms=timeout_ms, **fields)
-            ext = describe({"capability": capability}, outgoing.detached, outgoing.stream)
-            message = self._message(payload, ext=ext)
-            text = self._sign(message)
+            # The member of an enum travels as its text, as it does among the arguments.
+            name = str.__str__(capability) if isinstance(capability, str) else capability
+            ext = describe({"capability": name}, outgoing.detached, outgoing.stream)
+            envelope = self._envelope(payload, ext=ext)
+            text = self._sign(envelope)
         except (MalformedMessageError, PydanticSerializationError, ValueError) as error:
             raise InvalidArgumentsError(f"the arguments cannot be sent: {error}", capability) from error
-        self.outbox.put(message.id, text, [each.data for each in outgoing.detached])
-        self._inbox.open(message.id)
-        self._open[message.id] = _Open(MessageType.EXEC_REQUEST, capability, text, is_stream)
-        return message.id
+        id_: str = envelope["id"]
+        self.outbox.put(id_, text, [each.data for each in outgoing.detached])
+        self._inbox.open(id_)
+        self._open[id_] = _Open(MessageType.EXEC_REQUEST, capability, text, is_stream)
+        return id_
 
     def feed(self, id_: str, data: bytes) -> bool:
         """Send the next bytes of the stream in a request; tell whether anybody still wants them."""
@@ -295,9 +300,10 @@ class Calls:
             is_done: Whether this side no longer needs the connection (`ext.done`); the PONG tells the
                 same of the other side.
         """
-        message = self._message(PingPayload(), ext={"done": True} if is_done else None)
-        self._open[message.id] = _Open(MessageType.PING)
-        return message.id, self._text(message)
+        envelope = self._envelope(PingPayload(), ext={"done": True} if is_done else None)
+        id_: str = envelope["id"]
+        self._open[id_] = _Open(MessageType.PING)
+        return id_, self._text(envelope)
 
     def abandon(self, id_: str) -> str | None:
         """Forget a question of this side; return the text that cancels it, if the peer may know of it."""
@@ -308,7 +314,7 @@ class Calls:
         self._over(id_)
         if is_unsent:
             return None
-        return self._sign(self._message(IntentPayload(status="cancel"), correlation_id=id_))
+        return self._sign(self._envelope(IntentPayload(status="cancel"), correlation_id=id_))
 
     def took(self, id_: str) -> None:
         """Take note that the reader has taken the next part of a stream."""
@@ -317,7 +323,7 @@ class Calls:
 
     def leave(self, reason: str) -> str:
         """Return the text that says goodbye; the connection is closed after it."""
-        return self._text(self._message(UnregisterPayload(reason=_sendable(reason))))
+        return self._text(self._envelope(UnregisterPayload(reason=_sendable(reason))))
 
     # --- what this side answers -----------------------------------------------------------------
 
@@ -378,7 +384,7 @@ class Calls:
             return
         try:
             payload = IntentPayload(**quote.model_dump(exclude_none=True, warnings=False))
-            text = self._sign(self._message(payload, correlation_id=id_))
+            text = self._sign(self._envelope(payload, correlation_id=id_))
         except (MalformedMessageError, ValidationError) as error:  # a Quote may be derived from, or copied
             text = self._error(ErrorPayload.for_cause("internal", f"the answer cannot be sent: {error}"), id_)
         self._answer(id_, text)
@@ -395,7 +401,7 @@ class Calls:
             )
             all_detached = [] if detached is None else [detached]
             ext = describe(self._input_ext(id_), all_detached)
-            text = self._sign(self._message(payload, correlation_id=id_, ext=ext))
+            text = self._sign(self._envelope(payload, correlation_id=id_, ext=ext))
         except (MalformedMessageError, ValidationError) as error:
             self.fail(id_, CapabilityError.name, f"the result cannot be sent: {error}", seconds)
             return
@@ -408,7 +414,7 @@ class Calls:
             return
         payload = ExecResponsePayload(status=ExecStatus.SUCCESS, execution_time_ms=round(seconds * 1e3))
         ext = {**self._input_ext(id_), "stream": served.digest.summary().model_dump()}
-        self._answer(id_, self._sign(self._message(payload, correlation_id=id_, ext=ext)), is_kept=False)
+        self._answer(id_, self._sign(self._envelope(payload, correlation_id=id_, ext=ext)), is_kept=False)
 
     def fail(self, id_: str, name: str, text: str, seconds: float = 0.0) -> None:
         """Say why there is no answer, unless there was one before; what waits of it is dropped.
@@ -439,7 +445,7 @@ class Calls:
         status = ExecStatus.CANCELLED if name == CallCancelledError.name else ExecStatus.ERROR
         payload = ExecResponsePayload(status=status, error=text, execution_time_ms=round(seconds * 1e3))
         ext = {**self._input_ext(id_), "error": {"name": name}}
-        return self._sign(self._message(payload, correlation_id=id_, ext=ext))
+        return self._sign(self._envelope(payload, correlation_id=id_, ext=ext))
 
     def _input_ext(self, id_: str) -> dict[str, JsonValue]:
         served = self._served[id_]
@@ -459,8 +465,8 @@ class Calls:
                 raise MalformedMessageError("progress is short, and no bytes", name="too_large")
             fields: dict[str, Any] = {} if detached is not None else {"result": value}
             ext = describe({}, [] if detached is None else [detached], is_signed=False)
-            message = self._message(ExecResponsePayload(status=status, **fields), correlation_id=id_, ext=ext)
-            return self._text(message), detached
+            payload = ExecResponsePayload(status=status, **fields)
+            return self._text(self._envelope(payload, correlation_id=id_, ext=ext)), detached
         except (MalformedMessageError, ValidationError) as error:
             what = "a part" if status is ExecStatus.PARTIAL else "the progress"
             raise CapabilityError(f"{what} cannot be sent: {error}") from error
@@ -509,8 +515,8 @@ class Calls:
     def _pong(self, ping: Message, is_done: bool) -> Reply | DoneArrived:
         payload = PongPayload(**ping.payload.model_dump(exclude_unset=True))
         if ping.ext.get("done") is not True:
-            return Reply(self._text(self._message(payload, correlation_id=ping.id)))
-        pong = self._message(payload, correlation_id=ping.id, ext={"done": is_done})
+            return Reply(self._text(self._envelope(payload, correlation_id=ping.id)))
+        pong = self._envelope(payload, correlation_id=ping.id, ext={"done": is_done})
         return DoneArrived(self._text(pong), is_done)
 
     def _prove(self, data: str, envelope: dict[str, Any]) -> Message:
@@ -856,20 +862,20 @@ class Calls:
 
     # --- messages -------------------------------------------------------------------------------
 
-    def _message(
+    def _envelope(
         self, payload: Payload, *, correlation_id: str | None = None, ext: dict[str, Any] | None = None
-    ) -> Message:
-        return Message.create(self._key.did, self.peer, payload, correlation_id=correlation_id, ext=ext)
+    ) -> dict[str, Any]:
+        return new_envelope(self._key.did, self.peer, payload, correlation_id=correlation_id, ext=ext)
 
-    def _sign(self, message: Message) -> str:
-        return self._text(sign_message(message, self._key))
+    def _sign(self, envelope: dict[str, Any]) -> str:
+        return fitting(sign_envelope(envelope, self._key), self._limit).decode()
 
-    def _text(self, message: Message) -> str:
-        return encode(message, limit=self._limit).decode()
+    def _text(self, envelope: dict[str, Any]) -> str:
+        return fitting(dumps(envelope), self._limit).decode()
 
     def _error(self, payload: ErrorPayload, id_: str | None) -> str:
         readable = id_ if id_ is not None and _MESSAGE_ID.fullmatch(id_) else None
-        return self._text(self._message(payload, correlation_id=readable))
+        return self._text(self._envelope(payload, correlation_id=readable))
 
 
 def _milliseconds(timeout: float) -> int:

@@ -22,7 +22,6 @@ from pydantic import (
     Field,
     JsonValue,
     PlainSerializer,
-    PrivateAttr,
     SerializeAsAny,
     StringConstraints,
     ValidationInfo,
@@ -31,7 +30,8 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from aiconexus.protocol.errors import CAUSES, DIDError, ErrorCode, MessageError
+from aiconexus.protocol.did import decode_did
+from aiconexus.protocol.errors import CAUSES, ErrorCode, MessageError
 from aiconexus.protocol.limits import PROTOCOL_VERSION
 
 # RFC 3339 section 5.6 in UTC. The offset form is refused: one instant, one kind of text.
@@ -46,8 +46,8 @@ def _parse_timestamp(value: object) -> datetime:
     if not isinstance(value, str) or not _TIMESTAMP.fullmatch(value):
         raise ValueError("not an RFC 3339 timestamp in UTC such as 2026-01-12T10:00:00Z")
     seconds, _, fraction = value[:-1].partition(".")
-    moment = datetime.fromisoformat(seconds)  # strptime takes 20 µs more, of a message's 60
-    return moment.replace(microsecond=int(fraction[:6].ljust(6, "0")), tzinfo=timezone.utc)
+    # Python 3.10 reads no other form of it; strptime takes 20 µs more, of a message's 60.
+    return datetime.fromisoformat(f"{seconds}.{fraction[:6]:0<6}+00:00")
 
 
 def _format_timestamp(moment: datetime) -> str:
@@ -55,12 +55,7 @@ def _format_timestamp(moment: datetime) -> str:
 
 
 def _check_did(value: str) -> str:
-    from aiconexus.protocol.security import decode_did
-
-    try:
-        decode_did(value)
-    except DIDError as error:
-        raise ValueError(str(error)) from None
+    decode_did(value)
     return value
 
 
@@ -327,6 +322,36 @@ class Capability(BaseModel):
     metadata: dict[str, JsonValue] = Field(default_factory=dict)
 
 
+def new_envelope(
+    from_: str,
+    to: str,
+    payload: Payload,
+    *,
+    correlation_id: str | None = None,
+    ext: dict[str, JsonValue] | None = None,
+    id_: str | None = None,
+    timestamp: datetime | None = None,
+) -> dict[str, Any]:
+    """Return the JSON object of an unsigned message, a new one unless it is given an id and a time.
+
+    Payload fields that were not set are left out. But for the payload nothing is validated: it is for those
+    who know that the rest is valid, and takes a third of the time of a `Message`.
+    """
+    envelope: dict[str, Any] = {
+        "id": id_ or str(uuid4()),
+        "correlation_id": correlation_id,
+        "timestamp": _format_timestamp(timestamp or datetime.now(timezone.utc)),
+        "from": from_,
+        "to": to,
+        "type": payload.type.value,
+        "payload": payload.model_dump(mode="json", exclude_unset=True),
+        "version": PROTOCOL_VERSION,
+    }
+    if ext:
+        envelope["ext"] = ext
+    return envelope
+
+
 class Message(BaseModel):
     """The envelope. Immutable: signing gives a new one.
 
@@ -347,7 +372,8 @@ class Message(BaseModel):
     signature: str | None = None
     ext: dict[str, JsonValue] = Field(default_factory=dict)
 
-    _wire: bytes | None = PrivateAttr(default=None)
+    # Strict: nothing in a JSON object is bytes, so no text passes for them.
+    wire: bytes | None = Field(default=None, strict=True, exclude=True, repr=False)
 
     @field_validator("payload", mode="before")
     @classmethod
@@ -389,30 +415,19 @@ class Message(BaseModel):
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Copy the message. A copy with changes has no bytes yet, whatever this one was signed as."""
-        copy = super().model_copy(update=update, deep=deep)
-        if update:
-            copy._wire = None
-        return copy
+        return super().model_copy(update={"wire": None, **update} if update else None, deep=deep)
 
     def envelope(self) -> dict[str, Any]:
         """Return the JSON object of this message. Payload fields that were not set are left out."""
-        envelope: dict[str, Any] = {
-            "id": self.id,
-            "correlation_id": self.correlation_id,
-            "timestamp": _format_timestamp(self.timestamp),
-            "from": self.from_,
-            "to": self.to,
-            "type": self.type.value,
-            "payload": self.payload.model_dump(mode="json", exclude_unset=True),
-            "version": self.version,
-        }
+        envelope = new_envelope(
+            self.from_,
+            self.to,
+            self.payload,
+            correlation_id=self.correlation_id,
+            ext=self.ext,
+            id_=self.id,
+            timestamp=self.timestamp,
+        )
         if self.signature is not None:
             envelope["signature"] = self.signature
-        if self.ext:
-            envelope["ext"] = self.ext
         return envelope
-
-    @property
-    def wire(self) -> bytes | None:
-        """The exact bytes that arrived or were signed; None before that."""
-        return self._wire
