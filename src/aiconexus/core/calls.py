@@ -821,9 +821,9 @@ class Calls:
     def _succeeded(
         self, asked: str, entry: _Open, said: StreamSummary | None, value: Value, receipt: Receipt
     ) -> Event:
-        came = entry.digest.summary()
-        if said is None and not came.parts:
+        if said is None and not entry.digest.parts:
             return Answered(asked, value, receipt=receipt)
+        came = entry.digest.summary()
         if said != came:
             text = f"the {came.parts} parts that came are not the stream that {self.peer} has signed"
             return Failed(asked, PeerIdentityError(text, self.peer), receipt)
