@@ -394,6 +394,12 @@ def test_a_changed_copy_of_a_signed_message_does_not_keep_its_bytes():
     assert signed.model_copy(update={"to": A.did}).wire is None
 
 
+def test_bytes_of_a_message_are_no_part_of_its_json():
+    assert "wire" not in read().model_dump()
+    with pytest.raises(ValidationError, match="wire"):
+        Message.model_validate({**envelope(), "wire": "{}"})
+
+
 def test_number_that_is_no_json_is_refused_when_it_is_signed():
     message = Message.create(A.did, B.did, ExecRequestPayload(args={"x": float("nan")}))
     with pytest.raises(MalformedMessageError, match="JSON has no nan"):
