@@ -8,6 +8,8 @@ from __future__ import annotations
 import orjson
 import pytest
 
+from aiconexus.core.calls import Calls
+from aiconexus.core.events import Answered, ExecutionArrived, Reply
 from aiconexus.protocol import (
     DIDKey,
     IceCandidatePayload,
@@ -162,3 +164,40 @@ def test_canonicalize(benchmark, signed_part):
 def test_canonicalize_with_float(benchmark, signed_part):
     """Write what orjson would write differently: the way through the `rfc8785` package."""
     assert benchmark(canonicalize, {**signed_part, "ext": {"score": 0.5}})
+
+
+@pytest.fixture
+def two_calls(key):
+    """The two ends of a DataChannel, without the channel."""
+    other = DIDKey.generate()
+    return Calls(key, other.did), Calls(other, key.did)
+
+
+@pytest.mark.benchmark(group="calls")
+def test_ping(benchmark, two_calls):
+    """Write a PING, read it and write the PONG, read that."""
+    caller, callee = two_calls
+
+    def round_trip():
+        _, ping = caller.ping()
+        pong = callee.receive(ping)
+        assert isinstance(pong, Reply)
+        return caller.receive(pong.text)
+
+    assert isinstance(benchmark(round_trip), Answered)
+
+
+@pytest.mark.benchmark(group="calls")
+def test_execution(benchmark, two_calls):
+    """Sign a request with 100 characters, verify it and sign the response with these, verify that."""
+    caller, callee = two_calls
+
+    def round_trip():
+        id_ = caller.execute("echo", {"value": "x" * 100}, 60.0)
+        asked = callee.receive(caller.outbox.take())
+        assert isinstance(asked, ExecutionArrived)
+        callee.start(id_)
+        callee.succeed(id_, asked.args["value"], 0.001)
+        return caller.receive(callee.outbox.take())
+
+    assert benchmark(round_trip).value == "x" * 100

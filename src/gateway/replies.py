@@ -7,29 +7,18 @@ an ERROR must stay cheap when somebody provokes many; a test checks them against
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from typing import Any
-from uuid import uuid4
 
 import orjson
 
 from aiconexus.protocol.errors import CAUSES, close_code
-from aiconexus.protocol.limits import PROTOCOL_VERSION
+from aiconexus.protocol.models import MessageType, new_envelope
 
 
-def _envelope(kind: str, sender: str, to: str, correlation_id: str | None, payload: dict[str, Any]) -> bytes:
-    return orjson.dumps(
-        {
-            "id": str(uuid4()),
-            "correlation_id": correlation_id,
-            "timestamp": datetime.now(timezone.utc).isoformat(timespec="milliseconds")[:-6] + "Z",
-            "from": sender,
-            "to": to,
-            "type": kind,
-            "payload": payload,
-            "version": PROTOCOL_VERSION,
-        }
-    )
+def _envelope(
+    type_: MessageType, sender: str, to: str, correlation_id: str | None, payload: dict[str, Any]
+) -> bytes:
+    return orjson.dumps(new_envelope(sender, to, type_, payload, correlation_id=correlation_id))
 
 
 def error(
@@ -50,12 +39,14 @@ def error(
     if retry_after_ms is not None:
         details["retry_after_ms"] = retry_after_ms
     payload = {"code": cause.code.value, "message": message or cause.message, "details": details}
-    return _envelope("ERROR", sender, to, correlation_id, payload)
+    return _envelope(MessageType.ERROR, sender, to, correlation_id, payload)
 
 
 def pong(sender: str, to: str, correlation_id: str, sequence: int | None) -> bytes:
     """Return the PONG to a PING."""
-    return _envelope("PONG", sender, to, correlation_id, {} if sequence is None else {"sequence": sequence})
+    return _envelope(
+        MessageType.PONG, sender, to, correlation_id, {} if sequence is None else {"sequence": sequence}
+    )
 
 
 def presence(
@@ -76,7 +67,7 @@ def presence(
         payload["event"] = event
     if partial:
         payload["partial"] = True
-    return _envelope("PRESENCE", sender, to, correlation_id, payload)
+    return _envelope(MessageType.PRESENCE, sender, to, correlation_id, payload)
 
 
 def agent(did: str, status: str, card: bytes) -> bytes:

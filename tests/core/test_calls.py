@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from datetime import date
+from enum import Enum
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,17 @@ def test_python_values_travel_as_json(alice: Calls, bob: Calls) -> None:
     event = bob.receive(text)
     assert isinstance(event, ExecutionArrived)
     assert event.args == {"day": "2026-01-12", "tags": ["a", "b"]}
+
+
+def test_capability_may_be_named_by_the_member_of_an_enum(alice: Calls, bob: Calls) -> None:
+    id_, text = execute(alice, Enum("Name", {"ADD": "add"}, type=str).ADD, {}, 1.0)
+    assert bob.receive(text) == ExecutionArrived(id_, "add", {}, 1.0)
+
+
+def test_capability_that_is_no_json_cannot_be_sent(alice: Calls) -> None:
+    with pytest.raises(InvalidArgumentsError, match="object is not a JSON type"):
+        alice.execute(object(), {}, 1.0)  # type: ignore[arg-type]
+    assert (alice.open, sent(alice)) == (0, None)
 
 
 @pytest.mark.parametrize(

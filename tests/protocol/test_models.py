@@ -2,6 +2,7 @@
 
 import json
 from datetime import datetime, timedelta, timezone
+from uuid import RFC_4122, UUID
 
 import pytest
 from pydantic import ValidationError
@@ -144,6 +145,17 @@ def test_an_id_is_a_uuid_of_36_characters(field, value):
     error = refusal(envelope(**{field: value}))
     assert (error.cause.name, error.field) == ("bad_id", field)
     assert error.message_id == (None if field == "id" else ID)
+
+
+def test_ids_of_new_messages_are_random_uuids():
+    ids = [Message.create(A.did, B.did, PingPayload()).id for _ in range(1000)]
+    for each in ids:
+        read = UUID(each)
+        assert (str(read), read.version, read.variant) == (each, 4, RFC_4122)
+    assert len(set(ids)) == 1000
+    for position, fixed in enumerate(zip(*ids, strict=True)):  # that a digit is missed by all: once in 10^27
+        expected = {8: "-", 13: "-", 14: "4", 18: "-", 19: "89ab", 23: "-"}.get(position, "0123456789abcdef")
+        assert set(fixed) == set(expected), position
 
 
 def test_a_uuid_may_be_upper_case():
@@ -380,6 +392,12 @@ def test_a_changed_copy_of_a_signed_message_does_not_keep_its_bytes():
     signed = sign_message(read(), A)
     assert signed.model_copy().wire == signed.wire
     assert signed.model_copy(update={"to": A.did}).wire is None
+
+
+def test_bytes_of_a_message_are_no_part_of_its_json():
+    assert "wire" not in read().model_dump()
+    with pytest.raises(ValidationError, match="wire"):
+        Message.model_validate({**envelope(), "wire": "{}"})
 
 
 def test_number_that_is_no_json_is_refused_when_it_is_signed():

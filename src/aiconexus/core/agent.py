@@ -42,6 +42,7 @@ from aiconexus.core.peer import Peer, PeerState
 from aiconexus.core.peer_connection import PeerConnection
 from aiconexus.core.signaling import Signaling
 from aiconexus.protocol.attachments import Value
+from aiconexus.protocol.did import DID_PREFIX, decode_did
 from aiconexus.protocol.errors import (
     CapabilityError,
     GatewayClosedError,
@@ -51,7 +52,7 @@ from aiconexus.protocol.errors import (
 )
 from aiconexus.protocol.limits import CALL_TIMEOUT_SECONDS, CONNECT_TIMEOUT_SECONDS, PEER_IDLE_SECONDS
 from aiconexus.protocol.models import Message, MessageType
-from aiconexus.protocol.security import DID_PREFIX, DIDKey, decode_did
+from aiconexus.protocol.security import DIDKey
 
 _SIGNALING: Final = (
     MessageType.OFFER,

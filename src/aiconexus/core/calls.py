@@ -97,14 +97,13 @@ from aiconexus.protocol.models import (
     IntentPayload,
     Message,
     MessageType,
-    Payload,
-    PingPayload,
     PongPayload,
     UnregisterPayload,
+    new_envelope,
 )
 from aiconexus.protocol.receipts import Receipt
-from aiconexus.protocol.security import DIDKey, ReplayGuard, sign_message, verify_loaded
-from aiconexus.protocol.serialization import encode, loads, parse
+from aiconexus.protocol.security import DIDKey, ReplayGuard, sign_envelope, verify_loaded
+from aiconexus.protocol.serialization import dumps, fitting, loads, parse
 
 ERROR_TEXT_MAX: Final = 4_096  # characters of an exception's text that travel
 TIMEOUT_MAX_SECONDS: Final = 86_400.0  # whoever needs longer should not hold a connection for it
@@ -237,10 +236,11 @@ class Calls:
             MalformedMessageError: It has no canonical JSON form, or is too large.
             ValueError: The timeout is none.
         """
-        message = self._message(payload, ext={"timeout_ms": _milliseconds(timeout)})
-        self.outbox.put(message.id, self._sign(message))
-        self._open[message.id] = _Open(MessageType.INTENT)
-        return message.id
+        envelope = self._envelope(payload.type, payload.to_dict(), ext={"timeout_ms": _milliseconds(timeout)})
+        id_: str = envelope["id"]
+        self.outbox.put(id_, self._sign(envelope))
+        self._open[id_] = _Open(MessageType.INTENT)
+        return id_
 
     def execute(
         self, capability: str, args: dict[str, Any], timeout: float, *, is_stream: bool = False
@@ -263,15 +263,18 @@ class Calls:
             outgoing = detach_arguments(args)
             fields = {"stream": True} if is_stream else {}
             payload = ExecRequestPayload(args=outgoing.inline, timeout_ms=timeout_ms, **fields)
-            ext = describe({"capability": capability}, outgoing.detached, outgoing.stream)
-            message = self._message(payload, ext=ext)
-            text = self._sign(message)
+            # The member of an enum travels as its text, as it does among the arguments.
+            name = str.__str__(capability) if isinstance(capability, str) else capability
+            ext = describe({"capability": name}, outgoing.detached, outgoing.stream)
+            envelope = self._envelope(payload.type, payload.to_dict(), ext=ext)
+            text = self._sign(envelope)
         except (MalformedMessageError, PydanticSerializationError, ValueError) as error:
             raise InvalidArgumentsError(f"the arguments cannot be sent: {error}", capability) from error
-        self.outbox.put(message.id, text, [each.data for each in outgoing.detached])
-        self._inbox.open(message.id)
-        self._open[message.id] = _Open(MessageType.EXEC_REQUEST, capability, text, is_stream)
-        return message.id
+        id_: str = envelope["id"]
+        self.outbox.put(id_, text, [each.data for each in outgoing.detached])
+        self._inbox.open(id_)
+        self._open[id_] = _Open(MessageType.EXEC_REQUEST, capability, text, is_stream)
+        return id_
 
     def feed(self, id_: str, data: bytes) -> bool:
         """Send the next bytes of the stream in a request; tell whether anybody still wants them."""
@@ -295,9 +298,10 @@ class Calls:
             is_done: Whether this side no longer needs the connection (`ext.done`); the PONG tells the
                 same of the other side.
         """
-        message = self._message(PingPayload(), ext={"done": True} if is_done else None)
-        self._open[message.id] = _Open(MessageType.PING)
-        return message.id, self._text(message)
+        envelope = self._envelope(MessageType.PING, {}, ext={"done": True} if is_done else None)
+        id_: str = envelope["id"]
+        self._open[id_] = _Open(MessageType.PING)
+        return id_, self._text(envelope)
 
     def abandon(self, id_: str) -> str | None:
         """Forget a question of this side; return the text that cancels it, if the peer may know of it."""
@@ -308,7 +312,7 @@ class Calls:
         self._over(id_)
         if is_unsent:
             return None
-        return self._sign(self._message(IntentPayload(status="cancel"), correlation_id=id_))
+        return self._sign(self._envelope(MessageType.INTENT, {"status": "cancel"}, correlation_id=id_))
 
     def took(self, id_: str) -> None:
         """Take note that the reader has taken the next part of a stream."""
@@ -317,7 +321,7 @@ class Calls:
 
     def leave(self, reason: str) -> str:
         """Return the text that says goodbye; the connection is closed after it."""
-        return self._text(self._message(UnregisterPayload(reason=_sendable(reason))))
+        return self._text(self._envelope(MessageType.UNREGISTER, {"reason": _sendable(reason)}))
 
     # --- what this side answers -----------------------------------------------------------------
 
@@ -378,7 +382,7 @@ class Calls:
             return
         try:
             payload = IntentPayload(**quote.model_dump(exclude_none=True, warnings=False))
-            text = self._sign(self._message(payload, correlation_id=id_))
+            text = self._sign(self._envelope(payload.type, payload.to_dict(), correlation_id=id_))
         except (MalformedMessageError, ValidationError) as error:  # a Quote may be derived from, or copied
             text = self._error(ErrorPayload.for_cause("internal", f"the answer cannot be sent: {error}"), id_)
         self._answer(id_, text)
@@ -395,7 +399,7 @@ class Calls:
             )
             all_detached = [] if detached is None else [detached]
             ext = describe(self._input_ext(id_), all_detached)
-            text = self._sign(self._message(payload, correlation_id=id_, ext=ext))
+            text = self._sign(self._envelope(payload.type, payload.to_dict(), correlation_id=id_, ext=ext))
         except (MalformedMessageError, ValidationError) as error:
             self.fail(id_, CapabilityError.name, f"the result cannot be sent: {error}", seconds)
             return
@@ -408,7 +412,8 @@ class Calls:
             return
         payload = ExecResponsePayload(status=ExecStatus.SUCCESS, execution_time_ms=round(seconds * 1e3))
         ext = {**self._input_ext(id_), "stream": served.digest.summary().model_dump()}
-        self._answer(id_, self._sign(self._message(payload, correlation_id=id_, ext=ext)), is_kept=False)
+        text = self._sign(self._envelope(payload.type, payload.to_dict(), correlation_id=id_, ext=ext))
+        self._answer(id_, text, is_kept=False)
 
     def fail(self, id_: str, name: str, text: str, seconds: float = 0.0) -> None:
         """Say why there is no answer, unless there was one before; what waits of it is dropped.
@@ -438,8 +443,8 @@ class Calls:
             return self._error(ErrorPayload.for_cause(cause, text), id_)
         status = ExecStatus.CANCELLED if name == CallCancelledError.name else ExecStatus.ERROR
         payload = ExecResponsePayload(status=status, error=text, execution_time_ms=round(seconds * 1e3))
-        ext = {**self._input_ext(id_), "error": {"name": name}}
-        return self._sign(self._message(payload, correlation_id=id_, ext=ext))
+        ext: dict[str, JsonValue] = {**self._input_ext(id_), "error": {"name": name}}
+        return self._sign(self._envelope(payload.type, payload.to_dict(), correlation_id=id_, ext=ext))
 
     def _input_ext(self, id_: str) -> dict[str, JsonValue]:
         served = self._served[id_]
@@ -459,8 +464,9 @@ class Calls:
                 raise MalformedMessageError("progress is short, and no bytes", name="too_large")
             fields: dict[str, Any] = {} if detached is not None else {"result": value}
             ext = describe({}, [] if detached is None else [detached], is_signed=False)
-            message = self._message(ExecResponsePayload(status=status, **fields), correlation_id=id_, ext=ext)
-            return self._text(message), detached
+            payload = ExecResponsePayload(status=status, **fields)
+            envelope = self._envelope(payload.type, payload.to_dict(), correlation_id=id_, ext=ext)
+            return self._text(envelope), detached
         except (MalformedMessageError, ValidationError) as error:
             what = "a part" if status is ExecStatus.PARTIAL else "the progress"
             raise CapabilityError(f"{what} cannot be sent: {error}") from error
@@ -507,10 +513,10 @@ class Calls:
             return self._refused(error, envelope, is_frame=isinstance(data, bytes))
 
     def _pong(self, ping: Message, is_done: bool) -> Reply | DoneArrived:
-        payload = PongPayload(**ping.payload.model_dump(exclude_unset=True))
+        payload = ping.payload.to_dict()
         if ping.ext.get("done") is not True:
-            return Reply(self._text(self._message(payload, correlation_id=ping.id)))
-        pong = self._message(payload, correlation_id=ping.id, ext={"done": is_done})
+            return Reply(self._text(self._envelope(MessageType.PONG, payload, correlation_id=ping.id)))
+        pong = self._envelope(MessageType.PONG, payload, correlation_id=ping.id, ext={"done": is_done})
         return DoneArrived(self._text(pong), is_done)
 
     def _prove(self, data: str, envelope: dict[str, Any]) -> Message:
@@ -543,7 +549,7 @@ class Calls:
             self._close_served(cancelled, None)
         else:
             cancelled = None
-        if envelope.get("type") == MessageType.ERROR.value:
+        if envelope.get("type") == MessageType.ERROR:
             return Refused(error, None, failed)
         reply = self._error(ErrorPayload.for_error(error), error.message_id)
         return Refused(error, reply, failed, cancelled)
@@ -723,7 +729,7 @@ class Calls:
 
     def _is_repeated(self, envelope: dict[str, Any]) -> bool:
         """Tell whether a message that came before is a request whose answer is known, or under way."""
-        is_request = envelope.get("type") == MessageType.EXEC_REQUEST.value
+        is_request = envelope.get("type") == MessageType.EXEC_REQUEST
         return is_request and self._repeat(str(envelope["id"]).lower(), envelope.get("signature"))
 
     def _repeat(self, id_: str, signature: str | None) -> bool:
@@ -815,9 +821,9 @@ class Calls:
     def _succeeded(
         self, asked: str, entry: _Open, said: StreamSummary | None, value: Value, receipt: Receipt
     ) -> Event:
-        came = entry.digest.summary()
-        if said is None and not came.parts:
+        if said is None and not entry.digest.parts:
             return Answered(asked, value, receipt=receipt)
+        came = entry.digest.summary()
         if said != came:
             text = f"the {came.parts} parts that came are not the stream that {self.peer} has signed"
             return Failed(asked, PeerIdentityError(text, self.peer), receipt)
@@ -856,20 +862,25 @@ class Calls:
 
     # --- messages -------------------------------------------------------------------------------
 
-    def _message(
-        self, payload: Payload, *, correlation_id: str | None = None, ext: dict[str, Any] | None = None
-    ) -> Message:
-        return Message.create(self._key.did, self.peer, payload, correlation_id=correlation_id, ext=ext)
+    def _envelope(
+        self,
+        type_: MessageType,
+        payload: dict[str, JsonValue],
+        *,
+        correlation_id: str | None = None,
+        ext: dict[str, JsonValue] | None = None,
+    ) -> dict[str, Any]:
+        return new_envelope(self._key.did, self.peer, type_, payload, correlation_id=correlation_id, ext=ext)
 
-    def _sign(self, message: Message) -> str:
-        return self._text(sign_message(message, self._key))
+    def _sign(self, envelope: dict[str, Any]) -> str:
+        return fitting(sign_envelope(envelope, self._key), self._limit).decode()
 
-    def _text(self, message: Message) -> str:
-        return encode(message, limit=self._limit).decode()
+    def _text(self, envelope: dict[str, Any]) -> str:
+        return fitting(dumps(envelope), self._limit).decode()
 
     def _error(self, payload: ErrorPayload, id_: str | None) -> str:
         readable = id_ if id_ is not None and _MESSAGE_ID.fullmatch(id_) else None
-        return self._text(self._message(payload, correlation_id=readable))
+        return self._text(self._envelope(payload.type, payload.to_dict(), correlation_id=readable))
 
 
 def _milliseconds(timeout: float) -> int:
@@ -885,11 +896,11 @@ def _sendable(text: str) -> str:
 
 def _must_be_signed(envelope: dict[str, Any]) -> bool:
     kind = envelope.get("type")
-    if kind == MessageType.EXEC_RESPONSE.value:
+    if kind == MessageType.EXEC_RESPONSE:
         payload = envelope.get("payload")
         status = payload.get("status") if isinstance(payload, dict) else None
         return isinstance(status, str) and status in _FINAL
-    return kind in (MessageType.INTENT.value, MessageType.EXEC_REQUEST.value)
+    return kind in (MessageType.INTENT, MessageType.EXEC_REQUEST)
 
 
 def _jsonable(value: Any) -> JsonValue:

@@ -1,5 +1,6 @@
 """IoAP 1.0 without I/O: messages, identity, canonical bytes, errors, limits."""
 
+from aiconexus.protocol.did import decode_did, encode_did
 from aiconexus.protocol.errors import (
     CAUSES,
     CLOSE_CODES,
@@ -39,8 +40,6 @@ from aiconexus.protocol.receipts import Receipt, Verified
 from aiconexus.protocol.security import (
     DIDKey,
     ReplayGuard,
-    decode_did,
-    encode_did,
     sign_message,
     verify_envelope,
     verify_message,

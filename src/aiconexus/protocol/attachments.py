@@ -291,11 +291,15 @@ class InputDigest:
 
 
 class StreamDigest:
-    """The running digest over the parts of a stream, as its last response signs it."""
+    """The running digest over the parts of a stream, as its last response signs it.
+
+    Attributes:
+        parts: How many there were so far.
+    """
 
     def __init__(self) -> None:
         self._hash = sha256()
-        self._parts = 0
+        self.parts = 0
 
     def add(self, part: Value) -> None:
         """Take the next part.
@@ -308,13 +312,13 @@ class StreamDigest:
 
     def add_data(self, data: bytes, *, is_bytes: bool) -> None:
         """Take the next part as it travels: its bytes, or its canonical JSON."""
-        self._parts += 1
+        self.parts += 1
         self._hash.update((b"b" if is_bytes else b"j") + len(data).to_bytes(8, "big"))
         self._hash.update(data)
 
     def summary(self) -> StreamSummary:
         """Return what there was so far."""
-        return StreamSummary(parts=self._parts, sha256=self._hash.hexdigest())
+        return StreamSummary(parts=self.parts, sha256=self._hash.hexdigest())
 
 
 def join_parts(parts: list[Value]) -> Value:

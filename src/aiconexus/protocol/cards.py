@@ -14,10 +14,11 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from aiconexus.protocol.did import decode_did
 from aiconexus.protocol.errors import InvalidSignatureError, MalformedMessageError
 from aiconexus.protocol.limits import CAPABILITIES_MAX, CAPABILITIES_MAX_BYTES, INTEGER_MAX
 from aiconexus.protocol.models import Capability
-from aiconexus.protocol.security import DIDKey, decode_did, verify_signature
+from aiconexus.protocol.security import DIDKey, verify_signature
 from aiconexus.protocol.serialization import canonicalize
 
 CARD_TYPE: Final = "CARD"

@@ -7,12 +7,12 @@ into the envelope's `ext`, whose unknown keys are ignored.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Final, Literal
-from uuid import uuid4
 
 from pydantic import (
     AfterValidator,
@@ -22,7 +22,6 @@ from pydantic import (
     Field,
     JsonValue,
     PlainSerializer,
-    PrivateAttr,
     SerializeAsAny,
     StringConstraints,
     ValidationInfo,
@@ -31,7 +30,8 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from aiconexus.protocol.errors import CAUSES, DIDError, ErrorCode, MessageError
+from aiconexus.protocol.did import decode_did
+from aiconexus.protocol.errors import CAUSES, ErrorCode, MessageError
 from aiconexus.protocol.limits import PROTOCOL_VERSION
 
 # RFC 3339 section 5.6 in UTC. The offset form is refused: one instant, one kind of text.
@@ -46,21 +46,23 @@ def _parse_timestamp(value: object) -> datetime:
     if not isinstance(value, str) or not _TIMESTAMP.fullmatch(value):
         raise ValueError("not an RFC 3339 timestamp in UTC such as 2026-01-12T10:00:00Z")
     seconds, _, fraction = value[:-1].partition(".")
-    moment = datetime.fromisoformat(seconds)  # strptime takes 20 µs more, of a message's 60
-    return moment.replace(microsecond=int(fraction[:6].ljust(6, "0")), tzinfo=timezone.utc)
+    # Python 3.10 reads no other form of it; strptime takes 20 µs more, of a message's 60.
+    return datetime.fromisoformat(f"{seconds}.{fraction[:6]:0<6}+00:00")
 
 
 def _format_timestamp(moment: datetime) -> str:
-    return moment.astimezone(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return moment.astimezone(timezone.utc).isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+def _new_id() -> str:
+    """Return a random UUID (RFC 9562 section 5.4), in less than half the time of `str(uuid4())`."""
+    digits = os.urandom(16).hex()
+    variant = "89ab"[int(digits[16], 16) % 4]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
 
 
 def _check_did(value: str) -> str:
-    from aiconexus.protocol.security import decode_did
-
-    try:
-        decode_did(value)
-    except DIDError as error:
-        raise ValueError(str(error)) from None
+    decode_did(value)
     return value
 
 
@@ -114,6 +116,10 @@ class Payload(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     type: ClassVar[MessageType]
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        """Return the JSON object of this payload. Fields that were not set are left out."""
+        return self.model_dump(mode="json", exclude_unset=True)
 
 
 class RegisterPayload(Payload):
@@ -327,6 +333,37 @@ class Capability(BaseModel):
     metadata: dict[str, JsonValue] = Field(default_factory=dict)
 
 
+def new_envelope(
+    from_: str,
+    to: str,
+    type_: MessageType,
+    payload: dict[str, JsonValue],
+    *,
+    correlation_id: str | None = None,
+    ext: dict[str, JsonValue] | None = None,
+    id_: str | None = None,
+    timestamp: datetime | None = None,
+) -> dict[str, Any]:
+    """Return the JSON object of an unsigned message, a new one unless it is given an id and a time.
+
+    Nothing is validated: it is for those who know that all is valid, and takes a third of the time of a
+    `Message`.
+    """
+    envelope: dict[str, Any] = {
+        "id": id_ or _new_id(),
+        "correlation_id": correlation_id,
+        "timestamp": _format_timestamp(timestamp or datetime.now(timezone.utc)),
+        "from": from_,
+        "to": to,
+        "type": type_.value,
+        "payload": payload,
+        "version": PROTOCOL_VERSION,
+    }
+    if ext:
+        envelope["ext"] = ext
+    return envelope
+
+
 class Message(BaseModel):
     """The envelope. Immutable: signing gives a new one.
 
@@ -336,7 +373,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
 
-    id: MessageId = Field(default_factory=lambda: str(uuid4()))
+    id: MessageId = Field(default_factory=_new_id)
     correlation_id: MessageId | None = None
     timestamp: Timestamp = Field(default_factory=lambda: datetime.now(timezone.utc))
     from_: DID = Field(alias="from")
@@ -347,7 +384,8 @@ class Message(BaseModel):
     signature: str | None = None
     ext: dict[str, JsonValue] = Field(default_factory=dict)
 
-    _wire: bytes | None = PrivateAttr(default=None)
+    # Strict: nothing in a JSON object is bytes, so no text passes for them.
+    wire: bytes | None = Field(default=None, strict=True, exclude=True, repr=False)
 
     @field_validator("payload", mode="before")
     @classmethod
@@ -389,30 +427,20 @@ class Message(BaseModel):
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Copy the message. A copy with changes has no bytes yet, whatever this one was signed as."""
-        copy = super().model_copy(update=update, deep=deep)
-        if update:
-            copy._wire = None
-        return copy
+        return super().model_copy(update={"wire": None, **update} if update else None, deep=deep)
 
     def envelope(self) -> dict[str, Any]:
         """Return the JSON object of this message. Payload fields that were not set are left out."""
-        envelope: dict[str, Any] = {
-            "id": self.id,
-            "correlation_id": self.correlation_id,
-            "timestamp": _format_timestamp(self.timestamp),
-            "from": self.from_,
-            "to": self.to,
-            "type": self.type.value,
-            "payload": self.payload.model_dump(mode="json", exclude_unset=True),
-            "version": self.version,
-        }
+        envelope = new_envelope(
+            self.from_,
+            self.to,
+            self.type,
+            self.payload.to_dict(),
+            correlation_id=self.correlation_id,
+            ext=self.ext,
+            id_=self.id,
+            timestamp=self.timestamp,
+        )
         if self.signature is not None:
             envelope["signature"] = self.signature
-        if self.ext:
-            envelope["ext"] = self.ext
         return envelope
-
-    @property
-    def wire(self) -> bytes | None:
-        """The exact bytes that arrived or were signed; None before that."""
-        return self._wire

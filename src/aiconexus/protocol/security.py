@@ -1,4 +1,4 @@
-"""Identity: Ed25519 keys as W3C `did:key`, signatures over canonical JSON, and a guard against replay."""
+"""Identity: Ed25519 keys, signatures over canonical JSON, and a guard against replay."""
 
 from __future__ import annotations
 
@@ -9,23 +9,15 @@ import stat
 import tempfile
 import time
 from base64 import b64decode, b64encode
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-import base58
 import orjson
 from nacl.exceptions import BadSignatureError
 from nacl.signing import SigningKey, VerifyKey
 
+from aiconexus.protocol.did import DID_PREFIX, decode_did, encode_did
 from aiconexus.protocol.errors import (
-    DIDAlphabetError,
-    DIDCanonicalError,
-    DIDCodecError,
-    DIDLengthError,
-    DIDMethodError,
-    DIDMultibaseError,
-    DIDTypeError,
     InvalidSignatureError,
     KeyFileError,
     KeyFileFormatError,
@@ -38,53 +30,6 @@ from aiconexus.protocol.errors import (
 from aiconexus.protocol.limits import CLOCK_SKEW_SECONDS, MESSAGE_MAX_BYTES, REPLAY_GUARD_CAPACITY
 from aiconexus.protocol.models import Message
 from aiconexus.protocol.serialization import canonicalize, loads, parse
-
-DID_PREFIX: Final = "did:key:"
-DID_LENGTH: Final = 56  # "did:key:" + "z" + 47 characters for 34 bytes that begin with 0xed
-_ED25519_CODEC: Final = b"\xed\x01"  # multicodec ed25519-pub, 0xed as an unsigned varint
-_ALPHABET: Final = frozenset(base58.BITCOIN_ALPHABET.decode())
-
-
-def encode_did(public_key: bytes) -> str:
-    """Write an Ed25519 public key of 32 bytes as a did:key."""
-    if len(public_key) != 32:
-        raise ValueError(f"an Ed25519 public key has 32 bytes, not {len(public_key)}")
-    return DID_PREFIX + "z" + base58.b58encode(_ED25519_CODEC + public_key).decode()
-
-
-@lru_cache(maxsize=4096)
-def _decode_did(text: str) -> bytes:
-    if not text.startswith(DID_PREFIX):
-        raise DIDMethodError("not a did:key", text)
-    identifier = text[len(DID_PREFIX) :]
-    if not identifier.startswith("z"):
-        raise DIDMultibaseError("the key is not base58btc (multibase z)", text)
-    if len(text) > DID_LENGTH and text[DID_LENGTH] in "#?/;":
-        raise DIDCanonicalError(f"a DID URL; the DID is its first {DID_LENGTH} characters", text)
-    if len(text) != DID_LENGTH:
-        raise DIDLengthError(f"an Ed25519 did:key has {DID_LENGTH} characters, this has {len(text)}", text)
-    if not _ALPHABET.issuperset(identifier):
-        raise DIDAlphabetError("a character that base58btc does not have", text)
-    decoded = base58.b58decode(identifier[1:])
-    if decoded[:2] != _ED25519_CODEC:
-        raise DIDCodecError("not an Ed25519 key (multicodec 0xed 0x01)", text)
-    key = decoded[2:]
-    if len(key) != 32 or encode_did(key) != text:
-        raise DIDCanonicalError("not the canonical form of its key", text)
-    return key
-
-
-def decode_did(text: str) -> bytes:
-    """Return the 32 bytes of the Ed25519 public key in a did:key.
-
-    Strict: 56 characters that encoding the key gives again, without path, query or fragment.
-
-    Raises:
-        DIDError: A subclass for each way to be wrong.
-    """
-    if not isinstance(text, str):
-        raise DIDTypeError("a DID is a string", text)
-    return _decode_did(text)
 
 
 def verify_signature(did: str, data: bytes, signature: bytes) -> bool:
@@ -246,17 +191,25 @@ def sign_message(message: Message, key: DIDKey) -> Message:
         InvalidSignatureError: `from` is not the key's DID.
         MalformedMessageError: It has no canonical form.
     """
-    if message.from_ != key.did:
-        raise InvalidSignatureError(
-            f"from is {message.from_}, the key is that of {key.did}", name="wrong_sender", field="from"
-        )
     envelope = message.envelope()
+    wire = sign_envelope(envelope, key)
+    return message.model_copy(update={"signature": envelope["signature"], "wire": wire})
+
+
+def sign_envelope(envelope: dict[str, Any], key: DIDKey) -> bytes:
+    """Sign an envelope in place, whatever signature it had, and return its bytes.
+
+    Raises:
+        InvalidSignatureError: `from` is not the key's DID.
+        MalformedMessageError: It has no canonical form.
+    """
+    if envelope["from"] != key.did:
+        raise InvalidSignatureError(
+            f"from is {envelope['from']}, the key is that of {key.did}", name="wrong_sender", field="from"
+        )
     envelope.pop("signature", None)
-    signature = b64encode(key.sign(canonicalize(envelope))).decode()
-    envelope["signature"] = signature
-    signed = message.model_copy(update={"signature": signature})
-    signed._wire = orjson.dumps(envelope)  # what has a canonical form can be written
-    return signed
+    envelope["signature"] = b64encode(key.sign(canonicalize(envelope))).decode()
+    return orjson.dumps(envelope)  # what has a canonical form can be written
 
 
 def verify_envelope(envelope: dict[str, Any]) -> None:
