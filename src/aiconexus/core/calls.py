@@ -216,12 +216,13 @@ class Calls:
         self._clock = clock
         self._inbox = Inbox()
         self._open: dict[str, _Open] = {}
+        self._pings: set[str] = set()  # which of these are PINGs
         self._served: dict[str, _Served] = {}
 
     @property
     def open(self) -> int:
         """How many questions of this side wait for their answer; PINGs do not count."""
-        return sum(entry.type is not MessageType.PING for entry in self._open.values())
+        return len(self._open) - len(self._pings)
 
     # --- what this side asks --------------------------------------------------------------------
 
@@ -301,11 +302,13 @@ class Calls:
         envelope = self._envelope(MessageType.PING, {}, ext={"done": True} if is_done else None)
         id_: str = envelope["id"]
         self._open[id_] = _Open(MessageType.PING)
+        self._pings.add(id_)
         return id_, self._text(envelope)
 
     def abandon(self, id_: str) -> str | None:
         """Forget a question of this side; return the text that cancels it, if the peer may know of it."""
         entry = self._open.pop(id_, None)
+        self._pings.discard(id_)
         if entry is None or entry.type is MessageType.PING:
             return None
         is_unsent = self.outbox.is_unsent(id_)
@@ -845,6 +848,7 @@ class Calls:
         if entry is None or (kind is not None and entry.type is not kind):
             return None
         del self._open[asked]
+        self._pings.discard(asked)
         self._over(asked)
         return asked, entry
 
