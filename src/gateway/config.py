@@ -126,6 +126,12 @@ class Settings(BaseSettings):
         return {**values, "turn_secret": secret}
 
     @model_validator(mode="after")
+    def _check_redis(self) -> Self:
+        if self.redis_required and not self.redis:
+            raise ValueError(f"--redis-required needs --redis, or {ENVIRONMENT}REDIS in the environment")
+        return self
+
+    @model_validator(mode="after")
     def _check_turn(self) -> Self:
         has_secret = self.turn_secret is not None and bool(self.turn_secret.get_secret_value())
         if self.turn_secret is not None and not has_secret:

@@ -64,3 +64,9 @@ def test_the_environment_sets_what_no_option_does(monkeypatch):
 def test_what_makes_no_sense_is_refused(name, value):
     with pytest.raises(ValidationError):
         Settings(**{name: value})
+
+
+def test_who_requires_redis_has_to_name_it():
+    with pytest.raises(ValidationError, match="--redis-required needs --redis, or AICONEXUS_GATEWAY_REDIS"):
+        Settings(redis_required=True)
+    assert Settings(redis_required=True, redis="redis://127.0.0.1:1").redis_required

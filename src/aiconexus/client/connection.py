@@ -176,7 +176,9 @@ class Connection:
             )
         except InvalidStatus as error:
             status = error.response.status_code
-            advice = "it is full or stops" if status in (429, 503) else "check the URL, also its path"
+            advice = "check the URL, also its path"
+            if status in (429, 503):
+                advice = "it is full or stops, or a balancer has no gateway behind it"
             text = f"{self.url} answered HTTP {status} instead of a WebSocket: {advice}"
             wait = retry_after_http(error.response.headers.get("Retry-After"))
             raise ConnectionEnded(GatewayUnreachableError(text), retry_after=wait) from error
