@@ -231,6 +231,10 @@ def test_what_a_slow_agent_has_not_taken_comes_back_if_its_worker_dies(gateway):
             data = sender.offer(slow.did, 8_000)
             sent[json.loads(data)["id"]] = data
             sender.send(data)
+            if len(sent) % 20 == 0:
+                # A worker that gets no core for a moment would else find more than may wait.
+                wait_until(lambda: gateway.health()["counters"]["messages_crossed"] == len(sent))
+                wait_until(lambda: gateway.health()["unconfirmed_bytes"] < 1_000)
         wait_until(lambda: gateway.health()["unconfirmed_bytes"] < 1_000)
         kill_worker_of(gateway, slow)
         returned = set()
