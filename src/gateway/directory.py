@@ -8,7 +8,7 @@ before, so agents that come and go meanwhile make no other appear twice, or not 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -108,13 +108,16 @@ def _add(items: list[_Item], item: _Item) -> _Item:
     return items[position]
 
 
-def _discard(items: list[_Item], item: _Item) -> None:
+def _discard(items: list[_Item], item: _Item) -> bool:
+    """Take out the item that is equal; tell whether there was one."""
     position = bisect_left(items, item)
-    if position < len(items) and items[position] == item:
-        del items[position]
+    if position == len(items) or items[position] != item:
+        return False
+    del items[position]
+    return True
 
 
-def _behind(items: list[_Item], cursor: _Item | None, count: int) -> Sequence[_Item]:
+def _behind(items: list[_Item], cursor: _Item | None, count: int) -> list[_Item]:
     """Return the next few items of a list that may change between any two turns."""
     position = 0 if cursor is None else bisect_right(items, cursor)
     return items[position : position + count]
@@ -165,14 +168,12 @@ class Directory:
     def _withdraw(self, did: str, offers: Iterable[Offer]) -> None:
         for offer in offers:
             _discard(offer.dids, did)
-            if offer.dids:
+            if offer.dids or not _discard(self._offers, offer):
                 continue
-            _discard(self._offers, offer)
             for index, name in ((self._by_name, offer.name), *((self._by_tag, tag) for tag in offer.tags)):
-                if name in index:
-                    _discard(index[name], offer)
-                    if not index[name]:
-                        del index[name]
+                _discard(index[name], offer)
+                if not index[name]:
+                    del index[name]
 
     def search(self, query: Query, cursor: str, limit: int) -> Generator[None, None, list[str]]:
         """Find up to `limit` agents behind `cursor`, in the order of their DIDs.
@@ -180,7 +181,7 @@ class Directory:
         A generator that yields whenever others may get their turn, and returns the DIDs.
         """
         if not query.names_capabilities:
-            return list(_behind(self._listed, cursor, limit))
+            return _behind(self._listed, cursor, limit)
         offers = self._candidates(query)
         agents = probe_size(len(offers))
         found: list[str] = []

@@ -869,8 +869,8 @@ class Gateway:
 
     def _keep_error(self, did: str, data: bytes, cause: str) -> None:
         """Keep an ERROR that could not be delivered, unless nobody is there who waits for it."""
-        is_elsewhere = self.cluster is not None and not self.cluster.is_settled
-        if cause in _PASSING or (cause == "not_online" and is_elsewhere):
+        may_be_elsewhere = self.cluster is not None and not self.cluster.is_settled
+        if cause in _PASSING or (cause == "not_online" and may_be_elsewhere):
             self._debts.owe(did, data)
 
     # --- refusals ------------------------------------------------------------------------------

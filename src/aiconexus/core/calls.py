@@ -97,6 +97,7 @@ from aiconexus.protocol.models import (
     IntentPayload,
     Message,
     MessageType,
+    Payload,
     PongPayload,
     UnregisterPayload,
     new_envelope,
@@ -385,7 +386,7 @@ class Calls:
             return
         try:
             payload = IntentPayload(**quote.model_dump(exclude_none=True, warnings=False))
-            text = self._sign(self._envelope(payload.type, payload.to_dict(), correlation_id=id_))
+            text = self._signed(payload, id_)
         except (MalformedMessageError, ValidationError) as error:  # a Quote may be derived from, or copied
             text = self._error(ErrorPayload.for_cause("internal", f"the answer cannot be sent: {error}"), id_)
         self._answer(id_, text)
@@ -402,7 +403,7 @@ class Calls:
             )
             all_detached = [] if detached is None else [detached]
             ext = describe(self._input_ext(id_), all_detached)
-            text = self._sign(self._envelope(payload.type, payload.to_dict(), correlation_id=id_, ext=ext))
+            text = self._signed(payload, id_, ext)
         except (MalformedMessageError, ValidationError) as error:
             self.fail(id_, CapabilityError.name, f"the result cannot be sent: {error}", seconds)
             return
@@ -415,8 +416,7 @@ class Calls:
             return
         payload = ExecResponsePayload(status=ExecStatus.SUCCESS, execution_time_ms=round(seconds * 1e3))
         ext = {**self._input_ext(id_), "stream": served.digest.summary().model_dump()}
-        text = self._sign(self._envelope(payload.type, payload.to_dict(), correlation_id=id_, ext=ext))
-        self._answer(id_, text, is_kept=False)
+        self._answer(id_, self._signed(payload, id_, ext), is_kept=False)
 
     def fail(self, id_: str, name: str, text: str, seconds: float = 0.0) -> None:
         """Say why there is no answer, unless there was one before; what waits of it is dropped.
@@ -447,7 +447,7 @@ class Calls:
         status = ExecStatus.CANCELLED if name == CallCancelledError.name else ExecStatus.ERROR
         payload = ExecResponsePayload(status=status, error=text, execution_time_ms=round(seconds * 1e3))
         ext: dict[str, JsonValue] = {**self._input_ext(id_), "error": {"name": name}}
-        return self._sign(self._envelope(payload.type, payload.to_dict(), correlation_id=id_, ext=ext))
+        return self._signed(payload, id_, ext)
 
     def _input_ext(self, id_: str) -> dict[str, JsonValue]:
         served = self._served[id_]
@@ -875,6 +875,9 @@ class Calls:
         ext: dict[str, JsonValue] | None = None,
     ) -> dict[str, Any]:
         return new_envelope(self._key.did, self.peer, type_, payload, correlation_id=correlation_id, ext=ext)
+
+    def _signed(self, payload: Payload, asked: str, ext: dict[str, JsonValue] | None = None) -> str:
+        return self._sign(self._envelope(payload.type, payload.to_dict(), correlation_id=asked, ext=ext))
 
     def _sign(self, envelope: dict[str, Any]) -> str:
         return fitting(sign_envelope(envelope, self._key), self._limit).decode()

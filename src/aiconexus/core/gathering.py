@@ -47,7 +47,7 @@ TURN_DELAY_SECONDS: Final = (
 )
 STUN_GRACE_SECONDS: Final = 0.5  # for the other addresses of this machine, once one has its reflexive one
 # Of one call 1 MiB may be in flight: twice as much to Linux, which counts the memory that its packets take.
-# What does not fit is lost and sent anew; aiortc's own 256 KiB lose a tenth of a fast stream. Linux grants no
+# What does not fit is lost and sent anew; aioice's own 256 KiB lose a tenth of a fast stream. Linux grants no
 # more than its net.core.rmem_max.
 RECEIVE_BUFFER_BYTES: Final = 2_097_152
 TURN_GOODBYE_SECONDS: Final = 1.0  # for the server to confirm that a relay is given up; aioice waits for 63

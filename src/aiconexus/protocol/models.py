@@ -7,12 +7,12 @@ into the envelope's `ext`, whose unknown keys are ignored.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Final, Literal
+from uuid import uuid4
 
 from pydantic import (
     AfterValidator,
@@ -52,13 +52,6 @@ def _parse_timestamp(value: object) -> datetime:
 
 def _format_timestamp(moment: datetime) -> str:
     return moment.astimezone(timezone.utc).isoformat(timespec="milliseconds")[:-6] + "Z"
-
-
-def _new_id() -> str:
-    """Return a random UUID (RFC 9562 section 5.4), in less than half the time of `str(uuid4())`."""
-    digits = os.urandom(16).hex()
-    variant = "89ab"[int(digits[16], 16) % 4]
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
 
 
 def _check_did(value: str) -> str:
@@ -350,7 +343,7 @@ def new_envelope(
     `Message`.
     """
     envelope: dict[str, Any] = {
-        "id": id_ or _new_id(),
+        "id": id_ or str(uuid4()),
         "correlation_id": correlation_id,
         "timestamp": _format_timestamp(timestamp or datetime.now(timezone.utc)),
         "from": from_,
@@ -373,7 +366,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
 
-    id: MessageId = Field(default_factory=_new_id)
+    id: MessageId = Field(default_factory=lambda: str(uuid4()))
     correlation_id: MessageId | None = None
     timestamp: Timestamp = Field(default_factory=lambda: datetime.now(timezone.utc))
     from_: DID = Field(alias="from")
