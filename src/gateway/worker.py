@@ -1126,6 +1126,9 @@ class Gateway:
         # Some of them are at other workers, which begin to close connections just as we do. And who has
         # connected but is not accepted yet gets an answer, not a reset.
         is_stopped = await self._is_stopped(TICK_SECONDS)
+        # Of what was lost before, a few are told at a time.
+        while self._losses and not is_stopped and time.monotonic() < deadline:
+            is_stopped = await self._is_stopped(TICK_SECONDS / 10)
         server.close()
         if is_stopped:
             return

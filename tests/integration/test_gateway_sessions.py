@@ -657,6 +657,24 @@ def test_a_drain_returns_what_waits_for_an_agent_that_is_away(start_gateway):
         assert gateway.wait() == 0
 
 
+def test_a_drain_waits_until_what_has_expired_just_now_is_told(start_gateway):
+    """It is told a few at a time: more than in the moment before agents are sent away."""
+    gateway = start_gateway("--workers", "1", "--away", "2", "--message-rate", "0")
+    with Agent(gateway.port) as sender:
+        away = [Agent(gateway.port) for _ in range(100)]
+        for agent in away:
+            agent.drop()
+        sent = [sender.candidate(agent.did, number) for agent in away for number in range(64)]
+        sender.send(*sent)
+        told = {json.loads(sender.read_text())["correlation_id"]}
+        gateway.signal(signal.SIGTERM)
+        told |= {json.loads(sender.read_text())["correlation_id"] for _ in sent[1:]}
+        assert told == set(ids(sent))
+        assert sender.read_close().close_code == 4001
+        sender.write(close_frame(4001))
+        assert gateway.wait() == 0
+
+
 def test_a_message_in_too_many_fragments_is_refused(gateway):
     with Agent(gateway.port) as agent:
         agent.write(frame(TEXT, b"{", fin=False) + frame(CONTINUATION, b"", fin=False) * 4096)
