@@ -18,10 +18,12 @@ RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     pip install --no-cache-dir --no-index --find-links /wheels aiconexus \
     && useradd --system --uid 10001 --no-create-home gateway
 USER 10001
+# Another port is given by its variable, not by --port, or the health check asks at this one.
 ENV AICONEXUS_GATEWAY_HOST=0.0.0.0 \
+    AICONEXUS_GATEWAY_PORT=8000 \
     AICONEXUS_GATEWAY_LOG_FORMAT=json
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=2)"]
+    CMD ["python", "-c", "import http.client, os, sys; gateway = http.client.HTTPConnection('127.0.0.1', int(os.environ['AICONEXUS_GATEWAY_PORT']), timeout=2); gateway.request('GET', '/health'); sys.exit(gateway.getresponse().status != 200)"]
 ENTRYPOINT ["aiconexus-gateway"]

@@ -1,4 +1,4 @@
-"""The HTTP side of the public port: the WebSocket upgrade (RFC 6455 section 4.2) and `GET /health`."""
+"""The HTTP side of the public port: the WebSocket upgrade (RFC 6455 section 4.2), and who asks how it is."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ TOO_MANY_REQUESTS = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\n"
     b"Content-Type: text/plain\r\nContent-Length: 29\r\n\r\ntoo many unfinished requests\n"
 )
+_HTTP_1_0 = b" HTTP/1.0"
 # A TLS record of the handshake begins with it (RFC 8446 section 5.1), and no HTTP request.
 _TLS_HANDSHAKE = 0x16
 # TLS clients call such an answer a wrong version number, and give up at once.
@@ -112,13 +113,21 @@ class RequestProtocol(WSProtocol):  # type: ignore[misc]
         self._on_over = on_over
         self._is_heard = False
         self._is_over = False
+        self._request_line = b""
+        # Lists, so that `answer` need not refer to self: every refused request would be work for the garbage
+        # collector.
         self._address = address = [""]
-        # No reference to self, or every refused request would be work for the garbage collector.
+        self._version = version = [b"HTTP/1.1"]
+
+        def answer(request: WSUpgradeRequest) -> WSUpgradeResponseWithListener:
+            request.version = version[0]
+            return on_request(request, address[0])
+
         super().__init__(
             host_port=None,
             ws_path=None,
             is_client_side=False,
-            ws_listener_factory=lambda request: on_request(request, address[0]),
+            ws_listener_factory=answer,
             logger=PicowsLog(),
             disconnect_on_exception=True,
             websocket_handshake_timeout=timeout,
@@ -143,7 +152,7 @@ class RequestProtocol(WSProtocol):  # type: ignore[misc]
             transport.close()
 
     def get_buffer(self, size_hint: int) -> memoryview:
-        """Keep what is read into, to look at its first byte."""
+        """Keep what is read into, to look at the first line before picows does."""
         buffer: memoryview = super().get_buffer(size_hint)
         self._buffer = buffer
         return buffer
@@ -156,8 +165,21 @@ class RequestProtocol(WSProtocol):  # type: ignore[misc]
             handle.write(NO_TLS)
             handle.close()
         else:
+            if b"\r\n" not in self._request_line:
+                self._read_request_line(size)
             super().buffer_updated(size)
         self._is_heard = True
+
+    def _read_request_line(self, size: int) -> None:
+        """Let picows take HTTP/1.0 for the HTTP/1.1 that it insists on: health checkers speak it."""
+        before = len(self._request_line)
+        line, end, _ = (self._request_line + bytes(self._buffer[:size])).partition(b"\r\n")
+        self._request_line = line + end
+        head, found, _ = line.partition(_HTTP_1_0)
+        digit = len(head) + len(_HTTP_1_0) - 1
+        if found and digit >= before:
+            self._buffer[digit - before] = ord("1")
+            self._version[0] = b"HTTP/1.0"
 
     def connection_lost(self, error: Exception | None) -> None:
         """The request has been answered, or will not come."""
@@ -212,6 +234,8 @@ def refuse(request: WSUpgradeRequest) -> WSUpgradeResponse | None:
     headers = request.headers
     if path_of(request) != ENDPOINT_PATH:
         return response(HTTPStatus.NOT_FOUND, f"the WebSocket endpoint is {ENDPOINT_PATH}")
+    if request.version != b"HTTP/1.1":
+        return response(HTTPStatus.BAD_REQUEST, "WebSocket needs HTTP/1.1")
     if len(headers.getall("Host", ())) != 1:
         return response(HTTPStatus.BAD_REQUEST, "exactly one Host header is required")
     if "websocket" not in (token.lower() for token in _tokens(headers, "Upgrade")):

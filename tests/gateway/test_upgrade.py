@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from http import HTTPStatus
 
 import pytest
 from multidict import CIMultiDict
-from picows import WSUpgradeRequest
+from picows import WSUpgradeRequest, WSUpgradeResponseWithListener
 
 from gateway import upgrade
 
@@ -102,3 +103,48 @@ def test_the_subprotocol_is_answered_only_if_it_was_offered():
     assert "Sec-WebSocket-Protocol" not in upgrade.accept(request(), b"", None).response.headers
     accepted = upgrade.accept(request(Sec_WebSocket_Protocol="a, ioap.v1"), b"", None).response
     assert accepted.headers["Sec-WebSocket-Protocol"] == "ioap.v1"
+
+
+class InReads(upgrade.RequestProtocol):
+    """Tells what it has read, in bytes."""
+
+    def __init__(self, reads: asyncio.Queue[int], *arguments: object) -> None:
+        super().__init__(*arguments)
+        self.reads = reads
+
+    def buffer_updated(self, size: int) -> None:
+        super().buffer_updated(size)
+        self.reads.put_nowait(size)
+
+
+async def versions_of(requests: list[list[bytes]]) -> list[tuple[bytes, str]]:
+    """Send requests, each in pieces that are read one by one; return the version and the path of each."""
+    got: list[tuple[bytes, str]] = []
+    reads: asyncio.Queue[int] = asyncio.Queue()
+
+    def answer(request: WSUpgradeRequest, address: str) -> WSUpgradeResponseWithListener:
+        got.append((request.version, upgrade.path_of(request)))
+        return WSUpgradeResponseWithListener(upgrade.health({}), None)
+
+    def protocol() -> InReads:
+        return InReads(reads, answer, 10.0, lambda _: True, lambda _: None, lambda _: None)
+
+    server = await asyncio.get_running_loop().create_server(protocol, "127.0.0.1", 0)
+    async with server:
+        for pieces in requests:
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            for piece in pieces:
+                writer.write(piece)
+                assert await asyncio.wait_for(reads.get(), 10) == len(piece)
+            assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 200 ")
+            writer.close()
+            await writer.wait_closed()
+    return got
+
+
+@pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1"])
+async def test_the_version_is_told_wherever_the_request_is_cut(version):
+    whole = b"GET /ready " + version + b"\r\nX: GET / HTTP/1.0\r\n\r\n"
+    cuts = [[whole[:at], whole[at:]] for at in range(1, len(whole))]
+    cuts.append([whole[at : at + 1] for at in range(len(whole))])
+    assert await versions_of([[whole], *cuts]) == [(version, "/ready")] * (len(cuts) + 1)

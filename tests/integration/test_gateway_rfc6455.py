@@ -200,6 +200,41 @@ def test_health_is_json_on_the_same_port(shared_gateway, port):
     assert json.loads(body)["did"].startswith("did:key:z6Mk")
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+@pytest.mark.parametrize("headers", [b"", b"Host: x\r\nConnection: keep-alive\r\n"])
+@pytest.mark.parametrize("size", [1, 1024])
+def test_a_health_checker_may_speak_http_1_0(port, path, headers, size):
+    request = f"GET {path} HTTP/1.0\r\n".encode() + headers + b"\r\n"
+    with RawClient(port) as client:
+        for i in range(0, len(request), size):
+            client.write(request[i : i + size])
+        status, answered = client.read_head()
+        body = client.read_to_end()
+    assert (status, answered["connection"]) == (200, "close")
+    assert int(answered["content-length"]) == len(body)
+    assert json.loads(body)["status"] == "ok"
+
+
+def test_an_upgrade_needs_http_1_1_4_1(port):
+    with RawClient(port) as client:
+        status, _, body = client.request(upgrade_request(port).replace(b"HTTP/1.1", b"HTTP/1.0"))
+    assert (status, body) == (400, b"WebSocket needs HTTP/1.1\n")
+    with RawClient(port) as client:  # what another line says of a version is nothing
+        client.upgrade(Via="GET / HTTP/1.0")
+
+
+@pytest.mark.parametrize(
+    "line", ["HTTP/0.9", "HTTP/1.00", "HTTP/1.2", "HTTP/2.0", "HTTP/1.0 HTTP/1.1", "HTTP/1.0 "]
+)
+def test_no_other_version_is_answered(port, line):
+    request = f"GET /health {line}\r\nHost: x\r\n\r\n".encode()
+    for size in (1, len(request)):
+        with RawClient(port) as client:
+            for i in range(0, len(request), size):
+                client.write(request[i : i + size])
+            assert client.read_head()[0] == 400
+
+
 def test_another_path_is_404_with_a_hint(port):
     with RawClient(port) as client:
         status, _, body = client.request(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
