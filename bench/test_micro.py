@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from aiconexus.core.calls import Calls
-from aiconexus.core.events import Answered, ExecutionArrived, Reply
+from aiconexus.core.events import ExecutionArrived, PongArrived, Reply
 from aiconexus.protocol import (
     DIDKey,
     IceCandidatePayload,
@@ -184,7 +184,7 @@ def test_ping(benchmark, two_calls):
         assert isinstance(pong, Reply)
         return caller.receive(pong.text)
 
-    assert isinstance(benchmark(round_trip), Answered)
+    assert isinstance(benchmark(round_trip), PongArrived)
 
 
 @pytest.mark.benchmark(group="calls")

@@ -28,6 +28,7 @@ from aiconexus.core.events import (
     IntentArrived,
     Left,
     PartArrived,
+    PongArrived,
     ProgressArrived,
     Refused,
     Reply,
@@ -512,7 +513,7 @@ def test_ping_is_answered_by_pong_with_its_sequence(alice: Calls, bob: Calls) ->
     assert isinstance(reply, Reply)
     assert json.loads(reply.text)["payload"] == {"sequence": 7}
     assert alice.open == 0  # a PING is no reason to keep a connection
-    assert alice.receive(reply.text) == Answered(id_, False)
+    assert alice.receive(reply.text) == PongArrived(id_)
 
 
 @pytest.mark.parametrize("is_done", [True, False])
@@ -521,14 +522,14 @@ def test_done_is_asked_and_answered(alice: Calls, bob: Calls, is_done: bool) -> 
     event = bob.receive(text, is_done=is_done)
     assert isinstance(event, DoneArrived)
     assert event.is_done is is_done
-    assert alice.receive(event.reply) == Answered(id_, is_done)
+    assert alice.receive(event.reply) == PongArrived(id_, is_done)
 
 
 def test_peer_that_does_not_know_done_keeps_the_connection(alice: Calls, bob: Calls) -> None:
     id_, text = alice.ping(is_done=True)
     event = bob.receive(text, is_done=True)
     assert isinstance(event, DoneArrived)
-    assert alice.receive(edited(event.reply, ext={})) == Answered(id_, False)
+    assert alice.receive(edited(event.reply, ext={})) == PongArrived(id_)
 
 
 def test_goodbye_says_why(alice: Calls, bob: Calls) -> None:

@@ -21,6 +21,8 @@ from aiconexus.core import peer as peer_module
 from aiconexus.core.calls import Calls
 from aiconexus.core.keepalive import KeepAlive
 from aiconexus.core.peer import ACCEPTED_MAX, RUNNING_MAX
+from aiconexus.core.pings import PingTexts
+from aiconexus.protocol import ErrorPayload, Message, encode
 from aiconexus.protocol.errors import (
     CallBusyError,
     CallError,
@@ -179,6 +181,59 @@ async def test_intent_without_content_is_a_type_error(peer: Peer) -> None:
 
 async def test_ping_measures_a_round_trip(peer: Peer) -> None:
     assert 0 < await peer.ping() < 10
+
+
+async def test_ping_without_a_pong_in_time_fails_and_a_late_one_is_nothing(pair: Pair, peer: Peer) -> None:
+    resume = stall(pair[1].peers[pair[0].did])
+    with pytest.raises(CallTimeoutError, match=r"no answer from .* in 0\.05 s"):
+        await peer.ping(timeout=0.05)
+    await resume()
+    assert 0 < await peer.ping() < 10
+    assert peer.refused == 0
+
+
+async def ping_answered_by(peer: Peer, answer: Callable[[str], str], *, is_cancelled: bool = False) -> None:
+    """Send a PING, and let the text that `answer` returns for its id come back before the real one."""
+    ping = asyncio.ensure_future(peer.ping())
+    await asyncio.sleep(0)
+    text = answer(next(iter(peer._pongs)))
+    if is_cancelled:
+        ping.cancel()
+    peer._receive(text)
+    await ping
+
+
+async def test_pong_may_come_when_whoever_waited_is_cancelled(pair: Pair, peer: Peer) -> None:
+    pong = PingTexts(pair[1].did, pair[0].did).pong
+    with pytest.raises(asyncio.CancelledError):
+        await ping_answered_by(peer, pong, is_cancelled=True)
+    assert 0 < await peer.ping() < 10
+
+
+async def test_ping_fails_when_it_is_refused(pair: Pair, peer: Peer) -> None:
+    payload = ErrorPayload.for_cause("busy", "not now")
+    with pytest.raises(RemoteError, match="not now"):
+        await ping_answered_by(
+            peer,
+            lambda id_: encode(
+                Message.create(pair[1].did, pair[0].did, payload, correlation_id=id_)
+            ).decode(),
+        )
+
+
+async def test_ping_fails_when_its_pong_is_none(pair: Pair, peer: Peer) -> None:
+    pong = PingTexts(pair[1].did, pair[0].did).pong
+    with pytest.raises(CallError, match="cannot be used"):
+        await ping_answered_by(peer, lambda id_: pong(id_).replace("{}", '{"sequence":"x"}'))
+
+
+async def test_ping_fails_with_the_connection(pair: Pair, peer: Peer) -> None:
+    stall(pair[1].peers[pair[0].did])
+    ping = asyncio.ensure_future(peer.ping())
+    await asyncio.sleep(0)
+    await peer.close()
+    with pytest.raises(PeerLostError, match="this side closed the connection"):
+        await ping
 
 
 # --- each error its class ------------------------------------------------------------------------

@@ -46,6 +46,7 @@ from aiconexus.core.events import (
     IntentArrived,
     Left,
     PartArrived,
+    PongArrived,
     ProgressArrived,
     Refused,
     Reply,
@@ -53,6 +54,7 @@ from aiconexus.core.events import (
 from aiconexus.core.inbox import Inbox
 from aiconexus.core.intents import Intent, Quote
 from aiconexus.core.outbox import Outbox
+from aiconexus.core.pings import PingTexts
 from aiconexus.protocol.attachments import (
     ARGS,
     RESULT,
@@ -179,6 +181,9 @@ class _Open:
     input: InputDigest = field(default_factory=InputDigest)
 
 
+_PING: Final = _Open(MessageType.PING)  # of every one: nothing in it changes
+
+
 class Calls:
     """All calls of one connection.
 
@@ -218,6 +223,7 @@ class Calls:
         self._inbox = Inbox()
         self._open: dict[str, _Open] = {}
         self._pings: set[str] = set()  # which of these are PINGs
+        self._ping_texts = PingTexts(key.did, peer)
         self._served: dict[str, _Served] = {}
 
     @property
@@ -300,17 +306,20 @@ class Calls:
             is_done: Whether this side no longer needs the connection (`ext.done`); the PONG tells the
                 same of the other side.
         """
-        envelope = self._envelope(MessageType.PING, {}, ext={"done": True} if is_done else None)
-        id_: str = envelope["id"]
-        self._open[id_] = _Open(MessageType.PING)
+        if is_done:
+            envelope = self._envelope(MessageType.PING, {}, ext={"done": True})
+            id_, text = envelope["id"], self._text(envelope)
+        else:
+            id_, text = self._ping_texts.ping()
+        self._open[id_] = _PING
         self._pings.add(id_)
-        return id_, self._text(envelope)
+        return id_, text
 
     def abandon(self, id_: str) -> str | None:
         """Forget a question of this side; return the text that cancels it, if the peer may know of it."""
         entry = self._open.pop(id_, None)
         self._pings.discard(id_)
-        if entry is None or entry.type is MessageType.PING:
+        if entry is None or entry is _PING:
             return None
         is_unsent = self.outbox.is_unsent(id_)
         self._over(id_)
@@ -503,6 +512,8 @@ class Calls:
         try:
             if isinstance(data, bytes):
                 return self._take_frame(data)
+            if (usual := self._ping_texts.read(data)) is not None:
+                return self._take_ping_text(*usual)
             envelope = loads(data, limit=DATA_MESSAGE_MAX_BYTES)
             message = self._prove(data, envelope)
             if message.type is MessageType.PING:
@@ -514,6 +525,13 @@ class Calls:
             return self._refused(error, envelope)
         except MessageError as error:
             return self._refused(error, envelope, is_frame=isinstance(data, bytes))
+
+    def _take_ping_text(self, type_: MessageType, id_: str) -> Event | None:
+        return Reply(self._ping_texts.pong(id_)) if type_ is MessageType.PING else self._take_pong(id_)
+
+    def _take_pong(self, asked: str | None, *, is_done: bool = False) -> PongArrived | None:
+        closed = self._close(asked, MessageType.PING)
+        return PongArrived(closed[0], is_done) if closed else None
 
     def _pong(self, ping: Message, is_done: bool) -> Reply | DoneArrived:
         payload = ping.payload.to_dict()
@@ -568,8 +586,7 @@ class Calls:
             case ErrorPayload() as payload:
                 return self._take_error(message, payload)
             case PongPayload():
-                closed = self._close(message, MessageType.PING)
-                return Answered(closed[0], message.ext.get("done") is True) if closed else None
+                return self._take_pong(message.correlation_id, is_done=message.ext.get("done") is True)
             case UnregisterPayload() as payload:
                 return Left(payload.reason or "it gave no reason")
         raise MalformedMessageError(
@@ -637,7 +654,7 @@ class Calls:
             asked = message.correlation_id.lower()
             if payload.status == "cancel" and asked not in self._open:
                 return self._take_cancel(asked)
-            closed = self._close(message, MessageType.INTENT)
+            closed = self._close(message.correlation_id, MessageType.INTENT)
             if closed is None:
                 return None  # it was abandoned, and the answer crossed the cancel
             try:
@@ -833,7 +850,7 @@ class Calls:
         return Answered(asked, value, True, receipt)
 
     def _take_error(self, message: Message, payload: ErrorPayload) -> Event | None:
-        closed = self._close(message, None)
+        closed = self._close(message.correlation_id, None)
         if closed is None:
             return self._take_cancel((message.correlation_id or "").lower())
         if payload.code is ErrorCode.TIMEOUT:
@@ -841,9 +858,9 @@ class Calls:
         details = payload.details.model_dump(exclude_none=True) if payload.details else None
         return Failed(closed[0], remote_error(ErrorCode(payload.code), payload.message, details))
 
-    def _close(self, message: Message, kind: MessageType | None) -> tuple[str, _Open] | None:
-        """Take the question that `message` answers out of the open ones, if it is of that kind."""
-        asked = (message.correlation_id or "").lower()
+    def _close(self, asked: str | None, kind: MessageType | None) -> tuple[str, _Open] | None:
+        """Take the question that is answered out of the open ones, if it is of that kind."""
+        asked = (asked or "").lower()
         entry = self._open.get(asked)
         if entry is None or (kind is not None and entry.type is not kind):
             return None

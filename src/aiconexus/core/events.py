@@ -99,7 +99,7 @@ class Answered:
 
     Attributes:
         id: Of the message.
-        value: The result of an execution, a Quote, or for a PING whether the peer is done, too.
+        value: The result of an execution, or a Quote.
         is_streamed: Whether the result came in parts before.
         receipt: Of an execution.
     """
@@ -117,6 +117,14 @@ class Failed:
     id: str
     error: Exception
     receipt: Receipt | None = None
+
+
+@dataclass(frozen=True)
+class PongArrived:
+    """The PING `id` of this side is answered; `is_done` if the peer no longer needs the connection."""
+
+    id: str
+    is_done: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,7 @@ Event: TypeAlias = (
     | ProgressArrived
     | Answered
     | Failed
+    | PongArrived
     | Reply
     | Refused
     | DoneArrived

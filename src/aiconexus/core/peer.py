@@ -49,6 +49,7 @@ from aiconexus.core.events import (
     IntentArrived,
     Left,
     PartArrived,
+    PongArrived,
     ProgressArrived,
     Refused,
     Reply,
@@ -57,7 +58,7 @@ from aiconexus.core.input import Input
 from aiconexus.core.intents import Intent, Quote
 from aiconexus.core.keepalive import KeepAlive, Verdict
 from aiconexus.core.peer_connection import Path, PeerConnection
-from aiconexus.core.question import LateError, Question
+from aiconexus.core.question import LateError, Question, forget
 from aiconexus.protocol.attachments import Value
 from aiconexus.protocol.errors import (
     CallCancelledError,
@@ -126,8 +127,7 @@ class _Execution:
 
     def drop_args(self) -> None:
         """Keep them no longer: the answer may wait for its reader, and they do not count any more."""
-        if not self.args.cancel() and not self.args.cancelled():
-            self.args.exception()  # taken note of, also where nobody has waited for it
+        forget(self.args)
         self.args = self.args.get_loop().create_future()
         self.args.cancel()
 
@@ -169,6 +169,7 @@ class Peer:
         self._calls = Calls(key, did, limit=connection.message_max_bytes, answers=answers)
         self._outbox = self._calls.outbox
         self._questions: dict[str, Question] = {}
+        self._pongs: dict[str, asyncio.Future[bool]] = {}  # by their PINGs: whether the peer is done
         self._executions: dict[str, _Execution] = {}
         self._room = asyncio.Semaphore(RUNNING_MAX)
         self._serving: set[asyncio.Task[None]] = set()
@@ -360,7 +361,7 @@ class Peer:
         """
         check_seconds(timeout)
         begin = self._loop.time()
-        await self._ask(Question(), self._ping_now, timeout)
+        await self._ping(timeout)
         return self._loop.time() - begin
 
     async def close(self, reason: str = "it is done") -> None:
@@ -391,9 +392,8 @@ class Peer:
         finally:
             self._end_question(id_)
 
-    def _begin(self, question: Question, begin: Callable[[], str], args: Mapping[str, Any] = _NO_ARGS) -> str:
-        if not self._channel.is_open:
-            raise PeerLostError(f"{short_did(self.did)} is not connected: {self._reason}", self.did)
+    def _begin(self, question: Question, begin: Callable[[], str], args: Mapping[str, Any]) -> str:
+        self._check_open()
         id_ = begin()
         self._questions[id_] = question
         for value in args.values():
@@ -428,10 +428,28 @@ class Peer:
         if cancel is not None and self._channel.is_open:
             self._channel.send(cancel)
 
-    def _ping_now(self, *, is_done: bool = False) -> str:
+    async def _ping(self, timeout: float, *, is_done: bool = False) -> bool:
+        """Send a PING and return whether the peer is done, too; `is_done` asks for that."""
+        self._check_open()
         id_, text = self._calls.ping(is_done=is_done)
-        self._channel.send(text)
-        return id_
+        pong: asyncio.Future[bool] = self._loop.create_future()
+        self._pongs[id_] = pong
+        timer = self._loop.call_later(timeout, self._late_pong, pong, timeout)
+        try:
+            self._channel.send(text)
+            return await pong
+        finally:
+            timer.cancel()
+            del self._pongs[id_]
+            self._calls.abandon(id_)
+            forget(pong)
+
+    def _late_pong(self, pong: asyncio.Future[bool], timeout: float) -> None:
+        _fail(pong, self._late(timeout, ""))
+
+    def _check_open(self) -> None:
+        if not self._channel.is_open:
+            raise PeerLostError(f"{short_did(self.did)} is not connected: {self._reason}", self.did)
 
     def _pump(self) -> None:
         """Give the channel what it has room for."""
@@ -477,9 +495,7 @@ class Peer:
         self._set_state(PeerState.CLOSING)
         is_done = False
         with suppress(CallError, PeerError):  # `_check` sees to a peer that does not answer
-            is_done = await self._ask(
-                Question(), lambda: self._ping_now(is_done=True), PEER_PONG_TIMEOUT_SECONDS
-            )
+            is_done = await self._ping(PEER_PONG_TIMEOUT_SECONDS, is_done=True)
         # Asked for anew while the PONG was on its way, the connection stays: the request has told the other.
         if is_done and self._is_done:
             await self.close()
@@ -493,7 +509,7 @@ class Peer:
         return self._state
 
     async def quiet(self) -> None:
-        """Wait until nothing runs and nothing is asked, on either side."""
+        """Wait until nothing runs and nothing is asked, on either side. PINGs do not count."""
         while running := [
             each
             for each in (*self._serving, *(question.answer for question in self._questions.values()))
@@ -529,10 +545,17 @@ class Peer:
 
     def _handle(self, event: Event) -> None:  # noqa: PLR0912  # one for each event
         match event:
+            case PongArrived(id_, is_done) if id_ in self._pongs:
+                if not self._pongs[id_].done():  # whoever waited may have been cancelled just now
+                    self._pongs[id_].set_result(is_done)
+            case Reply(text):
+                self._reply(text)
             case Answered(id_, _, _, receipt) if id_ in self._questions:
                 self._questions[id_].succeed(event, receipt)
             case Failed(id_, error, receipt) if id_ in self._questions:
                 self._questions[id_].fail(error, receipt)
+            case Failed(id_, error) if id_ in self._pongs:
+                _fail(self._pongs[id_], error)
             case PartArrived(id_, value) if id_ in self._questions:
                 self._questions[id_].add(value)
             case ProgressArrived(id_, value) if id_ in self._questions:
@@ -551,8 +574,6 @@ class Peer:
                 self._input_of(id_).end(fault)
             case CancelArrived(id_) if id_ in self._executions:
                 self._executions[id_].end(CallCancelledError.name)
-            case Reply(text):
-                self._reply(text)
             case Refused():
                 self._refuse(event)
             case DoneArrived(reply, is_done):
@@ -759,10 +780,10 @@ class Peer:
         elif self._loop.time() - self._used_at >= self._idle_timeout:
             self._awaited = 0
         if verdict is Verdict.PING:
-            self._pinging = self._leave() if self._is_done else asyncio.ensure_future(self._ping())
+            self._pinging = self._leave() if self._is_done else asyncio.ensure_future(self._probe())
         self._timer = self._loop.call_at(self._keepalive.due, self._check)
 
-    async def _ping(self) -> None:
+    async def _probe(self) -> None:
         with suppress(CallError, PeerError):  # `_check` sees to a peer that does not answer
             await self.ping()
 
@@ -774,7 +795,9 @@ class Peer:
         self._path = self.path
         self._timer.cancel()
         for question in self._questions.values():
-            question.fail(PeerLostError(f"{short_did(self.did)} went away: {reason}", self.did))
+            question.fail(self._gone(reason))
+        for pong in self._pongs.values():
+            _fail(pong, self._gone(reason))
         for execution in self._executions.values():
             execution.end(CallCancelledError.name)
         self._outbox.ready = self._outbox.clear
@@ -782,6 +805,9 @@ class Peer:
         if self._end is None:
             self._end = asyncio.ensure_future(self._close(reason))
         self._on_closed(self, reason)
+
+    def _gone(self, reason: str) -> PeerLostError:
+        return PeerLostError(f"{short_did(self.did)} went away: {reason}", self.did)
 
     async def _close(self, reason: str) -> None:
         try:
@@ -800,6 +826,11 @@ class Peer:
             if self._serving:
                 await asyncio.wait(self._serving, timeout=GOODBYE_SECONDS)
             await self._connection.close()
+
+
+def _fail(answer: asyncio.Future[Any], error: Exception) -> None:
+    if not answer.done():
+        answer.set_exception(error)
 
 
 async def _collect(parts: AsyncGenerator[Value, None]) -> Value:

@@ -20,7 +20,7 @@ class LateError(Exception):
 
 
 class Question:
-    """A PING, an INTENT or an execution that waits for its answer, and for the parts before it.
+    """An INTENT or an execution that waits for its answer, and for the parts before it.
 
     Attributes:
         answer: The answer, or why there is none.
@@ -92,8 +92,7 @@ class Question:
         """Want no answer any more."""
         if self.feeding is not None:
             self.feeding.cancel()
-        if not self.answer.cancel() and not self.answer.cancelled():
-            self.answer.exception()  # taken note of, also where nobody has waited for it
+        forget(self.answer)
 
     def _wake(self) -> None:
         if self._arrived is not None and not self._arrived.done():
@@ -108,6 +107,12 @@ class Question:
             callback(value)
         except Exception:
             _log.exception("%r failed", callback)
+
+
+def forget(answer: asyncio.Future[Any]) -> None:
+    """Want it no more; why there is none is taken note of, also where nobody has waited for it."""
+    if not answer.cancel() and not answer.cancelled():
+        answer.exception()
 
 
 def _is_awaited(callback: Callable[..., Any]) -> bool:

@@ -38,7 +38,12 @@ from aiconexus.protocol.limits import PROTOCOL_VERSION
 _TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z", re.ASCII)
 
 
-def _parse_timestamp(value: object) -> datetime:
+def parse_timestamp(value: object) -> datetime:
+    """Read a timestamp of an envelope; a datetime is taken as it is, in UTC.
+
+    Raises:
+        ValueError: It is none.
+    """
     if isinstance(value, datetime):
         if value.tzinfo is None:
             raise ValueError("a timestamp needs a time zone")
@@ -50,7 +55,8 @@ def _parse_timestamp(value: object) -> datetime:
     return datetime.fromisoformat(f"{seconds}.{fraction[:6]:0<6}+00:00")
 
 
-def _format_timestamp(moment: datetime) -> str:
+def format_timestamp(moment: datetime) -> str:
+    """Write it as it stands in an envelope, with milliseconds."""
     return moment.astimezone(timezone.utc).isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
@@ -59,7 +65,7 @@ def _check_did(value: str) -> str:
     return value
 
 
-Timestamp = Annotated[datetime, BeforeValidator(_parse_timestamp), PlainSerializer(_format_timestamp)]
+Timestamp = Annotated[datetime, BeforeValidator(parse_timestamp), PlainSerializer(format_timestamp)]
 """UTC; written with milliseconds, read with up to nine digits of a second."""
 
 DID = Annotated[str, AfterValidator(_check_did)]
@@ -345,7 +351,7 @@ def new_envelope(
     envelope: dict[str, Any] = {
         "id": id_ or str(uuid4()),
         "correlation_id": correlation_id,
-        "timestamp": _format_timestamp(timestamp or datetime.now(timezone.utc)),
+        "timestamp": format_timestamp(timestamp or datetime.now(timezone.utc)),
         "from": from_,
         "to": to,
         "type": type_.value,
