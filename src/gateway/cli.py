@@ -22,7 +22,8 @@ from aiconexus.protocol.errors import KeyFileError
 from aiconexus.protocol.limits import ENDPOINT_PATH
 from gateway.config import ENVIRONMENT, Settings
 from gateway.descriptors import connections_per_worker
-from gateway.redis_line import LineLostError, ping, without_password
+from gateway.redis_line import LineLostError, without_password
+from gateway.rights import RedisRefusalError, try_redis
 
 _NODES, _ICE, _PROTOCOL, _LIMITS, _LOGS = "Nodes", "Connections between agents", "Protocol", "Limits", "Logs"
 
@@ -119,8 +120,8 @@ def serve(
         bool | None,
         typer.Option(
             "--redis-required",
-            help="Do not start without Redis, and not be ready (GET /ready) while it is lost. "
-            "[default: go on alone]",
+            help="Do not start without a Redis that lets it work, and not be ready (GET /ready) while it is "
+            "lost. [default: go on alone]",
             rich_help_panel=_NODES,
         ),
     ] = None,
@@ -307,7 +308,9 @@ def serve(
         _fail(str(error))
     if settings.redis and settings.redis_required:
         try:
-            ping(settings.redis)
+            try_redis(settings.redis, settings.redis_prefix)
+        except RedisRefusalError as error:
+            _fail(f"cannot work with Redis at {without_password(settings.redis)}: {error}")
         except LineLostError as error:
             _fail(f"cannot reach Redis at {without_password(settings.redis)}: {error}")
     try:

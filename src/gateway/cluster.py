@@ -30,6 +30,7 @@ from gateway._routing import RoutingTable, TableBusyError
 from gateway.directory import Offer, Query
 from gateway.discovery import Page
 from gateway.redis_line import LineLostError, RedisLine, close_client, is_loss, make_client, reason_of
+from gateway.rights import RedisRefusalError, check_rights
 from gateway.shared_registry import (
     HEARTBEAT_SECONDS,
     LEASE_SECONDS,
@@ -154,7 +155,7 @@ class Cluster:
         self._registry: SharedRegistry | None = None
         self._moved_to: tuple[str, int] | None = None
         self._has_connected = False
-        self._is_loss_told = False
+        self._told = ""  # of a Redis that cannot be used, since it could be
         self._is_watching = False
         self._watching_changed = asyncio.Event()
         self._searches: set[asyncio.Future[None]] = set()
@@ -434,7 +435,7 @@ class Cluster:
     async def run(self) -> None:
         """Stay connected with Redis until cancelled."""
         while True:
-            reason = ""
+            event, reason = "Redis lost", ""
             try:
                 await self._connection()
             except (
@@ -443,13 +444,15 @@ class Cluster:
                 self._moved_to, reason = (error.host, error.port), str(error)
             except Exception as error:
                 if is_loss(error):
+                    if isinstance(error, RedisRefusalError):
+                        event = "Redis refuses"
                     reason = reason_of(error)
                     self._moved_to = None
                 else:
                     self._log.exception("fault")
-            if not self._is_loss_told:
-                self._log.error("Redis lost", reason=reason)
-                self._is_loss_told = True
+            if event != self._told:
+                self._log.error(event, reason=reason)
+                self._told = event
             await asyncio.sleep(random.uniform(RETRY_MIN_SECONDS, RETRY_MAX_SECONDS))  # noqa: S311
 
     def _go_on_alone(self) -> None:
@@ -473,8 +476,8 @@ class Cluster:
         tasks = [asyncio.create_task(each.serve()) for each in (line, searches)]
         pubsub = client.pubsub()
         try:
-            # Redis says in a sentence what it wants before a PING, such as a password; but not to a script.
-            await client.ping()
+            if not self._has_connected:
+                await check_rights(client, self._prefix)
             registry = SharedRegistry(
                 line,
                 searches,
@@ -495,7 +498,7 @@ class Cluster:
                 await registry.purge(self._instance, self._worker)
                 self._has_connected = True
             self._line, self._registry = line, registry
-            self._is_loss_told = False
+            self._told = ""
             self._joined_at = time.monotonic()
             self._log.info("joined", node=beat.number, term=beat.term)
             channel = registry.presence_channel

@@ -128,24 +128,9 @@ def check_url(url: str) -> None:
             raise ValueError(f"{name}: there is no file {path}")
 
 
-def ping(url: str) -> None:
-    """Try the Redis at a URL once.
-
-    Raises:
-        LineLostError: It cannot be reached.
-    """
-
-    async def main() -> None:
-        client = make_client(url)
-        try:
-            await client.ping()
-        finally:
-            await close_client(client)
-
-    try:
-        asyncio.run(main())
-    except (RedisError, OSError, asyncio.TimeoutError) as error:
-        raise LineLostError(reason_of(error)) from error
+def key_prefix(prefix: str) -> str:
+    """Return what the keys and channels of a network begin with: one hash tag, so one Redis has all."""
+    return f"{{{prefix}}}:"
 
 
 def is_loss(error: Exception) -> bool:
@@ -171,7 +156,7 @@ def without_password(url: str) -> str:
 
 
 class Script(NamedTuple):
-    """One of SCRIPTS, and the digest by which Redis knows it once it is loaded."""
+    """One of gateway/lua, and the digest by which Redis knows it once it is loaded."""
 
     source: str
     digest: str
@@ -179,7 +164,7 @@ class Script(NamedTuple):
 
 @cache
 def read_script(name: str) -> Script:
-    """Return one of SCRIPTS."""
+    """Return one of the scripts in gateway/lua."""
     source = (resources.files("gateway") / "lua" / f"{name}.lua").read_text()
     return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 

@@ -17,7 +17,7 @@ import orjson
 
 from gateway._mesh import NODE_WORKERS
 from gateway.directory import View
-from gateway.redis_line import Done, RedisLine
+from gateway.redis_line import Done, RedisLine, key_prefix
 
 # How often a node renews its lease, and how long that lasts. The others notice the end of it with their own
 # next heartbeat: 10 s at most after the death, and what it owned is gone within 15.
@@ -171,7 +171,7 @@ class SharedRegistry:
     ) -> None:
         self._line = line
         self._searches = searches
-        self.prefix = f"{{{prefix}}}:"
+        self.prefix = key_prefix(prefix)
         self._instance = instance
         self._did = did
         self._name = name

@@ -337,7 +337,7 @@ def test_in_a_redis_cluster_a_node_goes_where_the_keys_are(tmp_path, start_gatew
             assert two.command(f"CLUSTER ADDSLOTS {slots}") == b"+OK\r\n"
         assert one.command(f"CLUSTER MEET 127.0.0.1 {two.port}") == b"+OK\r\n"
         wait_until(lambda: b"cluster_state:ok" in one.command("CLUSTER INFO"))
-        node = start_gateway("--redis", one.url, "--workers", "2")
+        node = start_gateway("--redis", one.url, "--redis-required", "--workers", "2")
         node.forgive("Redis lost")
         wait_until(lambda: node.health()["cluster"]["redis"] == "connected", RECOVERY_SECONDS)
         with Agent(node.port) as agent, Agent(node.port) as other:
