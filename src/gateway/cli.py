@@ -22,7 +22,8 @@ from aiconexus.protocol.errors import KeyFileError
 from aiconexus.protocol.limits import ENDPOINT_PATH
 from gateway.config import ENVIRONMENT, Settings
 from gateway.descriptors import connections_per_worker
-from gateway.redis_line import LineLostError, without_password
+from gateway.redis_line import LineLostError
+from gateway.redis_url import without_password
 from gateway.rights import RedisRefusalError, try_redis
 
 _NODES, _ICE, _PROTOCOL, _LIMITS, _LOGS = "Nodes", "Connections between agents", "Protocol", "Limits", "Logs"

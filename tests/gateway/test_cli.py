@@ -94,10 +94,20 @@ def test_the_console_script_and_the_module_are_the_same():
         ("--turn-url", "turn.example"),
         ("--turn-url", "turn:turn.example"),  # without its secret
         ("--turn-ttl", "0"),
+        ("--redis", "redis://h?ssl_ca_certs=ca.pem"),
+        ("--redis", "rediss://h?ssl_cert_reqs=some"),
+        ("--redis", "redis://:p@ss/word@h"),
+        ("--redis-prefix", "a:b"),
+        ("--node-name", "a b"),
     ],
 )
 def test_a_value_that_makes_no_sense_gives_one_sentence_that_names_the_option(option, value):
     assert_one_sentence(run(option, value), option)
+
+
+def test_a_prefix_or_name_that_is_none_is_told_what_one_is():
+    assert_one_sentence(run("--redis-prefix", "a{b"), "1 to 64 letters of A to Z, digits, and _ . -", "'a{b'")
+    assert_one_sentence(run("--node-name", "é"), "1 to 64 characters of ASCII", "'é'")
 
 
 def test_a_value_from_the_environment_that_makes_no_sense_gives_one_sentence():
