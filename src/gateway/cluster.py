@@ -189,8 +189,8 @@ class Cluster:
 
     @property
     def members(self) -> Iterable[Member]:
-        """The other nodes that are alive."""
-        return self._members.values()
+        """The other nodes that are there."""
+        return (member for member in self._members.values() if not member.has_left)
 
     def instance_of(self, number: int) -> str | None:
         """Return the instance of another node; None if it is not there."""
@@ -554,22 +554,32 @@ class Cluster:
                 await self._bury(registry, beat.members)
 
     def _meet(self, members: Iterable[Member]) -> None:
-        """Take note of the nodes that are there, and forget what is known of those that are not."""
+        """Take note of the nodes that are there, and forget what is known of those that are not.
+
+        What a node that has left said last may still be on its way here: it counts as one that is there until
+        its lease ends. To who did not know it, it says nothing.
+        """
         alive = {
             member.number: member
             for member in members
-            if member.is_alive and member.instance != self._instance
+            if member.is_alive
+            and member.instance != self._instance
+            and not (member.has_left and self.instance_of(member.number) != member.instance)
         }
         for number, member in self._members.items():
             if number not in alive or alive[number].instance != member.instance:
-                self._log.warning("node gone", node=number, name=member.name)
+                if not member.has_left:
+                    self._log.warning("node gone", node=number, name=member.name)
                 numbers = member.worker_numbers()
                 for worker in numbers:
                     self._unlink(worker, "the node is gone")
                 with suppress(TableBusyError):
                     self._table.purge(numbers.start, len(numbers))
         for number, member in alive.items():
-            if number not in self._members:
+            known = self._members.get(number)
+            if known is not None and member.has_left and not known.has_left:
+                self._log.info("node left", node=number, name=member.name)
+            if known is None or (known.has_left and not member.has_left):
                 self._log.info("node met", node=number, name=member.name, workers=member.workers)
                 if member.did != self._did:
                     self._log.warning(
@@ -642,12 +652,12 @@ class Cluster:
         self._router.settle()
 
     async def close(self) -> None:
-        """Wait until Redis knows which agents have gone, and has what other nodes are told."""
+        """Wait until Redis has what other nodes are told, and knows who has gone and that this is the end."""
         self._router.settle(confirm_now=True)
         if self._pending and self._registry is not None:
             self._settled = asyncio.Event()
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._settled.wait(), CLOSE_SECONDS)
-        if self._line is not None:
+        if self._registry is not None:
             with suppress(LineLostError, RedisError, asyncio.TimeoutError):
-                await asyncio.wait_for(self._line.ask("PING"), CLOSE_SECONDS)
+                await asyncio.wait_for(self._registry.leave(), CLOSE_SECONDS)

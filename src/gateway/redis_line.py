@@ -32,6 +32,7 @@ SCRIPTS = (
     "purge",
     "disown",
     "bury",
+    "leave",
     "discover",
     "describe",
 )
