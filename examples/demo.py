@@ -117,7 +117,7 @@ async def play(actors: list[Actor]) -> None:
         return actors[-1]
 
     gateway = await enter("gateway", installed_gateway(), "--host", "127.0.0.1", "--port", "0")
-    url, health = await gateway.until("agents dial:"), await gateway.until("health:")
+    url, health = await gateway.until("listening:"), await gateway.until("health:")
     await gateway.until("workers:")
 
     local = ("--gateway", url, "--host-address", "127.0.0.1")

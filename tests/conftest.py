@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import pytest
 from turn_server import TurnServer, find_server
@@ -84,9 +85,12 @@ class GatewayProcess:
         )
         assert self._process.stdout is not None
         for line in self._process.stdout:
+            if line.startswith("{"):
+                self.port = urlsplit(json.loads(line)["listening"]).port or 0
+                return
             name, _, value = line.strip().partition(": ")
-            if name == "agents dial":
-                self.port = int(value.rsplit(":", 1)[1].partition("/")[0])
+            if name == "listening":
+                self.port = urlsplit(value).port or 0
             if name == "workers":  # the last line of the banner
                 return
         raise AssertionError(f"the gateway did not start:\n{self.log}")

@@ -115,7 +115,7 @@ async def main() -> None:
     async with AsyncExitStack() as stack:
         gateway = await stack.enter_async_context(
             started(
-                "agents dial:", "-m", "gateway.server", "--host", "127.0.0.1", "--port", "0", "--workers", "1"
+                "listening:", "-m", "gateway.server", "--host", "127.0.0.1", "--port", "0", "--workers", "1"
             )
         )
         agent = await stack.enter_async_context(

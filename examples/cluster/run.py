@@ -127,7 +127,7 @@ async def play(actors: list[Actor], folder: str) -> None:
         network = ["--redis", f"redis://127.0.0.1:{port}", "--identity", f"{folder}/gateway.pem"]
         options = ["--host", "127.0.0.1", "--port", "0", "--workers", "1", "--node-name", name]
         node = await enter(name, installed_gateway(), *options, *network)
-        url, health = await told(node, "agents dial:"), await told(node, "health:")
+        url, health = await told(node, "listening:"), await told(node, "health:")
         await told(node, "workers:")
         show(name, f"listens at {url}, and shares what it knows through Redis")
         nodes[name] = node, urlsplit(url).port or 0, health

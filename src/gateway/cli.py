@@ -22,7 +22,9 @@ from aiconexus.protocol.errors import KeyFileError
 from aiconexus.protocol.limits import ENDPOINT_PATH
 from gateway.config import ENVIRONMENT, Settings
 from gateway.descriptors import connections_per_worker
-from gateway.redis_line import LineLostError, ping, without_password
+from gateway.redis_line import LineLostError
+from gateway.redis_url import without_password
+from gateway.rights import RedisRefusalError, try_redis
 
 _NODES, _ICE, _PROTOCOL, _LIMITS, _LOGS = "Nodes", "Connections between agents", "Protocol", "Limits", "Logs"
 
@@ -42,11 +44,30 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _banner(settings: Settings, key: DIDKey, port: int) -> None:
+def _tell_start(settings: Settings, key: DIDKey, port: int) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    here, health = f"ws://{host}:{port}{ENDPOINT_PATH}", f"http://{host}:{port}/health"
+    redis = without_password(settings.redis) if settings.redis else None
+    fit = min(settings.workers * connections_per_worker(), settings.max_connections)
+    if settings.log_format == "json":
+        from gateway.log import print_line
+
+        print_line(
+            "started",
+            version=__version__,
+            agents_dial=settings.public_url or (here,),
+            listening=here,
+            health=health,
+            did=key.did,
+            **({"redis": redis, "node_name": settings.node_name} if redis else {}),
+            connections_max=fit,
+            workers=settings.workers,
+            pid=os.getpid(),
+        )
+        return
     rows = [
-        ("agents dial", f"ws://{host}:{port}{ENDPOINT_PATH}"),
-        ("health", f"http://{host}:{port}/health"),
+        ("listening", here),
+        ("health", health),
         (
             "identity",
             key.did + ("" if settings.identity else "  (new at every start; keep one with --identity)"),
@@ -54,12 +75,9 @@ def _banner(settings: Settings, key: DIDKey, port: int) -> None:
         ("workers", f"{settings.workers}   (pid {os.getpid()})"),
     ]
     if settings.public_url:
-        rows.insert(1, ("public", ", ".join(settings.public_url)))
-    if settings.redis:
-        rows.insert(
-            -1, ("redis", f"{without_password(settings.redis)}   (this node is {settings.node_name})")
-        )
-    fit = settings.workers * connections_per_worker()
+        rows.insert(0, ("agents dial", ", ".join(settings.public_url)))
+    if redis:
+        rows.insert(-1, ("redis", f"{redis}   (this node is {settings.node_name})"))
     if fit < settings.max_connections:
         rows.insert(
             -1,
@@ -119,8 +137,8 @@ def serve(
         bool | None,
         typer.Option(
             "--redis-required",
-            help="Do not start without Redis, and not be ready (GET /ready) while it is lost. "
-            "[default: go on alone]",
+            help="Do not start without a Redis that lets it work, and not be ready (GET /ready) while it is "
+            "lost. [default: go on alone]",
             rich_help_panel=_NODES,
         ),
     ] = None,
@@ -307,7 +325,9 @@ def serve(
         _fail(str(error))
     if settings.redis and settings.redis_required:
         try:
-            ping(settings.redis)
+            try_redis(settings.redis, settings.redis_prefix)
+        except RedisRefusalError as error:
+            _fail(f"cannot work with Redis at {without_password(settings.redis)}: {error}")
         except LineLostError as error:
             _fail(f"cannot reach Redis at {without_password(settings.redis)}: {error}")
     try:
@@ -321,5 +341,5 @@ def serve(
             "between can choose; name the address that they dial with --public-url",
         )
     port_bound = address.getsockname()[1]
-    running = supervisor.Supervisor(settings, key, address, lambda: _banner(settings, key, port_bound))
+    running = supervisor.Supervisor(settings, key, address, lambda: _tell_start(settings, key, port_bound))
     raise SystemExit(running.run())

@@ -30,6 +30,7 @@ from gateway._routing import RoutingTable, TableBusyError
 from gateway.directory import Offer, Query
 from gateway.discovery import Page
 from gateway.redis_line import LineLostError, RedisLine, close_client, is_loss, make_client, reason_of
+from gateway.rights import RedisRefusalError, check_rights
 from gateway.shared_registry import (
     HEARTBEAT_SECONDS,
     LEASE_SECONDS,
@@ -154,7 +155,7 @@ class Cluster:
         self._registry: SharedRegistry | None = None
         self._moved_to: tuple[str, int] | None = None
         self._has_connected = False
-        self._is_loss_told = False
+        self._told = ""  # of a Redis that cannot be used, since it could be
         self._is_watching = False
         self._watching_changed = asyncio.Event()
         self._searches: set[asyncio.Future[None]] = set()
@@ -188,8 +189,8 @@ class Cluster:
 
     @property
     def members(self) -> Iterable[Member]:
-        """The other nodes that are alive."""
-        return self._members.values()
+        """The other nodes that are there."""
+        return (member for member in self._members.values() if not member.has_left)
 
     def instance_of(self, number: int) -> str | None:
         """Return the instance of another node; None if it is not there."""
@@ -434,7 +435,7 @@ class Cluster:
     async def run(self) -> None:
         """Stay connected with Redis until cancelled."""
         while True:
-            reason = ""
+            event, reason = "Redis lost", ""
             try:
                 await self._connection()
             except (
@@ -443,13 +444,15 @@ class Cluster:
                 self._moved_to, reason = (error.host, error.port), str(error)
             except Exception as error:
                 if is_loss(error):
+                    if isinstance(error, RedisRefusalError):
+                        event = "Redis refuses"
                     reason = reason_of(error)
                     self._moved_to = None
                 else:
                     self._log.exception("fault")
-            if not self._is_loss_told:
-                self._log.error("Redis lost", reason=reason)
-                self._is_loss_told = True
+            if event != self._told:
+                self._log.error(event, reason=reason)
+                self._told = event
             await asyncio.sleep(random.uniform(RETRY_MIN_SECONDS, RETRY_MAX_SECONDS))  # noqa: S311
 
     def _go_on_alone(self) -> None:
@@ -473,8 +476,8 @@ class Cluster:
         tasks = [asyncio.create_task(each.serve()) for each in (line, searches)]
         pubsub = client.pubsub()
         try:
-            # Redis says in a sentence what it wants before a PING, such as a password; but not to a script.
-            await client.ping()
+            if not self._has_connected:
+                await check_rights(client, self._prefix)
             registry = SharedRegistry(
                 line,
                 searches,
@@ -495,7 +498,7 @@ class Cluster:
                 await registry.purge(self._instance, self._worker)
                 self._has_connected = True
             self._line, self._registry = line, registry
-            self._is_loss_told = False
+            self._told = ""
             self._joined_at = time.monotonic()
             self._log.info("joined", node=beat.number, term=beat.term)
             channel = registry.presence_channel
@@ -551,22 +554,32 @@ class Cluster:
                 await self._bury(registry, beat.members)
 
     def _meet(self, members: Iterable[Member]) -> None:
-        """Take note of the nodes that are there, and forget what is known of those that are not."""
+        """Take note of the nodes that are there, and forget what is known of those that are not.
+
+        What a node that has left said last may still be on its way here: it counts as one that is there until
+        its lease ends. To who did not know it, it says nothing.
+        """
         alive = {
             member.number: member
             for member in members
-            if member.is_alive and member.instance != self._instance
+            if member.is_alive
+            and member.instance != self._instance
+            and not (member.has_left and self.instance_of(member.number) != member.instance)
         }
         for number, member in self._members.items():
             if number not in alive or alive[number].instance != member.instance:
-                self._log.warning("node gone", node=number, name=member.name)
+                if not member.has_left:
+                    self._log.warning("node gone", node=number, name=member.name)
                 numbers = member.worker_numbers()
                 for worker in numbers:
                     self._unlink(worker, "the node is gone")
                 with suppress(TableBusyError):
                     self._table.purge(numbers.start, len(numbers))
         for number, member in alive.items():
-            if number not in self._members:
+            known = self._members.get(number)
+            if known is not None and member.has_left and not known.has_left:
+                self._log.info("node left", node=number, name=member.name)
+            if known is None or (known.has_left and not member.has_left):
                 self._log.info("node met", node=number, name=member.name, workers=member.workers)
                 if member.did != self._did:
                     self._log.warning(
@@ -639,12 +652,12 @@ class Cluster:
         self._router.settle()
 
     async def close(self) -> None:
-        """Wait until Redis knows which agents have gone, and has what other nodes are told."""
+        """Wait until Redis has what other nodes are told, and knows who has gone and that this is the end."""
         self._router.settle(confirm_now=True)
         if self._pending and self._registry is not None:
             self._settled = asyncio.Event()
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._settled.wait(), CLOSE_SECONDS)
-        if self._line is not None:
+        if self._registry is not None:
             with suppress(LineLostError, RedisError, asyncio.TimeoutError):
-                await asyncio.wait_for(self._line.ask("PING"), CLOSE_SECONDS)
+                await asyncio.wait_for(self._registry.leave(), CLOSE_SECONDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -55,10 +56,22 @@ def _turn_url(url: str) -> str:
 
 
 def _redis_url(url: str) -> str:
-    from gateway.redis_line import check_url
+    from gateway.redis_url import check_url
 
     check_url(url)
     return url
+
+
+def _redis_prefix(prefix: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", prefix):
+        raise ValueError(f"a prefix is 1 to 64 letters of A to Z, digits, and _ . -, which {prefix!r} is not")
+    return prefix
+
+
+def _node_name(name: str) -> str:
+    if not re.fullmatch(r"[!-~]{1,64}", name):
+        raise ValueError(f"a name is 1 to 64 characters of ASCII and no spaces, which {name!r} is not")
+    return name
 
 
 def _list(value: object) -> object:
@@ -104,8 +117,8 @@ class Settings(BaseSettings):
     message_burst: int = Field(default=MESSAGE_BURST, ge=1, le=1_000_000)
     redis: Annotated[str, AfterValidator(_redis_url)] | None = None
     redis_required: bool = False
-    redis_prefix: str = Field(default="aiconexus", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
-    node_name: str = Field(default_factory=socket.gethostname, pattern=r"^[!-~]{1,64}$")
+    redis_prefix: Annotated[str, AfterValidator(_redis_prefix)] = "aiconexus"
+    node_name: Annotated[str, AfterValidator(_node_name)] = Field(default_factory=socket.gethostname)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "console"
 

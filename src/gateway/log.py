@@ -74,6 +74,18 @@ class _Throttle:
         return event
 
 
+_STAMP = (structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso", utc=True))
+
+
+def print_line(event: str, **facts: object) -> None:
+    """Print a JSON line to standard output, whatever the level of the log is."""
+    structlog.wrap_logger(
+        structlog.PrintLogger(sys.stdout),
+        processors=[*_STAMP, structlog.processors.JSONRenderer()],
+        wrapper_class=structlog.BoundLogger,
+    ).info(event, **facts)
+
+
 def configure(level: str, style: str) -> None:
     """Set up structlog for the process; `style` is "console" or "json"."""
     renderer: Any = (
@@ -84,8 +96,7 @@ def configure(level: str, style: str) -> None:
     structlog.configure(
         processors=[
             _Throttle(),
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *_STAMP,
             structlog.processors.format_exc_info,
             renderer,
         ],

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import re
 from collections.abc import Callable
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -34,6 +32,7 @@ SCRIPTS = (
     "purge",
     "disown",
     "bury",
+    "leave",
     "discover",
     "describe",
 )
@@ -111,41 +110,9 @@ async def close_client(client: Redis) -> None:
     await asyncio.gather(*(each.aclose() for each in clients), return_exceptions=True)
 
 
-def check_url(url: str) -> None:
-    """Find what is wrong with a URL before anybody connects.
-
-    Raises:
-        ValueError: It is none, has an unknown option, or names a file that is not there.
-    """
-    pool = make_client(url).connection_pool
-    try:
-        pool.make_connection()  # type: ignore[no-untyped-call]
-    except TypeError as error:  # which names the option
-        raise ValueError(f"an option of the URL of Redis is unknown: {error}") from None
-    for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
-        path = pool.connection_kwargs.get(name)
-        if path and not Path(path).is_file():
-            raise ValueError(f"{name}: there is no file {path}")
-
-
-def ping(url: str) -> None:
-    """Try the Redis at a URL once.
-
-    Raises:
-        LineLostError: It cannot be reached.
-    """
-
-    async def main() -> None:
-        client = make_client(url)
-        try:
-            await client.ping()
-        finally:
-            await close_client(client)
-
-    try:
-        asyncio.run(main())
-    except (RedisError, OSError, asyncio.TimeoutError) as error:
-        raise LineLostError(reason_of(error)) from error
+def key_prefix(prefix: str) -> str:
+    """Return what the keys and channels of a network begin with: one hash tag, so one Redis has all."""
+    return f"{{{prefix}}}:"
 
 
 def is_loss(error: Exception) -> bool:
@@ -161,17 +128,8 @@ def reason_of(error: Exception) -> str:
     return str(error).partition(" : <")[0] or type(error).__name__
 
 
-def without_password(url: str) -> str:
-    """Return a URL as it may be shown."""
-    scheme, _, rest = url.partition("://")
-    credentials, at, place = rest.rpartition("@")
-    user = credentials.partition(":")[0]
-    place = re.sub(r"([?&]password=)[^&]*", r"\1***", place)
-    return f"{scheme}://{user}{':***' if ':' in credentials else ''}{at}{place}"
-
-
 class Script(NamedTuple):
-    """One of SCRIPTS, and the digest by which Redis knows it once it is loaded."""
+    """One of gateway/lua, and the digest by which Redis knows it once it is loaded."""
 
     source: str
     digest: str
@@ -179,7 +137,7 @@ class Script(NamedTuple):
 
 @cache
 def read_script(name: str) -> Script:
-    """Return one of SCRIPTS."""
+    """Return one of the scripts in gateway/lua."""
     source = (resources.files("gateway") / "lua" / f"{name}.lua").read_text()
     return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 

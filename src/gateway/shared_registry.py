@@ -17,7 +17,7 @@ import orjson
 
 from gateway._mesh import NODE_WORKERS
 from gateway.directory import View
-from gateway.redis_line import Done, RedisLine
+from gateway.redis_line import Done, RedisLine, key_prefix
 
 # How often a node renews its lease, and how long that lasts. The others notice the end of it with their own
 # next heartbeat: 10 s at most after the death, and what it owned is gone within 15.
@@ -39,7 +39,7 @@ _PREFIX_SIZE = len(_DID_PREFIX)
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One node, as the registry has it."""
+    """One node, as the registry has it. One that has left was stopped; its lease may still hold."""
 
     number: int
     instance: str
@@ -47,6 +47,7 @@ class Member:
     did: str
     name: str
     is_alive: bool
+    has_left: bool
 
     def worker_numbers(self) -> range:
         """Return the numbers by which its workers are known to other nodes."""
@@ -115,9 +116,9 @@ def _place(node: Any, worker: Any, connection: Any, epoch: Any) -> Place | None:
     return Place(int(node) * NODE_WORKERS + int(worker), int(connection), int(epoch))
 
 
-def _member(number: int, instance: bytes, workers: int, label: bytes, is_alive: int) -> Member:
+def _member(number: int, instance: bytes, workers: int, label: bytes, is_alive: int, has_left: int) -> Member:
     did, _, name = label.decode().partition(" ")
-    return Member(number, instance.decode(), workers, did, name, bool(is_alive))
+    return Member(number, instance.decode(), workers, did, name, bool(is_alive), bool(has_left))
 
 
 def _agents(found: list[bytes]) -> list[tuple[str, str, bytes]]:
@@ -171,12 +172,13 @@ class SharedRegistry:
     ) -> None:
         self._line = line
         self._searches = searches
-        self.prefix = f"{{{prefix}}}:"
+        self.prefix = key_prefix(prefix)
         self._instance = instance
         self._did = did
         self._name = name
         self._workers = workers
         self._worker = worker
+        self._left = f"{self.prefix}left"
         self.number = 0  # of this node, once it has joined
 
     def channel(self, worker: int) -> str:
@@ -203,6 +205,7 @@ class SharedRegistry:
                 f"{self.prefix}terms",
                 leases + self._instance,
                 self._owned(self._instance, self._worker),
+                self._left,
             ),
             self._instance,
             self._workers,
@@ -215,10 +218,7 @@ class SharedRegistry:
             term,
             time,
             owned,
-            tuple(
-                _member(number, instance, workers, label, is_alive)
-                for number, instance, workers, label, is_alive in members
-            ),
+            tuple(_member(*member) for member in members),
         )
 
     def register(self, entry: Entry, deadline: int | None, done: Done) -> None:
@@ -296,9 +296,17 @@ class SharedRegistry:
             LineLostError: Redis cannot be reached.
         """
         while await self._line.ask_script(
-            "purge", (self._owned(instance, worker),), self.prefix, instance, worker, PURGE_COUNT
+            "purge", (self._owned(instance, worker), self._left), self.prefix, instance, worker, PURGE_COUNT
         ):
             pass
+
+    async def leave(self) -> None:
+        """Say that this worker ends because it was stopped, behind all that it has asked for.
+
+        Raises:
+            LineLostError: Redis cannot be reached.
+        """
+        await self._line.ask_script("leave", (self._left,), self._instance, self._worker)
 
     async def settle(self) -> None:
         """Wait until Redis has done what it was told before, so that a search finds it done.

@@ -94,10 +94,20 @@ def test_the_console_script_and_the_module_are_the_same():
         ("--turn-url", "turn.example"),
         ("--turn-url", "turn:turn.example"),  # without its secret
         ("--turn-ttl", "0"),
+        ("--redis", "redis://h?ssl_ca_certs=ca.pem"),
+        ("--redis", "rediss://h?ssl_cert_reqs=some"),
+        ("--redis", "redis://:p@ss/word@h"),
+        ("--redis-prefix", "a:b"),
+        ("--node-name", "a b"),
     ],
 )
 def test_a_value_that_makes_no_sense_gives_one_sentence_that_names_the_option(option, value):
     assert_one_sentence(run(option, value), option)
+
+
+def test_a_prefix_or_name_that_is_none_is_told_what_one_is():
+    assert_one_sentence(run("--redis-prefix", "a{b"), "1 to 64 letters of A to Z, digits, and _ . -", "'a{b'")
+    assert_one_sentence(run("--node-name", "é"), "1 to 64 characters of ASCII", "'é'")
 
 
 def test_a_value_from_the_environment_that_makes_no_sense_gives_one_sentence():
@@ -190,11 +200,45 @@ def test_a_terminal_shows_the_banner_of_the_readme_in_its_frame(tmp_path: Path):
     assert "did:key:z6Mk" in "".join(shown)
 
 
-def test_the_banner_tells_where_agents_dial(start_gateway):
-    gateway = start_gateway("--host", "127.0.0.1")
-    assert re.fullmatch(r"ws://127\.0\.0\.1:\d+/ws", gateway.url)
-    assert gateway.port > 0
-    assert gateway.health()["status"] == "ok"
+def say(*options: str) -> list[str]:
+    """Start a gateway, stop it when it serves, and return what it has printed and logged."""
+    command = [sys.executable, "-m", "gateway.server", "--port", "0", "--workers", "1", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            assert process.stdout is not None
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if "workers: 1" in line or '"started"' in line:
+                    process.terminate()
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+    return lines
+
+
+PUBLIC = ("wss://a.example/ws", "wss://b.example/ws")
+
+
+@pytest.mark.parametrize("public", [(), PUBLIC])
+def test_the_banner_tells_where_it_listens_and_what_agents_dial(public):
+    said = say(*(word for url in public for word in ("--public-url", url)))
+    rows = dict(line.strip().split(": ", 1) for line in said if line.startswith("  "))
+    assert re.fullmatch(r"ws://127\.0\.0\.1:\d+/ws", rows["listening"])
+    assert rows.get("agents dial") == (", ".join(public) or None)
+
+
+@pytest.mark.parametrize("level", ["info", "error"])
+def test_with_a_json_log_all_that_it_says_is_json_lines(level):
+    options = ("--log-format", "json", "--log-level", level, "--public-url", PUBLIC[0])
+    said = [json.loads(line) for line in say(*options)]
+    assert ("serving" in [line["event"] for line in said]) == (level == "info")
+    (started,) = [line for line in said if line["event"] == "started"]
+    assert started["agents_dial"] == [PUBLIC[0]]
+    assert re.fullmatch(r"ws://127\.0\.0\.1:\d+/ws", started["listening"])
+    assert started["did"].startswith("did:key:z6Mk")
+    assert started["workers"] == 1
+    assert {"timestamp", "level", "health", "pid", "connections_max", "version"} < set(started)
 
 
 def test_the_identity_is_kept(start_gateway, tmp_path: Path):

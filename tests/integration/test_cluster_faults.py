@@ -28,6 +28,8 @@ from redis_server import RedisServer
 from tcp_proxy import TcpProxy
 from wire import Agent, assert_exchange, wait_until
 
+from gateway.shared_registry import LEASE_SECONDS
+
 # --- Redis -------------------------------------------------------------------------------------
 
 
@@ -212,6 +214,72 @@ def test_what_a_dead_node_owned_is_gone_within_fifteen_seconds(own_redis, start_
             assert_exchange(one, back)
 
 
+def told_of(node: Any, event: str) -> list[str]:
+    """Which nodes it has logged that of."""
+    return [line["name"] for line in node.log_lines() if line["event"] == event]
+
+
+def test_a_node_that_is_stopped_has_left_at_once_and_one_that_is_killed_is_gone(own_redis, start_node):
+    first, second, third = (start_node(url=own_redis.url) for _ in range(3))
+    with Agent(first.port) as one, Agent(second.port) as far, Agent(third.port) as other:
+        assert_exchange(one, far)
+        assert_exchange(far, other)
+        second.stop()
+        wait_until(
+            lambda: list(first.health()["cluster"]["others"].values()) == ["node-2"], LEASE_SECONDS / 2
+        )
+        wait_until(lambda: "node-1" in told_of(third, "node left"))
+        assert_unreachable(one, far.did, "not_online")
+        third.kill()
+        wait_until(lambda: told_of(first, "node gone"), STALE_SECONDS)
+        wait_until(lambda: own_redis.command("KEYS *left*") == b"*0\r\n", STALE_SECONDS)
+        assert set(told_of(first, "node gone")) == {"node-2"}
+        assert set(told_of(first, "node left")) == {"node-1"}
+
+
+def test_a_node_that_is_started_anew_does_not_meet_the_one_that_it_was(start_node):
+    first, second = start_node(), start_node()
+    met = len(told_of(second, "node met"))
+    second.stop()
+    second.start()
+    wait_until(lambda: list(second.health()["cluster"]["others"].values()) == ["node-0"])
+    wait_until(lambda: list(first.health()["cluster"]["others"].values()) == ["node-1"])
+    assert set(told_of(second, "node met")[met:]) == {"node-0"}
+    with Agent(first.port) as one, Agent(second.port) as other:
+        assert_exchange(one, other)
+
+
+def test_a_worker_that_alone_is_stopped_starts_again_and_its_node_has_not_left(own_redis, start_node):
+    first, second = start_node(url=own_redis.url), start_node("--workers", "1", url=own_redis.url)
+    second.forgive("worker died")
+    before = second.worker_pids
+    second.signal_workers(signal.SIGTERM)
+    wait_until(lambda: second.worker_pids not in (before, []))
+    wait_until(lambda: second.log.count('"event": "joined"') == 2)
+    wait_until(lambda: own_redis.command("KEYS *left*") == b"*0\r\n")
+    wait_until(lambda: list(first.health()["cluster"]["others"].values()) == ["node-1"])
+    assert told_of(first, "node gone") == []
+
+
+def test_what_waits_at_a_node_that_is_stopped_comes_back_once(start_node):
+    first, second = start_node(), start_node()
+    with Agent(first.port) as sender:
+        agents = [Agent(second.port) for _ in range(4)]
+        for agent in agents:
+            agent.drop()
+        wait_until(lambda: second.health()["away"] == len(agents))
+        sent = [sender.candidate(agent.did, number) for agent in agents for number in range(30)]
+        sender.send(*sent)
+        wait_until(lambda: second.health()["waiting"] == len(sent))
+        wait_until(lambda: first.health()["waiting_elsewhere"] == len(sent))
+        second.stop()
+        answers = [sender.receive() for _ in sent]
+        assert {answer["correlation_id"] for answer in answers} == ids(sent)
+        assert {answer["payload"]["details"]["name"] for answer in answers} == {"away_expired"}
+        wait_until(lambda: first.health()["waiting_elsewhere"] == 0, STALE_SECONDS)
+        sender.ping()
+
+
 def test_a_node_that_was_cut_off_does_not_keep_who_went_to_another(own_redis, make_proxy, start_node):
     proxy = make_proxy(own_redis.port)
     first, second = start_node(url=own_redis.url), start_node(url=proxy.url)
@@ -337,7 +405,7 @@ def test_in_a_redis_cluster_a_node_goes_where_the_keys_are(tmp_path, start_gatew
             assert two.command(f"CLUSTER ADDSLOTS {slots}") == b"+OK\r\n"
         assert one.command(f"CLUSTER MEET 127.0.0.1 {two.port}") == b"+OK\r\n"
         wait_until(lambda: b"cluster_state:ok" in one.command("CLUSTER INFO"))
-        node = start_gateway("--redis", one.url, "--workers", "2")
+        node = start_gateway("--redis", one.url, "--redis-required", "--workers", "2")
         node.forgive("Redis lost")
         wait_until(lambda: node.health()["cluster"]["redis"] == "connected", RECOVERY_SECONDS)
         with Agent(node.port) as agent, Agent(node.port) as other:

@@ -28,6 +28,7 @@ from searches import dids, found
 from wire import Agent, assert_exchange, wait_until
 
 from gateway.redis_line import RedisLine, close_client, make_client
+from gateway.rights import RedisRefusalError, try_redis
 from gateway.tasks import end
 
 PASSWORD = "p@ss:w/rd%"  # a URL has it in another form
@@ -48,26 +49,33 @@ def make_redis(tmp_path: Path, need_redis: None) -> Iterator[Callable[..., Redis
         server.kill()
 
 
-def reasons(node: Any) -> list[str]:
-    """Why it has lost Redis, as its log has it."""
-    return [line["reason"] for line in node.log_lines() if line["event"] == "Redis lost"]
+UNREACHABLE = ("cannot reach Redis at ", "Redis lost")
+REFUSED = ("cannot work with Redis at ", "Redis refuses")
 
 
-def assert_refused(run_gateway: Any, start_gateway: Any, url: str, reason: str) -> None:
+def reasons(node: Any, event: str) -> list[str]:
+    """Why it cannot use Redis, as its log has it."""
+    return [line["reason"] for line in node.log_lines() if line["event"] == event]
+
+
+def assert_refused(
+    run_gateway: Any, start_gateway: Any, url: str, reason: str, how: tuple[str, str] = UNREACHABLE
+) -> None:
     """A gateway that must have Redis says why it cannot, and ends; another says it once and goes on."""
+    sentence, event = how
     done = run_gateway("--redis", url, "--redis-required")
     assert done.returncode == 1, done.stderr
-    assert done.stderr.startswith("aiconexus-gateway: cannot reach Redis at ")
+    assert done.stderr.startswith(f"aiconexus-gateway: {sentence}")
     assert reason in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
     node = start_gateway("--redis", url, "--workers", "1")
-    node.forgive(*LOST)
+    node.forgive(event)
     with Agent(node.port) as one, Agent(node.port) as other:
-        wait_until(lambda: reasons(node))
+        wait_until(lambda: reasons(node, event))
         assert_exchange(one, other)
     node.stop()
-    assert len(reasons(node)) == 1
-    assert reason in reasons(node)[0]
+    (told,) = reasons(node, event)
+    assert reason in told
     for text in (done.stderr, node.log):
         assert PASSWORD not in text
         assert quote(PASSWORD, safe="") not in text
@@ -161,14 +169,57 @@ def test_a_wrong_password_is_one_clear_line(credentials, reason, make_redis, run
     assert_refused(run_gateway, start_gateway, url, reason)
 
 
-def test_a_user_without_the_rights_is_one_clear_line(make_redis, start_gateway):
+# --- rights ------------------------------------------------------------------------------------
+
+
+def url_of_user(redis: RedisServer, rights: str) -> str:
+    """Let a user have some rights only; return the URL of Redis for it."""
+    assert redis.command(f"ACL SETUSER gateway reset on >{PASSWORD} {rights}") == b"+OK\r\n"
+    return redis.url.replace("://", f"://gateway:{quote(PASSWORD, safe='')}@")
+
+
+def test_a_right_that_is_not_given_is_noticed_at_the_start_whichever_it_is(redis_server):
+    rights = least_rights().split()
+    url = url_of_user(redis_server, " ".join(rights))
+    try_redis(url, "aiconexus")
+    assert redis_server.command("KEYS *rights*") == b"*0\r\n"
+    for right in rights:
+        if right != "resetchannels":
+            url_of_user(redis_server, " ".join(other for other in rights if other != right))
+            with pytest.raises(
+                RedisRefusalError, match=r"its user lacks a right .+ ~{aiconexus}:\*"
+            ) as caught:
+                try_redis(url, "aiconexus")
+            command = right.removeprefix("+").partition("|")[0]
+            assert right[0] != "+" or command in str(caught.value).lower()
+    with pytest.raises(RedisRefusalError, match=r"&{other}:\*"):
+        try_redis(url, "other")
+
+
+@pytest.mark.parametrize("lacks", ["+zadd", "+subscribe"])
+def test_a_user_that_lacks_a_right_is_one_clear_line(lacks, make_redis, run_gateway, start_gateway):
     redis = make_redis(password=PASSWORD)
-    assert redis.command(f"ACL SETUSER gateway on >{PASSWORD} +ping ~* &*") == b"+OK\r\n"
-    url = redis.url.replace("://", f"://gateway:{quote(PASSWORD, safe='')}@")
-    node = start_gateway("--redis", url, "--workers", "1")
-    node.forgive(*LOST)
-    wait_until(lambda: reasons(node))
-    assert "permissions" in reasons(node)[0]
+    url = url_of_user(redis, least_rights().replace(f" {lacks}", ""))
+    assert_refused(run_gateway, start_gateway, url, "OPERATIONS.md", REFUSED)
+
+
+def test_rights_that_come_later_let_a_node_join(make_redis, start_gateway):
+    redis = make_redis()
+    node = start_gateway("--redis", url_of_user(redis, "+ping"), "--workers", "1")
+    node.forgive("Redis refuses")
+    wait_until(lambda: reasons(node, "Redis refuses"))
+    url_of_user(redis, least_rights())
+    wait_until(lambda: redis_state(node) == "connected", RECOVERY_SECONDS)
+
+
+def test_a_replica_is_one_clear_line(make_redis, run_gateway, start_gateway):
+    replica = make_redis("--replicaof", "127.0.0.1", str(make_redis().port))
+    assert_refused(run_gateway, start_gateway, replica.url, "it is a replica", REFUSED)
+
+
+def test_a_redis_without_memory_is_one_clear_line(make_redis, run_gateway, start_gateway):
+    redis = make_redis("--maxmemory", "1")
+    assert_refused(run_gateway, start_gateway, redis.url, "OOM command not allowed", REFUSED)
 
 
 # --- TLS ---------------------------------------------------------------------------------------

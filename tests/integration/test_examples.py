@@ -32,7 +32,7 @@ def test_demo_shows_every_step_and_stops_everything() -> None:
     assert demo.returncode == 0, demo.stdout
     path = r"over 127\.0\.0\.1:\d+ ⇄ 127\.0\.0\.1:\d+ udp host"
     steps = [
-        r"gateway +agents dial: ws://127\.0\.0\.1:\d+/ws",
+        r"gateway +listening: ws://127\.0\.0\.1:\d+/ws",
         r"notary +is registered as did:key:z6Mk",
         r"client +is registered as did:key:z6Mk",
         rf"client +is connected with did:key:z6Mk.* {path} \(\d+ ms\)",

@@ -16,9 +16,19 @@ from aiconexus.protocol import (
     errors,
 )
 from aiconexus.protocol.errors import (
+    CallBusyError,
     CallTimeoutError,
+    CapabilityError,
     DIDError,
+    GatewayClosedError,
+    GatewayIdentityError,
+    GatewayUnreachableError,
+    IncompleteAnswerError,
+    NotConnectedError,
+    PeerConnectError,
+    PeerIdentityError,
     PeerRefusedError,
+    RegistrationError,
     RemoteTimeoutError,
     UnknownAgentError,
     close_code,
@@ -127,6 +137,36 @@ def test_error_that_arrived_becomes_the_exception_of_its_code(code, kind):
 def test_error_without_details_is_not_temporary():
     error = remote_error(ErrorCode.INTERNAL_ERROR, "text")
     assert (error.name, error.temporary, error.retry_after_ms) == ("", False, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "temporary"),
+    [
+        (DIDError("no DID", "x"), False),
+        (MessageError(name="overloaded"), True),
+        (MessageError(name="bad_did"), False),
+        (GatewayUnreachableError("text"), True),
+        (IncompleteAnswerError("text"), True),
+        (GatewayIdentityError("text"), False),
+        (RegistrationError("text"), False),
+        (
+            RegistrationError(
+                "text", remote_error(ErrorCode.CONNECTION_REFUSED, "full", {"temporary": True})
+            ),
+            True,
+        ),
+        (NotConnectedError("text"), False),
+        (NotConnectedError("text", temporary=True), True),
+        (GatewayClosedError("text", close_code(4504)), False),
+        (PeerConnectError("text"), True),
+        (PeerIdentityError("text"), False),
+        (CapabilityError("text"), False),
+        (CallBusyError("text"), True),
+    ],
+)
+def test_every_error_tells_whether_the_same_may_succeed_later(error, temporary):
+    assert isinstance(error, AIConexusError)
+    assert error.temporary is temporary
 
 
 def test_timeouts_are_timeout_errors():

@@ -64,7 +64,7 @@ class PresenceEvent:
 
     Attributes:
         event: "join": it is there; "leave": it is not there any more; "away": its connection broke; "update":
-            it is back, or its card is another.
+            it is back after that or registered anew, or it shows another card (`GatewayClient.update`).
         agent: The agent, as it is now.
     """
 

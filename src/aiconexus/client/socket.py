@@ -149,20 +149,6 @@ class GatewayClient:
 
     After a drop it connects, registers and resumes by itself, until `close()` or a terminal close code.
     It belongs to one event loop; several tasks may use it at the same time.
-
-    Args:
-        gateway_url: `ws://host:port/ws` or `wss://host/ws`.
-        did_key: The agent's identity.
-        gateway_did: The DID that the gateway must prove. Without it, TLS alone says which gateway this is:
-            another one that answers after a drop is taken, and logged. With it, that one is refused, and the
-            client goes on trying.
-        reconnect: Whether to come back after a drop; if not, the first drop closes the client.
-        ssl: For `wss`; the system's certificates if None.
-        backoff: When to come back.
-
-    Raises:
-        ValueError: `gateway_url` is not a WebSocket URL, or `ssl` is given for `ws`.
-        DIDError: `gateway_did` is no did:key.
     """
 
     def __init__(
@@ -175,6 +161,22 @@ class GatewayClient:
         ssl: tls.SSLContext | None = None,
         backoff: Backoff | None = None,
     ) -> None:
+        """Make a client that is not connected yet.
+
+        Args:
+            gateway_url: `ws://host:port/ws` or `wss://host/ws`.
+            did_key: The agent's identity.
+            gateway_did: The DID that the gateway must prove. Without it, TLS alone says which gateway this
+                is: another one that answers after a drop is taken, and logged. With it, that one is refused,
+                and the client goes on trying.
+            reconnect: Whether to come back after a drop; if not, the first drop closes the client.
+            ssl: For `wss`; the system's certificates if None.
+            backoff: When to come back.
+
+        Raises:
+            ValueError: `gateway_url` is not a WebSocket URL, or `ssl` is given for `ws`.
+            DIDError: `gateway_did` is no did:key.
+        """
         self.url: Final = handshake.audience(gateway_url)  # without userinfo: this one is shown
         if ssl is not None and self.url.startswith("ws:"):
             raise ValueError(f"ssl is for wss:// URLs, not for {self.url}")
@@ -342,7 +344,7 @@ class GatewayClient:
             tag: Of a capability.
             text: Part of the name or the description of a capability, in any case.
             dids: Only these; also those that are hidden.
-            limit: How many at most; None for all.
+            limit: How many agents at most, in all and not per page; None for all that there are.
             timeout: Seconds for each page of the answer.
 
         Raises:
@@ -745,7 +747,7 @@ class GatewayClient:
                 continue
             kind, name = pending.message.type.value, self._name(pending.message.to)
             text = f"{why} before {name} answered {kind}; it may or may not have arrived: ask again"
-            pending.answer.set_exception(NotConnectedError(text))
+            pending.answer.set_exception(NotConnectedError(text, temporary=True))
 
     # --- sending -------------------------------------------------------------------------------
 
@@ -779,7 +781,8 @@ class GatewayClient:
                 await within(connection.send(data), self._left(deadline))
             except asyncio.TimeoutError:
                 raise NotConnectedError(
-                    f"{self.url} did not take the message in time: the network or the gateway is too slow"
+                    f"{self.url} did not take the message in time: the network or the gateway is too slow",
+                    temporary=True,
                 ) from None
             except ConnectionEnded:
                 if self._connection is connection:  # the task that reads it has not noticed yet
@@ -799,7 +802,8 @@ class GatewayClient:
                 await self._until(_SETTLED, deadline)
             except asyncio.TimeoutError:
                 raise NotConnectedError(
-                    f"no connection to {self.url} in time, the client is {self._state.value}{self._why()}"
+                    f"no connection to {self.url} in time, the client is {self._state.value}{self._why()}",
+                    temporary=True,
                 ) from None
         return self._connection
 

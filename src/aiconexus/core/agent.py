@@ -87,26 +87,6 @@ class Agent:
 
     What it says to others and what others say to it goes from agent to agent. The gateway only helps them to
     find each other: connections outlive it, and the agent returns to it by itself.
-
-    Args:
-        gateway: URL of the gateway, such as `ws://127.0.0.1:8000/ws`.
-        identity: Its key; or the path of its key file, which is made if there is none; None for a new key.
-        passphrase: Of the key file, if it is encrypted.
-        host_addresses: Addresses of this machine that others may connect to; None for all but loopback.
-        ice_servers: STUN and TURN servers as W3C RTCIceServer (`urls`, `username`, `credential`); None for
-            those that the gateway names, if any.
-        relay_only: Whether no other agent may learn an address of this machine: all goes over a TURN server.
-        gateway_did: The DID that the gateway must prove.
-        ssl: For a `wss` gateway; the system's certificates if None.
-        backoff: When to come back to a gateway that was lost.
-        idle_timeout: After how many seconds without a call a connection is let go that no `async with` holds;
-            None for never. It is closed if the other side does not need it either.
-        peers_max: How many may be connected when another agent asks to connect; the next is told busy.
-        hidden: Whether only those can find it who know its DID.
-
-    Raises:
-        TypeError, ValueError: A capability cannot be announced, or an argument is wrong.
-        KeyFileError: The key file cannot be used.
     """
 
     def __init__(
@@ -125,6 +105,30 @@ class Agent:
         peers_max: int = PEERS_MAX,
         hidden: bool = False,
     ) -> None:
+        """Make an agent; it registers when it is started.
+
+        Args:
+            gateway: URL of the gateway, such as `ws://127.0.0.1:8000/ws`.
+            identity: Its key; or the path of its key file, which is made if there is none; None for a new
+                key.
+            passphrase: Of the key file, if it is encrypted.
+            host_addresses: Addresses of this machine that others may connect to; None for all but loopback.
+            ice_servers: STUN and TURN servers as W3C RTCIceServer (`urls`, `username`, `credential`); None
+                for those that the gateway names, if any.
+            relay_only: Whether no other agent may learn an address of this machine: all goes over a TURN
+                server.
+            gateway_did: The DID that the gateway must prove.
+            ssl: For a `wss` gateway; the system's certificates if None.
+            backoff: When to come back to a gateway that was lost.
+            idle_timeout: After how many seconds without a call a connection is let go that no `async with`
+                holds; None for never. It is closed if the other side does not need it either.
+            peers_max: How many may be connected when another agent asks to connect; the next is told busy.
+            hidden: Whether only those can find it who know its DID.
+
+        Raises:
+            TypeError, ValueError: A capability cannot be announced, or an argument is wrong.
+            KeyFileError: The key file cannot be used.
+        """
         if isinstance(host_addresses, str):
             raise TypeError("host_addresses is a list of addresses, not one string")
         if isinstance(identity, str) and identity.startswith(DID_PREFIX):
@@ -305,7 +309,10 @@ class Agent:
         dids: Sequence[str] | None = None,
         limit: int | None = None,
     ) -> AsyncGenerator[Found, None]:
-        """Find agents: `async for found in me.discover(tag="legal")`; see `GatewayClient.discover`."""
+        """Find agents: `async for found in me.discover(tag="legal")`; see `GatewayClient.discover`.
+
+        `limit` is how many at most, in all; None for all that there are.
+        """
         _check_texts(capability=capability, tag=tag, text=text)
         return self._client.discover(capability=capability, tag=tag, text=text, dids=dids, limit=limit)
 
@@ -317,7 +324,11 @@ class Agent:
         text: str | None = None,
         dids: Sequence[str] | None = None,
     ) -> AsyncGenerator[PresenceEvent, None]:
-        """Be told who comes and goes: `async for event in me.watch()`; see `GatewayClient.watch`."""
+        """Be told who comes and goes: `async for event in me.watch()`; see `GatewayClient.watch`.
+
+        An "update" is that an agent is back, from being away or at another place, or shows another card
+        (`GatewayClient.update`); see `PresenceEvent`.
+        """
         _check_texts(capability=capability, tag=tag, text=text)
         return self._client.watch(capability=capability, tag=tag, text=text, dids=dids)
 

@@ -204,7 +204,13 @@ def close_code(number: int) -> CloseCode:
 
 
 class AIConexusError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package.
+
+    Attributes:
+        temporary: Whether the same may succeed later, with nothing changed here.
+    """
+
+    temporary: bool = False
 
 
 # --- identity ----------------------------------------------------------------------------------
@@ -293,6 +299,7 @@ class MessageError(AIConexusError):
         self.cause = CAUSES[name or self.default]
         self.field = field
         self.message_id = message_id
+        self.temporary = self.cause.temporary
         super().__init__(text or self.cause.message)
 
 
@@ -341,7 +348,7 @@ class RemoteError(AIConexusError):
     Attributes:
         code: The ErrorCode.
         name: `details.name`, or "" where the sender gave none.
-        temporary: Whether the same message may succeed later.
+        temporary: Whether the sender said that the same message may succeed later.
         retry_after_ms: Earliest time for that, if the sender named one.
         details: The `details` as they came.
     """
@@ -378,9 +385,13 @@ class GatewayError(AIConexusError):
 class GatewayUnreachableError(GatewayError):
     """No connection could be made, or no answer came in time."""
 
+    temporary = True
+
 
 class IncompleteAnswerError(GatewayError):
     """The gateway could not ask all of its workers and nodes: there may be more agents. Ask again later."""
+
+    temporary = True
 
 
 class GatewayIdentityError(GatewayError):
@@ -392,11 +403,16 @@ class RegistrationError(GatewayError):
 
     def __init__(self, text: str, cause: RemoteError | None = None) -> None:
         self.cause = cause
+        self.temporary = cause is not None and cause.temporary
         super().__init__(text)
 
 
 class NotConnectedError(GatewayError):
-    """Nothing can be sent now; the client may be reconnecting."""
+    """Nothing can be sent now. It is temporary while the client is about to reconnect."""
+
+    def __init__(self, text: str, *, temporary: bool = False) -> None:
+        self.temporary = temporary
+        super().__init__(text)
 
 
 class GatewayClosedError(GatewayError):
@@ -415,10 +431,9 @@ class PeerError(AIConexusError):
 
     Attributes:
         did: Of the other.
-        temporary: Whether the same may succeed later.
     """
 
-    temporary: ClassVar[bool] = True
+    temporary = True
 
     def __init__(self, text: str, did: str = "") -> None:
         self.did = did
@@ -444,12 +459,11 @@ class CallError(AIConexusError):
 
     Attributes:
         name: The cause as it travels in `ext.error.name` of an EXEC_RESPONSE.
-        temporary: Whether the same may succeed later; nothing was executed then.
+        temporary: As for all; nothing was executed then.
         capability: What was called.
     """
 
     name: ClassVar[str] = "error"
-    temporary: ClassVar[bool] = False
 
     def __init__(self, text: str, capability: str = "") -> None:
         self.capability = capability

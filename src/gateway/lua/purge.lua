@@ -1,6 +1,7 @@
 -- Remove some of what a worker owned that is gone; and its node, once nothing is left of that.
 --
 -- KEYS[1]  set of the DIDs of the worker
+-- KEYS[2]  set of the workers that were stopped, see heartbeat.lua
 -- ARGV[1]  what all keys begin with
 -- ARGV[2]  instance of its node
 -- ARGV[3]  number of the worker
@@ -8,6 +9,7 @@
 --
 -- Returns how many are left to look at.
 
+redis.call('SREM', KEYS[2], ARGV[2] .. ':' .. ARGV[3])
 local dids = redis.call('SPOP', KEYS[1], ARGV[4])
 for _, did in ipairs(dids) do
     local agent = ARGV[1] .. 'agent:' .. did
