@@ -42,6 +42,7 @@ class Figures:
         mb_per_second: What came of a stream.
         round_trip_ms: Median of the round trips of a message, or of a PING.
         execute_ms: Median of an execution that returns its argument; 0 where there is none.
+        signatures_ms: What two signatures and two verifications take of that; 0 where there are none.
         sender_mib: By how much the sender's memory grew at most, for the stream.
         receiver_mib: The same of the receiver.
     """
@@ -49,6 +50,7 @@ class Figures:
     mb_per_second: float
     round_trip_ms: float
     execute_ms: float
+    signatures_ms: float
     sender_mib: float
     receiver_mib: float
 
@@ -141,7 +143,7 @@ async def measure_bare(pipe: Connection, megabytes: int) -> Figures:
     channel.close()
     sender = await loop.run_in_executor(None, pipe.recv)
     await pc.close()
-    return Figures(received / seconds / 1e6, round_trip_ms, 0.0, sender, grown)
+    return Figures(received / seconds / 1e6, round_trip_ms, 0.0, 0.0, sender, grown)
 
 
 # --- the SDK -----------------------------------------------------------------------------------
@@ -192,18 +194,26 @@ async def serve_peer(pipe: Connection, megabytes: int) -> None:
     await peer.close()
 
 
+async def sign_and_verify() -> None:
+    """Do what both ends of an execution do: sign the request and the response, and verify them."""
+    data = bytes(MESSAGE_BYTES)
+    for key in KEYS:
+        assert key.verify(data, key.sign(data))
+
+
 async def measure_peer(pipe: Connection, megabytes: int) -> Figures:
     """Measure the SDK's calls."""
     peer = await connect_peer(pipe, 0, None, lambda *_: None)
     round_trip_ms = await timed(peer.ping)
     execute_ms = await timed(lambda: peer.execute("echo", value="x" * 100))
+    signatures_ms = await timed(sign_and_verify)
     received, before, begin = 0, peak_mib(), time.perf_counter()
     async for part in peer.stream("blocks"):
         received += len(part)
     seconds, grown = time.perf_counter() - begin, peak_mib() - before
     await peer.close()
     sender = await asyncio.get_running_loop().run_in_executor(None, pipe.recv)
-    return Figures(received / seconds / 1e6, round_trip_ms, execute_ms, sender, grown)
+    return Figures(received / seconds / 1e6, round_trip_ms, execute_ms, signatures_ms, sender, grown)
 
 
 KINDS = {"aiortc": (serve_bare, measure_bare), "aiconexus": (serve_peer, measure_peer)}
@@ -238,9 +248,21 @@ def run(kind: str, megabytes: int) -> Figures:
 
 # --- results -----------------------------------------------------------------------------------
 
-COLUMNS = (
-    "", "MB/s", "ratio", "round trip ms", "ratio", "execute ms", "ratio", "sender MiB", "receiver MiB",
-)  # fmt: skip
+COLUMNS = ("", "aiortc", "aiconexus", "ratio")
+# Title, figure, its digits, and the figure of aiortc that the ratio is to.
+ROWS = (
+    ("stream, MB/s", "mb_per_second", 1, "mb_per_second"),
+    ("round trip of a message, of PING and PONG, ms", "round_trip_ms", 2, "round_trip_ms"),
+    ("round trip of an execution, ms", "execute_ms", 2, "round_trip_ms"),
+    ("… its two signatures, made and verified, ms", "signatures_ms", 2, "round_trip_ms"),
+    ("memory for the stream at its sender, MiB", "sender_mib", 1, ""),
+    ("… at its receiver, MiB", "receiver_mib", 1, ""),
+)
+
+
+def spread(rounds: Sequence[Figures], field: str, digits: int) -> str:
+    """Return the median and the range of a figure."""
+    return report.Spread.of([getattr(figures, field) for figures in rounds]).text(digits)
 
 
 def ratio(rounds: dict[str, list[Figures]], field: str, to: str) -> str:
@@ -251,23 +273,15 @@ def ratio(rounds: dict[str, list[Figures]], field: str, to: str) -> str:
 
 def rows(rounds: dict[str, list[Figures]]) -> list[list[str]]:
     """Return the medians under COLUMNS."""
-
-    def spread(kind: str, field: str, digits: int) -> str:
-        return report.Spread.of([getattr(figures, field) for figures in rounds[kind]]).text(digits)
-
+    bare, ours = rounds["aiortc"], rounds["aiconexus"]
     return [
         [
-            kind,
-            spread(kind, "mb_per_second", 1),
-            "1" if kind == "aiortc" else ratio(rounds, "mb_per_second", "mb_per_second"),
-            spread(kind, "round_trip_ms", 2),
-            "1" if kind == "aiortc" else ratio(rounds, "round_trip_ms", "round_trip_ms"),
-            "" if kind == "aiortc" else spread(kind, "execute_ms", 2),
-            "" if kind == "aiortc" else ratio(rounds, "execute_ms", "round_trip_ms"),
-            spread(kind, "sender_mib", 1),
-            spread(kind, "receiver_mib", 1),
+            title,
+            spread(bare, field, digits) if to in ("", field) else "",
+            spread(ours, field, digits),
+            ratio(rounds, field, to) if to else "",
         ]
-        for kind in rounds
+        for title, field, digits, to in ROWS
     ]
 
 
@@ -276,9 +290,9 @@ def conditions(megabytes: int, rounds: Sequence[Any]) -> str:
     return (
         f"A stream of {megabytes} MB, in messages of 16 KiB over the bare channel and in parts of 256 KiB "
         f"over the SDK, which signs, checks and bounds them; {ROUND_TRIPS} round trips of {MESSAGE_BYTES} "
-        "bytes over the bare channel, of PING and PONG and of an execution over the SDK. MiB: what the "
-        f"stream added to the peak of memory. Two processes on 127.0.0.1, asyncio; {len(rounds)} interleaved "
-        f"rounds. {machine.describe()['cpu']}, {machine.describe()['cores']} cores."
+        "bytes over the bare channel, of PING and PONG and of an execution over the SDK; all their ratios "
+        "are to the first. Memory: what the stream added to the peak. Two processes on 127.0.0.1, asyncio; "
+        f"{len(rounds)} interleaved rounds. {machine.describe()['cpu']}, {machine.describe()['cores']} cores."
     )
 
 
