@@ -110,8 +110,9 @@ def _check_options(url: str, scheme: str) -> None:
 
 def without_password(url: str) -> str:
     """Return a URL as it may be shown."""
-    scheme, _, rest = url.partition("://")
+    head, mark, options = url.partition("?")
+    scheme, _, rest = head.partition("://")
     credentials, at, place = rest.rpartition("@")
-    user = credentials.partition(":")[0]
-    place = re.sub(r"([?&]password=)[^&]*", r"\1***", place)
-    return f"{scheme}://{user}{':***' if ':' in credentials else ''}{at}{place}"
+    user, colon, _ = credentials.partition(":")
+    options = re.sub("password=[^&]*", "password=***", options)
+    return f"{scheme}://{user}{':***' if colon else ''}{at}{place}{mark}{options}"

@@ -17,6 +17,8 @@ PLACE = "stands host:port"
         ("redis://:secret@h:1/0", "redis://:***@h:1/0"),
         ("rediss://user:secret@h", "rediss://user:***@h"),
         ("redis://h/0?password=secret&db=1", "redis://h/0?password=***&db=1"),
+        ("redis://h:1/0?db=1&password=p:sec@ret?", "redis://h:1/0?db=1&password=***"),
+        ("rediss://h?ssl_password=secret", "rediss://h?ssl_password=***"),
         ("unix:///run/redis.sock?db=0&password=secret", "unix:///run/redis.sock?db=0&password=***"),
     ],
 )
