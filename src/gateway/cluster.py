@@ -397,9 +397,12 @@ class Cluster:
 
     def _published(self, worker: int, answer: Any) -> None:
         # An exception is the end of the line, and with it of all links.
-        if answer == 0:
+        if answer == 0 and worker not in self._deaf:
             self._deaf.add(worker)
             self._unlink(worker, "nobody listens")
+            # A node that was gone before this one could meet it is never told of as gone.
+            with suppress(TableBusyError):
+                self._table.purge(worker)
 
     def _unlink(self, worker: int, reason: str) -> None:
         if self._links.pop(worker, None) is not None:

@@ -280,6 +280,27 @@ def test_what_waits_at_a_node_that_is_stopped_comes_back_once(start_node):
         sender.ping()
 
 
+def test_agents_of_a_node_that_nobody_has_met_are_asked_for_anew(own_redis, start_gateway):
+    options = ("--redis", own_redis.url, "--workers", "1")
+    dead = start_gateway(*options)
+    with Agent(dead.port) as agent:
+        wait_until(lambda: entries(own_redis) == 1)
+        dead.kill()
+    # Its lease ends before the others come, and what it owned is there until they are settled.
+    assert (
+        own_redis.command("EVAL \"return redis.call('DEL', redis.call('KEYS', '*:lease:*')[1])\" 0")
+        == b":1\r\n"
+    )
+    first, second = start_gateway(*options), start_gateway(*options)
+    for node in (first, second):
+        wait_until(lambda node=node: len(node.health()["cluster"]["others"]) == 1)
+    with Agent(first.port) as one:
+        assert_unreachable(one, agent.did, "unconfirmed", "unreachable")
+        wait_until(lambda: entries(own_redis) == 1, STALE_SECONDS)
+        with Agent(second.port, agent.key) as back:
+            exchange_soon(one, back)
+
+
 def test_a_node_that_was_cut_off_does_not_keep_who_went_to_another(own_redis, make_proxy, start_node):
     proxy = make_proxy(own_redis.port)
     first, second = start_node(url=own_redis.url), start_node(url=proxy.url)
