@@ -559,15 +559,13 @@ class Cluster:
     def _meet(self, members: Iterable[Member]) -> None:
         """Take note of the nodes that are there, and forget what is known of those that are not.
 
-        What a node that has left said last may still be on its way here: it counts as one that is there until
-        its lease ends. To who did not know it, it says nothing.
+        A node that has left counts as one that is there until its lease ends: what it said last may still be
+        on its way here, and its agents, if it was stopped at once, are only then removed.
         """
         alive = {
             member.number: member
             for member in members
-            if member.is_alive
-            and member.instance != self._instance
-            and not (member.has_left and self.instance_of(member.number) != member.instance)
+            if member.is_alive and member.instance != self._instance
         }
         for number, member in self._members.items():
             if number not in alive or alive[number].instance != member.instance:
@@ -580,9 +578,10 @@ class Cluster:
                     self._table.purge(numbers.start, len(numbers))
         for number, member in alive.items():
             known = self._members.get(number)
-            if known is not None and member.has_left and not known.has_left:
+            was_there = known is not None and not known.has_left
+            if was_there and member.has_left:
                 self._log.info("node left", node=number, name=member.name)
-            if known is None or (known.has_left and not member.has_left):
+            if not was_there and not member.has_left:
                 self._log.info("node met", node=number, name=member.name, workers=member.workers)
                 if member.did != self._did:
                     self._log.warning(
