@@ -214,8 +214,11 @@ class RedisLine:
                 answers = await self._execute([command for command, _ in batch])
                 if any(isinstance(answer, NoScriptError) for answer in answers):
                     # Redis is new: just met, started anew behind a proxy, or another one has taken over.
-                    for name in SCRIPTS:
-                        await self._client.script_load(read_script(name).source)
+                    for loaded in await self._execute(
+                        [("SCRIPT LOAD", read_script(name).source) for name in SCRIPTS]
+                    ):
+                        if isinstance(loaded, Exception):
+                            raise loaded
                     missing = [i for i, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
                     again = await self._execute([batch[i][0] for i in missing])
                     for i, answer in zip(missing, again, strict=True):
