@@ -261,6 +261,12 @@ def test_a_worker_that_alone_is_stopped_starts_again_and_its_node_has_not_left(o
     assert told_of(first, "node gone") == []
 
 
+def test_a_worker_of_no_node_does_not_stay_among_those_that_have_left(own_redis, start_gateway):
+    assert own_redis.command("SADD {aiconexus}:left 0123456789abcdef:0") == b":1\r\n"
+    start_gateway("--redis", own_redis.url, "--workers", "1")
+    wait_until(lambda: own_redis.command("KEYS *left*") == b"*0\r\n")
+
+
 def test_what_waits_at_a_node_that_is_stopped_comes_back_once(start_node):
     first, second = start_node(), start_node()
     with Agent(first.port) as sender:

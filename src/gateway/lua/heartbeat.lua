@@ -18,10 +18,11 @@
 
 local nodes = redis.call('HGETALL', KEYS[1])
 local mine, term
-local taken = {}
+local taken, is_there = {}, {}
 for i = 1, #nodes, 2 do
     taken[tonumber(nodes[i])] = true
     local instance, its_term = string.match(nodes[i + 1], '^(%S+) (%d+) ')
+    is_there[instance] = true
     if instance == ARGV[1] then
         mine, term = tonumber(nodes[i]), tonumber(its_term)
     end
@@ -42,7 +43,11 @@ redis.call('SET', KEYS[3], mine, 'PX', ARGV[4])
 local stopped = {}
 for _, worker in ipairs(redis.call('SMEMBERS', KEYS[5])) do
     local instance = string.match(worker, '^(.*):')
-    stopped[instance] = (stopped[instance] or 0) + 1
+    if is_there[instance] then
+        stopped[instance] = (stopped[instance] or 0) + 1
+    else -- it was buried before it said this, or by a gateway that does not know of this set
+        redis.call('SREM', KEYS[5], worker)
+    end
 end
 local list = {}
 for i = 1, #nodes, 2 do
