@@ -348,8 +348,11 @@ async def test_no_gateway_at_the_address_fails_at_once_and_names_it(
 ) -> None:
     await gateway.stop()
     begin = time.monotonic()
-    with pytest.raises(GatewayUnreachableError, match=rf"{gateway.url} cannot be reached.*is the gateway"):
+    with pytest.raises(
+        GatewayUnreachableError, match=rf"{gateway.url} cannot be reached.*is the gateway"
+    ) as got:
         await client.register(timeout=60)
+    assert got.value.temporary
     assert time.monotonic() - begin < 5
     assert client.state is ClientState.DISCONNECTED
 
@@ -359,16 +362,23 @@ async def test_other_web_servers_are_told_from_gateways(key: DIDKey) -> None:
         await socket.wait_closed()
 
     def not_found(connection: Any, request: Any) -> Any:
-        return connection.respond(404, "nothing here\n") if request.path == "/" else None
+        status = {"/": 404, "/full": 503}.get(request.path)
+        return None if status is None else connection.respond(status, "nothing here\n")
 
     async with serve(nothing, "127.0.0.1", 0, process_request=not_found) as server:
         port = next(iter(server.sockets)).getsockname()[1]
         async with GatewayClient(f"ws://127.0.0.1:{port}/", key) as client:
-            with pytest.raises(GatewayUnreachableError, match=r"HTTP 404.*check the URL"):
+            with pytest.raises(GatewayUnreachableError, match=r"HTTP 404.*check the URL") as got:
                 await client.register()
+            assert not got.value.temporary
+        async with GatewayClient(f"ws://127.0.0.1:{port}/full", key) as client:
+            with pytest.raises(GatewayUnreachableError, match=r"HTTP 503.*it is full") as got:
+                await client.register()
+            assert got.value.temporary
         async with GatewayClient(f"ws://127.0.0.1:{port}/ws", key) as client:
-            with pytest.raises(GatewayUnreachableError, match="does not speak ioap"):
+            with pytest.raises(GatewayUnreachableError, match="does not speak ioap") as got:
                 await client.register()
+            assert not got.value.temporary
 
 
 async def says_nothing(visit: Visit) -> None:
@@ -424,8 +434,9 @@ async def test_certificate_must_be_trusted(key: DIDKey, tmp_path: Path) -> None:
             assert (await gateway.visit()).register_ext["aud"] == gateway.url
             await client.ping()
         async with GatewayClient(gateway.url, key) as client:
-            with pytest.raises(GatewayUnreachableError, match="certificate verify failed"):
+            with pytest.raises(GatewayUnreachableError, match="certificate verify failed") as got:
                 await client.register()
+            assert not got.value.temporary
     finally:
         await gateway.stop()
 

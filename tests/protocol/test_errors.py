@@ -146,6 +146,7 @@ def test_error_without_details_is_not_temporary():
         (MessageError(name="overloaded"), True),
         (MessageError(name="bad_did"), False),
         (GatewayUnreachableError("text"), True),
+        (GatewayUnreachableError("text", temporary=False), False),
         (IncompleteAnswerError("text"), True),
         (GatewayIdentityError("text"), False),
         (RegistrationError("text"), False),

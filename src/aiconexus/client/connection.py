@@ -176,21 +176,25 @@ class Connection:
             )
         except InvalidStatus as error:
             status = error.response.status_code
-            advice = "check the URL, also its path"
+            advice, temporary = "check the URL, also its path", status == 429 or status >= 500
             if status in (429, 503):
                 advice = "it is full or stops, or a balancer has no gateway behind it"
             text = f"{self.url} answered HTTP {status} instead of a WebSocket: {advice}"
             wait = retry_after_http(error.response.headers.get("Retry-After"))
-            raise ConnectionEnded(GatewayUnreachableError(text), retry_after=wait) from error
+            unreachable = GatewayUnreachableError(text, temporary=temporary)
+            raise ConnectionEnded(unreachable, retry_after=wait) from error
         except Exception as error:  # DNS, TCP, TLS, proxy, HTTP: whatever it is, there is no connection
             text = f"{self.url} cannot be reached: {str(error) or type(error).__name__}"
             advice = "is the gateway running, and is this its address?"
             if self._is_secure and _is_no_tls(error):
                 advice = _NO_TLS
-            raise ConnectionEnded(GatewayUnreachableError(f"{text}; {advice}")) from error
+            temporary = not isinstance(error, tls.SSLCertVerificationError)
+            raise ConnectionEnded(
+                GatewayUnreachableError(f"{text}; {advice}", temporary=temporary)
+            ) from error
         if self._socket.subprotocol != SUBPROTOCOL:
             text = f"{self.url} does not speak {SUBPROTOCOL}: it is not a gateway"
-            raise ConnectionEnded(GatewayUnreachableError(text))
+            raise ConnectionEnded(GatewayUnreachableError(text, temporary=False))
 
     async def _next_close(self) -> ConnectionEnded:
         """Wait for the CLOSE frame that follows a refusal."""

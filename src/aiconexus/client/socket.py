@@ -663,7 +663,8 @@ class GatewayClient:
             return end
         except Exception as error:  # a fault of ours costs the connection, not the client
             _log.exception("%s: unexpected fault", self.url)
-            return ConnectionEnded(GatewayUnreachableError(f"a fault of this client, report it: {error!r}"))
+            text = f"a fault of this client, report it: {error!r}"
+            return ConnectionEnded(GatewayUnreachableError(text, temporary=False))
         finally:
             if renewing is not None:
                 renewing.cancel()

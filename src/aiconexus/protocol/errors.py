@@ -383,9 +383,11 @@ class GatewayError(AIConexusError):
 
 
 class GatewayUnreachableError(GatewayError):
-    """No connection could be made, or no answer came in time."""
+    """No connection could be made, or no answer came in time. It is temporary unless the address is wrong."""
 
-    temporary = True
+    def __init__(self, text: str, *, temporary: bool = True) -> None:
+        self.temporary = temporary
+        super().__init__(text)
 
 
 class IncompleteAnswerError(GatewayError):
