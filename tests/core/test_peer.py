@@ -465,6 +465,43 @@ async def test_arguments_are_not_kept_while_the_answer_waits(pair: Pair, peer: P
         await asyncio.wait({waiting})
 
 
+@pytest.mark.parametrize("ends_by", ["result", "exception", "cancel", "timeout"])
+async def test_call_that_is_over_leaves_nothing_to_the_garbage_collector(
+    pair: Pair, peer: Peer, ends_by: str
+) -> None:
+    # Its task has the result, or an exception whose frames have the arguments: any number of megabytes.
+    there = pair[1].peers[pair[0].did]
+    tasks: list[weakref.ref[Any]] = []
+    started = asyncio.Event()
+
+    async def execute(name: str, args: dict[str, Any]) -> bytes:
+        tasks.append(weakref.ref(asyncio.current_task()))
+        started.set()
+        if ends_by == "exception":
+            raise ValueError("no")
+        if ends_by != "result":
+            await asyncio.Event().wait()
+        return args["data"]
+
+    there._on_execute = execute
+    gc.collect()
+    gc.disable()
+    try:
+        timeout = 0.1 if ends_by == "timeout" else 10.0
+        call = asyncio.ensure_future(peer.execute("any", data=b"some", timeout=timeout))
+        await started.wait()
+        if ends_by == "cancel":
+            call.cancel()
+        (over,), _ = await asyncio.wait({call})
+        assert over.cancelled() or (over.exception() is None) is (ends_by == "result")
+        await there.quiet()
+        for _ in range(10):  # passes of the loop, in which its last callbacks run
+            await asyncio.sleep(0)
+        assert [task() for task in tasks] == [None]
+    finally:
+        gc.enable()
+
+
 async def test_congested_peer_still_answers_pings(pair: Pair, peer: Peer) -> None:
     there = pair[1].peers[pair[0].did]
     resume = stall(there)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from enum import Enum
@@ -681,7 +682,14 @@ class Peer:
         def progress(value: Any) -> None:
             self._calls.progress(id_, value)
 
-        Call(id_, self.did, execution.deadline, progress, execution.task.done).enter()
+        # The task has the call in its context, and keeps the result: it would never let go of itself.
+        task = weakref.ref(execution.task)
+
+        def is_over() -> bool:
+            running = task()
+            return running is None or running.done()
+
+        Call(id_, self.did, execution.deadline, progress, is_over).enter()
 
     async def _stream(self, id_: str, parts: AsyncGenerator[Value, None]) -> object:
         """Send one part after the other; the next is made when the last has gone to the channel."""
@@ -750,6 +758,7 @@ class Peer:
         if execution.input is not None:
             execution.input.end("the call is over")
         del self._executions[id_]
+        del execution.task  # its exception knows the frame, and that the execution
 
     # --- its state and its end ------------------------------------------------------------------
 
