@@ -395,7 +395,19 @@ async def test_bytes_that_wait_for_a_peer_are_bounded(
     assert there._unread < 400_000
     await resume()
     *_, last = await asyncio.gather(*calls, return_exceptions=True)
-    assert re.match(r"busy: \d+ bytes of answers wait for you", str(last))
+    assert re.match(r"busy: \d{3},\d{3} bytes of answers are on their way to you", str(last))
+
+
+async def test_bytes_that_are_put_together_for_a_peer_are_bounded(
+    pair: Pair, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_module, "UNREAD_MAX_BYTES", 300_000)
+    there = pair[1].peers[pair[0].did]
+    assert len(await peer.execute("blocks", count=20, size=10_000)) == 200_000
+    with pytest.raises(CallBusyError, match="try again, or ask for a stream"):
+        await peer.execute("blocks", count=100, size=10_000)
+    assert pair[1].made == 31  # and no more after that
+    assert there._unread == 0
 
 
 async def test_what_this_side_asks_makes_it_busy_for_nobody(

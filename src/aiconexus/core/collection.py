@@ -13,11 +13,15 @@ PARTS_MAX: Final = 65_536  # small ones cost more memory than their bytes
 
 
 class Collection:
-    """The parts so far, as long as they fit into memory: either side may stream without an end."""
+    """The parts so far, as long as they fit into memory: either side may stream without an end.
+
+    Attributes:
+        size: Their bytes.
+    """
 
     def __init__(self) -> None:
         self._parts: list[Value] = []
-        self._size = 0
+        self.size = 0
 
     def add(self, part: Value) -> None:
         """Take the next part.
@@ -26,8 +30,8 @@ class Collection:
             CapabilityError: They are too many, or too large.
         """
         self._parts.append(part)
-        self._size += size_of(part)
-        if len(self._parts) > PARTS_MAX or self._size > ATTACHMENTS_MAX_BYTES:
+        self.size += size_of(part)
+        if len(self._parts) > PARTS_MAX or self.size > ATTACHMENTS_MAX_BYTES:
             text = f"more than {PARTS_MAX} parts or {ATTACHMENTS_MAX_BYTES} bytes: ask for them with `stream`"
             raise CapabilityError(text)
 

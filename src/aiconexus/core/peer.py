@@ -62,6 +62,7 @@ from aiconexus.core.peer_connection import Path, PeerConnection
 from aiconexus.core.question import LateError, Question, forget
 from aiconexus.protocol.attachments import Value
 from aiconexus.protocol.errors import (
+    CallBusyError,
     CallCancelledError,
     CallError,
     CallTimeoutError,
@@ -270,14 +271,15 @@ class Peer:
         """Execute a capability of the other agent and return its result: JSON, or bytes.
 
         Cancelling this task, and the timeout, cancel the execution there too. The parts of one that streams
-        are collected: in a list, or joined if they are bytes.
+        are collected over there, and come as a list, or joined if they are bytes; large ones want `stream`.
 
         Args:
             capability: Its name.
             timeout: Seconds; 60 if None. In a capability, never more than its own caller has left. The other
                 agent is told.
             on_progress: Called with what the capability tells meanwhile (`Call.progress`).
-            on_receipt: Called with the signed request and the signed response, whatever that says.
+            on_receipt: Called with the signed request and the signed response, be that a result or an error.
+                Whoever gives up, by a timeout or cancelled, has none.
             args: What it takes, by name: bytes, or anything pydantic can write as JSON. One may be an async
                 iterable of bytes, which are sent as the other agent reads them.
 
@@ -540,9 +542,16 @@ class Peer:
             return f"{ACCEPTED_MAX} calls of yours run or wait, or their answers wait to be read"
         if self._calls.accepted_bytes > ACCEPTED_MAX_BYTES:
             return f"{self._calls.accepted_bytes} bytes of calls of yours run or wait"
-        if self._unread > UNREAD_MAX_BYTES:
-            return f"{self._unread} bytes of answers wait for you to read them"
-        return ""
+        return self._too_much_unread
+
+    @property
+    def _too_much_unread(self) -> str:
+        is_much = self._unread > UNREAD_MAX_BYTES
+        return (
+            f"{self._unread:,} bytes of answers are on their way to you, or wait to be read"
+            if is_much
+            else ""
+        )
 
     def _handle(self, event: Event) -> None:  # noqa: PLR0912  # one for each event
         match event:
@@ -653,7 +662,7 @@ class Peer:
                 if not isinstance(work, AsyncGenerator):
                     return await work
                 async with aclosing(work):
-                    return await (self._stream(id_, work) if asked.is_stream else _collect(work))
+                    return await (self._stream(id_, work) if asked.is_stream else self._collect(work))
 
         def answer(result: Any, seconds: float) -> None:
             if result is _STREAMED:
@@ -697,6 +706,20 @@ class Peer:
             if self._calls.part(id_, part):
                 await self._delivered(id_)
         return _STREAMED
+
+    async def _collect(self, parts: AsyncGenerator[Value, None]) -> Value:
+        """Put the parts together for a peer that wants no stream; they count as what waits for it to read."""
+        collection, counted = Collection(), 0
+        try:
+            async for part in parts:
+                collection.add(part)
+                self._unread += collection.size - counted
+                counted = collection.size
+                if self._too_much_unread:
+                    raise CallBusyError(f"busy: {self._too_much_unread}; try again, or ask for a stream")
+            return collection.join()
+        finally:
+            self._unread -= counted
 
     async def _delivered(self, id_: str) -> None:
         """Wait as `_sent` does, for what is to be read by the peer: so much of it is enough."""
@@ -840,10 +863,3 @@ class Peer:
 def _fail(answer: asyncio.Future[Any], error: Exception) -> None:
     if not answer.done():
         answer.set_exception(error)
-
-
-async def _collect(parts: AsyncGenerator[Value, None]) -> Value:
-    collection = Collection()
-    async for part in parts:
-        collection.add(part)
-    return collection.join()

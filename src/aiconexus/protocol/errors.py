@@ -207,7 +207,7 @@ class AIConexusError(Exception):
     """Base of all errors of this package.
 
     Attributes:
-        temporary: Whether the same may succeed later, with nothing changed here.
+        temporary: Whether the same may succeed later with nothing changed here, as far as can be known.
     """
 
     temporary: bool = False
