@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
@@ -115,13 +116,19 @@ async def test_turn_server_that_is_not_there_is_a_clear_error_in_time(
             await asyncio.wait_for(one.connect(two.did), ERROR_SECONDS)
 
 
-async def test_without_a_turn_server_relay_only_fails_at_once(shared_gateway: GatewayProcess) -> None:
+async def test_without_a_turn_server_relay_only_fails_at_once(
+    shared_gateway: GatewayProcess, caplog: pytest.LogCaptureFixture
+) -> None:
     async with Worker(shared_gateway.url) as one, Agent(shared_gateway.url) as two:
         with pytest.raises(PeerConnectError, match="relay_only needs a TURN server, and none is known"):
             await asyncio.wait_for(one.connect(two.did), 2)
         two._host_addresses = ("127.0.0.1",)
-        with pytest.raises(PeerRefusedError, match="no connection can be made from there"):
+        caplog.clear()
+        with pytest.raises(PeerRefusedError, match="made from there: it has no TURN server or address"):
             await asyncio.wait_for(two.connect(one.did), 2)
+        (told,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert f"an OFFER of {two.did} cannot be answered" in told
+        assert "relay_only needs a TURN server, and none is known" in told
 
 
 async def test_agent_that_stays_gets_new_credentials_before_the_old_ones_expire(

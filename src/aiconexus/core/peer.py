@@ -546,12 +546,9 @@ class Peer:
 
     @property
     def _too_much_unread(self) -> str:
-        is_much = self._unread > UNREAD_MAX_BYTES
-        return (
-            f"{self._unread:,} bytes of answers are on their way to you, or wait to be read"
-            if is_much
-            else ""
-        )
+        if self._unread <= UNREAD_MAX_BYTES:
+            return ""
+        return f"{self._unread:,} bytes of answers are on their way to you, or wait to be read"
 
     def _handle(self, event: Event) -> None:  # noqa: PLR0912  # one for each event
         match event:

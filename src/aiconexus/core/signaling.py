@@ -486,8 +486,10 @@ class Signaling(Generic[Opened]):
             except MalformedMessageError as error:
                 self._reply(offer, ErrorPayload.for_error(error))
                 raise PeerConnectError(f"its OFFER cannot be used: {error}") from error
-            except PeerConnectError:
-                self._reply(offer, ErrorPayload.for_cause("declined", "no connection can be made from there"))
+            except PeerConnectError as error:
+                _log.warning("an OFFER of %s cannot be answered: %s", attempt.did, error)
+                text = "no connection can be made from there: it has no TURN server or address to use"
+                self._reply(offer, ErrorPayload.for_cause("declined", text))
                 raise
             attempt.signal = AnswerPayload(sdp=sdp), offer.id
             await self._signal(attempt)
