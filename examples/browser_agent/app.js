@@ -96,6 +96,14 @@ function note(...what) {
 /** @param {string} text */
 const code = (text) => element("code", {}, text);
 
+const TITLE = document.title;
+
+/** Show in the title how many questions wait: the tab may be behind others. */
+function showWaiting() {
+  const waiting = $("questions").childElementCount;
+  document.title = waiting > 0 ? `(${waiting}) ${TITLE}` : TITLE;
+}
+
 /** @type {Record<string, import("./aiconexus.js").Capability>} */
 const capabilities = {
   ask_human: {
@@ -144,6 +152,7 @@ const capabilities = {
         /** @param {() => void} settle @param {string} what */
         const end = (settle, what) => {
           form.remove();
+          showWaiting();
           signal.removeEventListener("abort", withdraw);
           note(code(shortDid(caller)), ` asked “${question}” and ${what}`);
           settle();
@@ -156,6 +165,7 @@ const capabilities = {
         });
         signal.addEventListener("abort", withdraw);
         $("questions").append(form);
+        showWaiting();
         input.focus({ preventScroll: true });
       }),
   },

@@ -326,6 +326,24 @@ async def test_python_asks_the_person_at_the_page(tab: Tab, worker: Worker) -> N
         await expect(tab.page.locator("#log")).to_contain_text("has withdrawn the question")
 
 
+async def test_a_question_is_seen_on_a_phone_and_in_the_title(tab: Tab, worker: Worker) -> None:
+    did = await tab.call("return agent.did")
+    title = await tab.page.title()
+    size = tab.page.viewport_size
+    assert size is not None
+    await tab.page.set_viewport_size({"width": 375, "height": 740})
+    async with worker.connect(did) as peer:
+        asked = asyncio.ensure_future(peer.execute("ask_human", question="Where are you?"))
+        question = tab.page.locator(".question")
+        await expect(question.locator("button[type=submit]")).to_be_in_viewport()
+        await expect(tab.page).to_have_title(f"(1) {title}")
+        await question.locator("textarea").fill("here")
+        await question.locator("button[type=submit]").click()
+        assert await asyncio.wait_for(asked, SECONDS) == "here"
+        await expect(tab.page).to_have_title(title)
+    await tab.page.set_viewport_size(size)
+
+
 async def test_python_reads_a_stream_of_the_page_and_leaves_it(tab: Tab, worker: Worker) -> None:
     did = await tab.call("return agent.did")
     async with worker.connect(did) as peer:
