@@ -3252,7 +3252,7 @@ export class Peer {
     const local = stats.get(pair?.localCandidateId);
     const remote = stats.get(pair?.remoteCandidateId);
     if (local === undefined || remote === undefined) return null;
-    const address = (/** @type {any} */ { address, ip, port }) => `${address ?? ip ?? "hidden"}:${port}`;
+    const address = (/** @type {any} */ { address, ip, port }) => `${address || ip || "hidden"}:${port}`;
     const kinds = [local.candidateType, remote.candidateType];
     return {
       local: address(local),
@@ -3909,12 +3909,10 @@ export class Peer {
       }
     } catch (error) {
       if (error instanceof CallError) this.#failCall(call, error.code, error.message);
-      else
-        this.#failCall(
-          call,
-          "capability_error",
-          error instanceof Error ? `${error.name}: ${error.message}` : String(error),
-        );
+      else {
+        const isPlain = error instanceof Error && error.name === "Error"; // a name that says nothing
+        this.#failCall(call, "capability_error", isPlain ? error.message : String(error));
+      }
     } finally {
       this.#running--;
     }

@@ -425,8 +425,9 @@ function renderAgents() {
   );
   if (focused)
     /** @type {HTMLElement | null} */ (document.querySelector(`.agent[data-did="${CSS.escape(focused)}"]`))?.focus();
-  $("agent-count").textContent = String(agents.size);
+  $("agent-count").textContent = words === "" ? String(agents.size) : `${list.length} of ${agents.size}`;
   $("no-agents").hidden = agents.size > 0;
+  $("no-match").hidden = agents.size === 0 || list.length > 0;
 }
 
 /** @param {string} did */
@@ -591,7 +592,8 @@ async function ask(event) {
   try {
     const peer = await connected(selected);
     const { status, requiredInput, cost } = await peer.intent($("intent").value);
-    const words = [status.replaceAll("_", " ")];
+    // What stands behind the first word may be the name of a capability.
+    const words = [status.replace(/^\w+/, (word) => word.replaceAll("_", " "))];
     if (requiredInput !== undefined) words.push(`needs ${[requiredInput].flat().join(", ")}`);
     if (cost !== undefined) words.push(`costs ${cost}`);
     output.textContent = words.join(" · ");

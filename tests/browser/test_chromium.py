@@ -209,7 +209,10 @@ async def test_page_lists_who_comes_and_goes(tab: Tab, isolated_gateway: Gateway
         await expect(entry).to_be_visible()
         await tab.page.locator("#filter").fill("nothing like it")
         await expect(entry).to_have_count(0)
+        await expect(tab.page.locator("#no-match")).to_be_visible()
+        await expect(tab.page.locator("#agent-count")).to_have_text("0 of 1")
         await tab.page.locator("#filter").fill("")
+        await expect(tab.page.locator("#no-match")).to_be_hidden()
         await expect(entry).to_be_visible()
     await expect(entry).to_have_count(0)
 
