@@ -257,6 +257,8 @@ async def test_exception_is_an_error_and_the_channel_lives_on(
 ) -> None:
     with pytest.raises(CapabilityError, match=r"^ValueError: the page is torn$"):
         await peer.execute("fail", text="the page is torn")
+    with pytest.raises(CapabilityError, match=r"^ValueError$"):
+        await peer.execute("fail", text="")
     assert await peer.execute("add", a=1) == 2
     # The traceback stays where it belongs.
     record = next(record for record in caplog.records if record.exc_info)

@@ -480,7 +480,8 @@ class Agent:
         _log.warning("%s of %r failed", name, self, exc_info=error)
         # One that names no capability is no other agent's: it tells of this call, as of its progress.
         is_own = type(error) is CapabilityError and not error.capability
-        return CapabilityError(str(error) if is_own else f"{type(error).__name__}: {error}", name)
+        kind, text = type(error).__name__, str(error)
+        return CapabilityError(text if is_own else f"{kind}: {text}" if text else kind, name)
 
     # --- the gateway ----------------------------------------------------------------------------
 

@@ -141,7 +141,7 @@ class _Execution:
 
 
 class Peer:
-    """Another agent, connected. Several tasks may use it at the same time.
+    """Another agent, connected: what `Agent.connect` returns. Several tasks may use it at the same time.
 
     Attributes:
         did: Its DID, which the connection has proven.
@@ -277,7 +277,7 @@ class Peer:
             capability: Its name.
             timeout: Seconds; 60 if None. In a capability, never more than its own caller has left. The other
                 agent is told.
-            on_progress: Called with what the capability tells meanwhile (`Call.progress`).
+            on_progress: Called with what the capability tells meanwhile (`Call.progress`), until it raises.
             on_receipt: Called with the signed request and the signed response, be that a result or an error.
                 Whoever gives up, by a timeout or cancelled, has none.
             args: What it takes, by name: bytes, or anything pydantic can write as JSON. One may be an async

@@ -45,8 +45,9 @@ class Question:
 
     def progress(self, value: Any) -> None:
         """Tell whoever asked how far it is."""
-        if self._on_progress is not None:
-            self._call(self._on_progress, value)
+        # There may be thousands: one that fails is not called again.
+        if self._on_progress is not None and not self._call(self._on_progress, value):
+            self._on_progress = None
 
     def add(self, part: Value) -> None:
         """Take the next part."""
@@ -102,11 +103,13 @@ class Question:
         if receipt is not None and self._on_receipt is not None:
             self._call(self._on_receipt, receipt)
 
-    def _call(self, callback: Callable[[Any], None], value: Any) -> None:
+    def _call(self, callback: Callable[[Any], None], value: Any) -> bool:
         try:
             callback(value)
         except Exception:
             _log.exception("%r failed", callback)
+            return False
+        return True
 
 
 def forget(answer: asyncio.Future[Any]) -> None:
