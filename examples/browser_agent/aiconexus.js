@@ -239,7 +239,7 @@ export function retryAfter(close, reason) {
 }
 
 /**
- * Base of all errors of this module.
+ * Base of all errors of this module. `temporary`: whether the same may succeed later, as far as can be known.
  *
  *     AIConexusError
  *     ├── DIDError                     not a canonical Ed25519 did:key
@@ -270,6 +270,8 @@ export function retryAfter(close, reason) {
  *         └── CallBusyError            it takes no more at present
  */
 export class AIConexusError extends Error {
+  temporary = false;
+
   /** @param {string} message @param {string} code For programs. @param {unknown} [cause] */
   constructor(message, code, cause) {
     super(message, cause === undefined ? undefined : { cause });
@@ -292,6 +294,7 @@ export class MessageError extends AIConexusError {
   /** @param {string} name Of the cause. @param {string} [text] @param {Place} [place] */
   constructor(name, text, { field, id } = {}) {
     super(text ?? name.replaceAll("_", " "), name);
+    this.temporary = CAUSES[name].temporary;
     this.field = field;
     /** `id` of the refused message, where it could be read: the `correlation_id` of the ERROR. */
     this.messageId = id ?? null;
@@ -316,7 +319,6 @@ export class RemoteError extends AIConexusError {
     const details = payload.details ?? {};
     /** The cause: `details.name`, or "". */
     this.reason = details.name ?? "";
-    /** Whether the same message may succeed later. */
     this.temporary = details.temporary ?? false;
     /** Milliseconds, if the sender named any. */
     this.retryAfter = details.retry_after_ms;
@@ -334,16 +336,30 @@ function remoteError(payload, text = payload.message) {
 }
 
 export class GatewayError extends AIConexusError {}
-export class GatewayUnreachableError extends GatewayError {}
+export class GatewayUnreachableError extends GatewayError {
+  temporary = true;
+}
 export class GatewayIdentityError extends GatewayError {}
-export class RegistrationError extends GatewayError {}
+export class RegistrationError extends GatewayError {
+  /** @param {string} message @param {string} code @param {RemoteError} [cause] The ERROR, if one came. */
+  constructor(message, code, cause) {
+    super(message, code, cause);
+    this.temporary = cause?.temporary ?? false;
+  }
+}
 export class GatewayClosedError extends GatewayError {}
 export class NotConnectedError extends GatewayError {}
-export class IncompleteAnswerError extends GatewayError {}
+export class IncompleteAnswerError extends GatewayError {
+  temporary = true;
+}
 
-export class PeerError extends AIConexusError {}
+export class PeerError extends AIConexusError {
+  temporary = true;
+}
 export class PeerConnectError extends PeerError {}
-export class PeerIdentityError extends PeerError {}
+export class PeerIdentityError extends PeerError {
+  temporary = false;
+}
 export class PeerLostError extends PeerError {}
 
 export class CallError extends AIConexusError {}
@@ -352,7 +368,9 @@ export class InvalidArgumentsError extends CallError {}
 export class CapabilityError extends CallError {}
 export class CallTimeoutError extends CallError {}
 export class CallCancelledError extends CallError {}
-export class CallBusyError extends CallError {}
+export class CallBusyError extends CallError {
+  temporary = true;
+}
 
 /** @param {string} name `ext.error.name` @param {string} text */
 function callError(name, text) {
@@ -3320,7 +3338,7 @@ export class Peer {
     this.#questions.set(plain.id, question);
     try {
       this.#outbox.urgent(this.#text(kind === "INTENT" ? await sign(plain, this.#hooks.identity) : plain));
-      const late = () => new CallTimeoutError(`no answer from ${shortDid(this.did)} in ${timeout} ms`, "timeout");
+      const late = () => new CallTimeoutError(`no answer from ${shortDid(this.did)} in ${timeout / 1000} s`, "timeout");
       return await within(unlessAborted(question.answer.promise, signal), timeout, late);
     } finally {
       if (this.#questions.delete(plain.id) && kind === "INTENT") this.#cancel(plain.id);
@@ -3341,7 +3359,7 @@ export class Peer {
     let id = "";
     const abort = () => this.#giveUp(id, call, signal?.reason);
     const late = () =>
-      this.#giveUp(id, call, new CallTimeoutError(`${capability}: no result in ${timeout} ms`, "timeout"));
+      this.#giveUp(id, call, new CallTimeoutError(`${capability}: no result in ${timeout / 1000} s`, "timeout"));
     const timer = setTimeout(late, timeout);
     signal?.addEventListener("abort", abort);
     try {
@@ -3824,7 +3842,7 @@ export class Peer {
       return null;
     }
     if (!call.isIntent) this.#hooks.answers.begin(envelope);
-    call.timer = setTimeout(() => this.#abort(call, "timeout", `no result in ${call.timeout} ms`), call.timeout);
+    call.timer = setTimeout(() => this.#abort(call, "timeout", `no result in ${call.timeout / 1000} s`), call.timeout);
     return call;
   }
 
@@ -4188,7 +4206,8 @@ export class Peer {
       !Number.isNaN(this.#pingedAt) &&
       now - Math.max(this.#aliveAt, this.#pingedAt) >= LIMITS.PEER_PONG_TIMEOUT_MS
     ) {
-      this.#lost("it was silent");
+      const silence = (LIMITS.PEER_PING_INTERVAL_MS + LIMITS.PEER_PONG_TIMEOUT_MS) / 1000;
+      this.#lost(`it was silent for ${silence} s: it is gone, or its event loop is blocked`);
     } else {
       if (Number.isNaN(this.#pingedAt) && now - this.#heardAt >= LIMITS.PEER_PING_INTERVAL_MS) {
         this.#pingedAt = now;
@@ -4403,7 +4422,7 @@ class Signaling {
     attempt.waiting++;
     const late = () =>
       new PeerConnectError(
-        `no connection to ${shortDid(did)} in ${timeout} ms: ${attempt.describe(this.#hooks.hasGateway())}`,
+        `no connection to ${shortDid(did)} in ${timeout / 1000} s: ${attempt.describe(this.#hooks.hasGateway())}`,
         "timeout",
       );
     const asking = setTimeout(() => void this.#askGateway(attempt), timeout - Math.min(ASK_MS, timeout / 2));
