@@ -778,7 +778,8 @@ class Peer:
         if execution.input is not None:
             execution.input.end("the call is over")
         del self._executions[id_]
-        del execution.task  # its exception knows the frame, and that the execution
+        # Its exception has the frames that have the execution: only the garbage collector would end that.
+        del execution.task
 
     # --- its state and its end ------------------------------------------------------------------
 

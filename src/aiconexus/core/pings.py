@@ -16,6 +16,12 @@ from aiconexus.protocol.limits import PROTOCOL_VERSION
 from aiconexus.protocol.models import UUID_PATTERN, MessageType, format_timestamp, parse_timestamp
 
 _END: Final = f'","payload":{{}},"version":"{PROTOCOL_VERSION}"}}'
+# One for all: to compile one for each pair of agents would take a millisecond of their connecting.
+_USUAL: Final = re.compile(
+    rf'\{{"id":"(?P<id>{UUID_PATTERN})","correlation_id":(null|"(?P<asked>{UUID_PATTERN})")'
+    r',"timestamp":"(?P<timestamp>[^"]+)","from":"(?P<sender>[^"]+)","to":"(?P<recipient>[^"]+)"'
+    rf',"type":"(?P<type>PING|PONG){re.escape(_END)}'
+)
 
 
 class PingTexts:
@@ -23,12 +29,9 @@ class PingTexts:
 
     def __init__(self, own: str, peer: str) -> None:
         """Make them for this agent's DID and the other's."""
+        self._own = own
+        self._peer = peer
         self._middle = f'","from":"{own}","to":"{peer}","type":"'
-        self._read = re.compile(
-            rf'\{{"id":"(?P<id>{UUID_PATTERN})","correlation_id":(null|"(?P<asked>{UUID_PATTERN})")'
-            rf',"timestamp":"(?P<timestamp>[^"]+)","from":"{re.escape(peer)}","to":"{re.escape(own)}"'
-            rf',"type":"(?P<type>PING|PONG){re.escape(_END)}'
-        ).fullmatch
 
     def ping(self) -> tuple[str, str]:
         """Return the id of a new PING, and its text."""
@@ -41,8 +44,8 @@ class PingTexts:
 
     def read(self, text: str) -> tuple[MessageType, str] | None:
         """Return what `text` is, and the id of the PING; None if it is not of the usual form."""
-        match = self._read(text)
-        if match is None:
+        match = _USUAL.fullmatch(text)
+        if match is None or match["sender"] != self._peer or match["recipient"] != self._own:
             return None
         try:
             parse_timestamp(match["timestamp"])
