@@ -18,6 +18,16 @@ from network import (
 from wire import Agent, assert_exchange, wait_until
 
 
+def let_wait(sender: Agent, agent: Agent, first, second) -> bytes:
+    """Return an OFFER of `sender`, at `first`, that waits for `agent`, which is away from `second` now."""
+    agent.drop()
+    wait_until(lambda: second.health()["away"] == 1)
+    data = sender.offer(agent.did)
+    sender.send(data)
+    wait_until(lambda: first.health()["waiting_elsewhere"] == 1)
+    return data
+
+
 def fill(sender: Agent, slow: Agent, node, count: int) -> list[bytes]:
     """Send to an agent that reads nothing until `count` messages wait for it; return all."""
     sent: list[bytes] = []
@@ -202,11 +212,7 @@ def test_a_sender_that_has_moved_on_is_told_where_it_is_now(own_redis, start_nod
     first, second, third = (start_node(url=own_redis.url) for _ in range(3))
     with Agent(first.port) as sender, Agent(second.port) as agent:
         assert_exchange(sender, agent)
-        agent.drop()
-        wait_until(lambda: second.health()["away"] == 1)
-        data = sender.offer(agent.did)
-        sender.send(data)
-        wait_until(lambda: first.health()["waiting_elsewhere"] == 1)
+        data = let_wait(sender, agent, first, second)
         with Agent(third.port, sender.key, resume=sender.resume_token) as moved:
             assert moved.resumed
             wait_until_confirmed(first, second, third)
@@ -225,11 +231,7 @@ def test_what_waits_at_a_node_that_dies_while_redis_is_lost_comes_back_when_redi
     with Agent(first.port) as sender:
         agent = Agent(second.port)
         assert_exchange(sender, agent)
-        agent.drop()
-        wait_until(lambda: second.health()["away"] == 1)
-        data = sender.offer(agent.did)
-        sender.send(data)
-        wait_until(lambda: first.health()["waiting_elsewhere"] == 1)
+        data = let_wait(sender, agent, first, second)
         wait_until_confirmed(first, second)
         own_redis.kill()
         second.kill()
@@ -308,11 +310,7 @@ def test_what_waits_is_answered_for_after_redis_came_back_empty(own_redis, start
     with Agent(first.port) as sender:
         agent = Agent(second.port)
         assert_exchange(sender, agent)
-        agent.drop()
-        wait_until(lambda: second.health()["away"] == 1)
-        data = sender.offer(agent.did)
-        sender.send(data)
-        wait_until(lambda: first.health()["waiting_elsewhere"] == 1)
+        data = let_wait(sender, agent, first, second)
         wait_until_confirmed(first, second)
         own_redis.kill()
         wait_until(lambda: redis_state(first) == redis_state(second) == "lost")
