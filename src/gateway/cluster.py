@@ -479,7 +479,10 @@ class Cluster:
         tasks = [asyncio.create_task(each.serve()) for each in (line, searches)]
         pubsub = client.pubsub()
         try:
-            if not self._has_connected:
+            if self._has_connected:
+                # To this Redis says in a sentence what it wants before, such as a password; to a script not.
+                await client.ping()
+            else:
                 await check_rights(client, self._prefix)
             registry = SharedRegistry(
                 line,
