@@ -27,6 +27,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+def _is_stopped(pid: int) -> bool:
+    # The state follows the name, which may hold spaces and brackets (proc(5)).
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 class GatewayProcess:
     """One gateway with the log it writes; it can be stopped, killed and started again on its port."""
 
@@ -68,9 +73,11 @@ class GatewayProcess:
         os.kill(pid, signal.SIGKILL)
 
     def signal_workers(self, number: signal.Signals) -> None:
-        """Send a signal to every worker."""
+        """Send a signal to every worker; after SIGSTOP, wait until each stands still."""
         for pid in self.worker_pids:
             os.kill(pid, number)
+            if number is signal.SIGSTOP:
+                wait_until(lambda pid=pid: _is_stopped(pid))
 
     def start(self) -> None:
         """Start it and wait until it listens."""

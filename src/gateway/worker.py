@@ -997,17 +997,20 @@ class Gateway:
             self._log.exception("fault", peer=connection.peer)
             connection.abort()
 
+    def on_goodbye(self, connection: Connection) -> None:
+        """End the session of a client that has sent CLOSE: the next message that is read may be for it."""
+        # Who says 1000 has finished; every other end may be followed by a resume.
+        self._end_session(connection, keep=connection.received_code not in (1000, 1005))
+
     def on_closed(self, connection: Connection) -> None:
         """Clean up after a connection that is gone."""
-        code = connection.received_code
         if connection.close_code == 0:  # not closed by us
-            self._tally.closed(code or 1006)
+            self._tally.closed(connection.received_code or 1006)
         if connection.session is None and connection.handshake is None:
-            # We closed a session, maybe with one frame half written: that did not get through.
+            # The session ended before its socket, maybe with a frame half written: that did not get through.
             for message in connection.take_undelivered():
                 self._put_back(message)
-        # A client that says 1000 has finished; every other end may be followed by a resume.
-        self._end_session(connection, keep=code not in (1000, 1005))
+        self._end_session(connection, keep=True)
 
     # --- life ----------------------------------------------------------------------------------
 

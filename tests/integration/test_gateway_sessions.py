@@ -300,6 +300,34 @@ def test_any_close_but_the_normal_one_may_be_followed_by_a_resume(gateway, code)
             assert back.read_text() == data
 
 
+def say_goodbye_before_an_offer(gateway, target: Agent, code: int, sender: Agent) -> bytes:
+    """Let the gateway read a CLOSE and an OFFER to who sent it at once, while that one's socket is open."""
+    data = sender.offer(target.did)
+    target.ping()  # epoll may still list who was read last, and then reads that one first
+    gateway.signal_workers(signal.SIGSTOP)
+    target.write(close_frame(code))
+    sender.send(data)
+    gateway.signal_workers(signal.SIGCONT)
+    assert target.read_close().close_code == code
+    return data
+
+
+def test_who_is_just_saying_goodbye_is_not_online(start_gateway):
+    gateway = start_gateway()
+    with Agent(gateway.port) as a, Agent(gateway.port) as b:
+        data = say_goodbye_before_an_offer(gateway, b, 1000, a)
+        a.receive_error("not_online", json.loads(data)["id"])
+
+
+def test_an_offer_waits_for_who_is_just_going_away(start_gateway):
+    gateway = start_gateway()
+    with Agent(gateway.port) as a, Agent(gateway.port) as b:
+        data = say_goodbye_before_an_offer(gateway, b, 1001, a)
+        a.ping()
+        with Agent(gateway.port, b.key, resume=b.resume_token) as back:
+            assert back.read_text() == data
+
+
 @pytest.mark.parametrize("token", [None, "", "wrong"])
 def test_without_the_right_token_what_waits_goes_back(gateway, token):
     with Agent(gateway.port) as a, Agent(gateway.port) as b:
