@@ -14,6 +14,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 import pytest
+from processes import children, is_stopped
 from turn_server import TurnServer, find_server
 from wire import wait_until
 
@@ -25,11 +26,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("CI") and reporter is not None and reporter.stats.get("skipped"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def _is_stopped(pid: int) -> bool:
-    # The state follows the name, which may hold spaces and brackets (proc(5)).
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 class GatewayProcess:
@@ -60,11 +56,7 @@ class GatewayProcess:
     @property
     def worker_pids(self) -> list[int]:
         """Its worker processes in the order in which they were started, without those killed."""
-        return [pid for pid in self._children() if pid not in self._killed]
-
-    def _children(self) -> list[int]:
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
-        return [int(pid) for pid in children.split()]
+        return [pid for pid in children(self.pid) if pid not in self._killed]
 
     def kill_worker(self, pid: int) -> None:
         """SIGKILL to one of its workers, which the supervisor then logs."""
@@ -77,7 +69,7 @@ class GatewayProcess:
         for pid in self.worker_pids:
             os.kill(pid, number)
             if number is signal.SIGSTOP:
-                wait_until(lambda pid=pid: _is_stopped(pid))
+                wait_until(lambda pid=pid: is_stopped(pid))
 
     def start(self) -> None:
         """Start it and wait until it listens."""
@@ -106,7 +98,7 @@ class GatewayProcess:
         """SIGTERM; return its exit status."""
         if self._process is not None and self._killed:
             # A death that it hears of only now would be one during its drain, which is a fault.
-            wait_until(lambda: self._killed.isdisjoint(self._children()))
+            wait_until(lambda: self._killed.isdisjoint(children(self.pid)))
         return self._end(signal.SIGTERM)
 
     def kill(self) -> int:

@@ -410,12 +410,13 @@ function renderAgents() {
       const chips = capabilities.slice(0, 8).map(({ name }) => element("span", { className: "chip" }, name));
       if (capabilities.length > 8) chips.push(element("span", { className: "chip" }, `+${capabilities.length - 8}`));
       if (chips.length === 0) chips.push(element("span", { className: "chip" }, "offers nothing"));
+      const known = me.state === "registered" ? status : "unknown"; // nobody says what has become of it meanwhile
       const button = element(
         "button",
         { type: "button", className: "agent", onclick: () => select(did), title: did },
         icon,
         code(shortDid(did)),
-        element("span", { className: "status", title: status, "data-status": status }),
+        element("span", { className: "status", title: known, "data-status": known }),
         element("span", { className: "chips" }, ...chips),
       );
       button.dataset.did = did;
@@ -632,6 +633,8 @@ async function main() {
   };
   me.addEventListener("state", () => {
     setState($("gateway-state"), me.state);
+    $("no-gateway").hidden = agents.size === 0 || me.state === "registered";
+    renderAgents();
     if (me.state === "closed" && me.closedBecause !== null) {
       const isReplaced = me.closedBecause.code === "replaced";
       banner(isReplaced ? "Another tab uses this identity now." : me.closedBecause.message);

@@ -70,8 +70,8 @@ async def serve_pages(port: int) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def started(words: str, *command: str) -> AsyncIterator[str]:
-    """Start a process, and yield what it says behind `words`; it is stopped at the end."""
+async def started(words: str, *command: str) -> AsyncIterator[tuple[str, Process]]:
+    """Start a process, and yield what it says behind `words`, and it; it is stopped at the end."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     process = await asyncio.create_subprocess_exec(
         sys.executable, *command, stdout=PIPE, env=environment, start_new_session=True
@@ -79,7 +79,7 @@ async def started(words: str, *command: str) -> AsyncIterator[str]:
     try:
         said = await asyncio.wait_for(find(process, words), SECONDS)
         rest = asyncio.ensure_future(drain(process))
-        yield said
+        yield said, process
         rest.cancel()
     finally:
         if process.returncode is None:
@@ -113,12 +113,12 @@ async def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
-        gateway = await stack.enter_async_context(
+        gateway, gateway_process = await stack.enter_async_context(
             started(
                 "listening:", "-m", "gateway.server", "--host", "127.0.0.1", "--port", "0", "--workers", "1"
             )
         )
-        agent = await stack.enter_async_context(
+        agent, agent_process = await stack.enter_async_context(
             started(
                 "is registered as",
                 str(HERE / "agent.py"),
@@ -133,7 +133,15 @@ async def main() -> None:
         print(f"agent    {agent}")
         print(f"page     {page}?gateway={quote(gateway, safe=':/')}", flush=True)
         print("Open the page; Ctrl+C stops everything.", flush=True)
-        await stop.wait()
+        ends = {
+            asyncio.ensure_future(gateway_process.wait()): "the gateway",
+            asyncio.ensure_future(agent_process.wait()): "the Python agent",
+            asyncio.ensure_future(stop.wait()): "",
+        }
+        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    dead = [ends[task] for task in done if ends[task]]
+    if dead and not stop.is_set():
+        raise SystemExit(f"{' and '.join(dead)} ended by itself, so everything was stopped")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import pytest
 import pytest_asyncio
 from javascript import ROOT, MissingError, find_chromium
 from loopback import NoNamespaceError, loopback_only
+from processes import children
 
 from aiconexus import Agent, Intent, Peer, Quote, capability, current_call
 from aiconexus.protocol.errors import CallCancelledError, CapabilityError, PeerLostError
@@ -455,17 +456,20 @@ async def test_call_outlives_the_gateway_and_the_page_returns_to_it(
             tab.call("return (await agent.connect(args[0])).execute('hold')", worker.did)
         )
         await asyncio.wait_for(worker.started.wait(), SECONDS)
+        status = tab.page.locator(f'.agent[data-did="{worker.did}"] .status')
+        await expect(status).to_have_attribute("data-status", "online")
         gateway.kill()
         await expect(tab.page.locator("#gateway-state")).to_have_text("reconnecting")
+        await expect(status).to_have_attribute("data-status", "unknown")
+        await expect(tab.page.locator("#no-gateway")).to_be_visible()
         async with worker.connect(did) as peer:  # the connection there is
             assert await peer.execute("echo", value="still here") == "still here"
         worker.released.set()
         assert await running == "held to the end"
         gateway.start()
         await expect(tab.page.locator("#gateway-state")).to_have_text("registered", timeout=SECONDS * 1e3)
-        await expect(tab.page.locator(f'.agent[data-did="{worker.did}"]')).to_be_visible(
-            timeout=SECONDS * 1e3
-        )
+        await expect(status).to_have_attribute("data-status", "online", timeout=SECONDS * 1e3)
+        await expect(tab.page.locator("#no-gateway")).to_be_hidden()
     # What Chromium says of a connection that is refused.
     tab.faults = [fault for fault in tab.faults if "WebSocket connection to" not in fault]
 
@@ -538,3 +542,23 @@ async def test_one_command_starts_everything_and_stops_it(browser: Browser) -> N
         await asyncio.wait_for(process.stdout.read(), SECONDS)
         assert await asyncio.wait_for(process.wait(), SECONDS) == 0
         assert "Traceback" not in (await errors).decode()  # not even where a page was closed in haste
+
+
+async def test_one_command_ends_when_a_part_of_it_has_died() -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        str(EXAMPLE / "run.py"),
+        stdout=PIPE,
+        stderr=PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert process.stdout is not None
+    async for line in process.stdout:
+        if line.startswith(b"Open the page"):
+            break
+    _, agent = children(process.pid)  # in the order in which they were started
+    os.kill(agent, signal.SIGKILL)
+    _, errors = await asyncio.wait_for(process.communicate(), SECONDS)
+    assert process.returncode == 1
+    last = errors.decode().splitlines()[-1]
+    assert last == "the Python agent ended by itself, so everything was stopped"

@@ -1,10 +1,11 @@
-"""Child processes of a test that share its memory."""
+"""Child processes: those of a test that share its memory, and those of others."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 
 def forked(work: Callable[[], object]) -> int:
@@ -19,3 +20,14 @@ def forked(work: Callable[[], object]) -> int:
         finally:
             os._exit(1)
     return pid
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that the main thread of one has started, oldest first."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_stopped(pid: int) -> bool:
+    """Tell whether a process stands still after SIGSTOP."""
+    # The state follows the name, which may hold spaces and brackets (proc(5)).
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
