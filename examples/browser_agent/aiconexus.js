@@ -3927,6 +3927,8 @@ export class Peer {
       }
     } catch (error) {
       if (error instanceof CallError) this.#failCall(call, error.code, error.message);
+      else if (error instanceof MessageError)
+        this.#failCall(call, "capability_error", `what it gave cannot be sent: ${error.message}`);
       else {
         const isPlain = error instanceof Error && error.name === "Error"; // a name that says nothing
         this.#failCall(call, "capability_error", isPlain ? error.message : String(error));

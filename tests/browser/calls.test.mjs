@@ -124,6 +124,11 @@ test("executions give results, and every failure its error", async () => {
     peer.execute("fail"),
     (error) => error instanceof ioap.CapabilityError && error.message === "RangeError: there is nothing here",
   );
+  await assert.rejects(
+    peer.execute("double", { value: 1e308 }),
+    (error) =>
+      error instanceof ioap.CapabilityError && error.message === "what it gave cannot be sent: JSON has no Infinity",
+  );
   await assert.rejects(peer.execute("echo", { value: { nested: new Uint8Array(1) } }), ioap.InvalidArgumentsError);
   await assert.rejects(
     peer.execute("hold", {}, { timeout: 100 }),
