@@ -29,8 +29,9 @@ cluster: $(RELEASE)/.ready
 browser: $(RELEASE)/.ready
 	$(RELEASE)/bin/python examples/browser_agent/run.py
 
+# Three at a time on two cores: half of the time they wait for a lease or a timer to run out.
 test: lint
-	$(DEV)/bin/python -m pytest tests --numprocesses 2 --dist loadfile
+	$(DEV)/bin/python -m pytest tests --numprocesses 3 --dist loadfile
 	$(MAKE) --no-print-directory --jobs 3 --output-sync=target test-bench $(SCANS:%=test-scan-%)
 
 # That the benchmarks measure what they say; most of the time they wait.
