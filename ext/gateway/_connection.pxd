@@ -94,7 +94,7 @@ cdef class Connection:
         bytes unanswered_ping       # the latest that came while writing was blocked
         bytes goodbye               # the CLOSE frame, as far as it is not written
         object recorded             # deque: numbers in the ledger of the frames in `out`; None: not slow
-        uint64_t epoch              # of the session
+        readonly uint64_t epoch     # of the session
         int fd
         uint32_t fragment_count
         uint32_t address            # under which it is counted, see Addresses

@@ -133,7 +133,7 @@ cdef class Router:
             `on_stream(worker, is_new)`, `on_news(kept, freed)`, `on_link_lost(worker, records)`,
             `on_refused_frame(connection, name, close_code)`, `on_slow_consumer(target, sender, data)`,
             `on_too_fast(connection, data, retry_after_ms, is_last)`, `on_timeout(connection, name)`,
-            `on_fault(connection)`, `on_goodbye(connection)` when a CLOSE frame has come, and
+            `on_fault(connection)`, `on_goodbye(connection)` when the client begins to close, and
             `on_closed(connection)` when the socket is being closed.
         table: The routes of the node.
         counters: Those of the node.

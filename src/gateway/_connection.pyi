@@ -74,6 +74,7 @@ class Router:
 class Connection:
     session: Session | None
     handshake: Handshake | None
+    epoch: int
     index: int
     close_code: int
     received_code: int

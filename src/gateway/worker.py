@@ -813,11 +813,14 @@ class Gateway:
             self._return_all([*undelivered, *session.release()], "not_online")
         self._count_sessions()
 
-    def _put_back(self, data: bytes) -> None:
-        """Deal with a message that is older than all that waits for its target."""
+    def _put_back(self, data: bytes, epoch: int) -> None:
+        """Deal with a message of a session of this epoch that is older than all that waits there.
+
+        A later session of the same agent may have got those already.
+        """
         to = scan(data).to
         target = self.registry.get(to) if to is not None else None
-        if target is None or target.connection is not None:
+        if target is None or target.epoch != epoch or target.connection is not None:
             self._return(data, "not_online")
         elif not target.hold_first(data):
             self._return(data, "away_full")
@@ -1009,7 +1012,7 @@ class Gateway:
         if connection.session is None and connection.handshake is None:
             # The session ended before its socket, maybe with a frame half written: that did not get through.
             for message in connection.take_undelivered():
-                self._put_back(message)
+                self._put_back(message, connection.epoch)
         self._end_session(connection, keep=True)
 
     # --- life ----------------------------------------------------------------------------------

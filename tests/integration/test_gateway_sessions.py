@@ -312,15 +312,17 @@ def say_goodbye_before_an_offer(gateway, target: Agent, code: int, sender: Agent
     return data
 
 
-def test_who_is_just_saying_goodbye_is_not_online(start_gateway):
-    gateway = start_gateway()
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_who_is_just_saying_goodbye_is_not_online(start_gateway, workers):
+    gateway = start_gateway("--workers", workers)
     with Agent(gateway.port) as a, Agent(gateway.port) as b:
         data = say_goodbye_before_an_offer(gateway, b, 1000, a)
         a.receive_error("not_online", json.loads(data)["id"])
 
 
-def test_an_offer_waits_for_who_is_just_going_away(start_gateway):
-    gateway = start_gateway()
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_offer_waits_for_who_is_just_going_away(start_gateway, workers):
+    gateway = start_gateway("--workers", workers)
     with Agent(gateway.port) as a, Agent(gateway.port) as b:
         data = say_goodbye_before_an_offer(gateway, b, 1001, a)
         a.ping()

@@ -44,6 +44,16 @@ def read_all(agent: Agent) -> tuple[list[dict], int]:
             return messages, got.close_code
 
 
+def read_to_marker(agent: Agent, sender: Agent) -> list[str]:
+    """Return the ids of all that comes to an agent before what is sent to it now."""
+    marker = sender.offer(agent.did)
+    sender.send(marker)
+    ids = []
+    while (data := agent.read_text()) != marker:
+        ids.append(json.loads(data)["id"])
+    return ids
+
+
 class Collector(threading.Thread):
     """Reads what comes to an agent, so that its own writes never block on the gateway's answers."""
 
@@ -250,6 +260,36 @@ def test_a_slow_agent_that_writes_to_itself_is_closed_once(gateway, port):
             pass
         wait_until(lambda: gateway.health()["counters"]["closed"] == {"4003": 1})
         assert read_all(agent)[1] == 4003
+
+
+@pytest.mark.parametrize(("code", "is_kept"), [(1001, True), (1000, False)])
+def test_half_a_message_of_a_session_reaches_no_later_one(gateway, port, code, is_kept):
+    with Agent(port) as sender, Agent(port, receive_buffer=TINY) as slow:
+        collector = Collector(sender)
+        sent: list[str] = []
+        while gateway.health()["waiting"] == 0:
+            assert len(sent) * 5_000 < 8 * QUEUE_MAX
+            sent += flood(collector, slow.did, 5_000, 25_000, first=len(sent))
+        slow.write(close_frame(code))
+        # The session ends at once, the connection when it has read or is gone.
+        wait_until(lambda: gateway.health()["sessions"] == 1 + is_kept)
+        assert gateway.health()["away"] == is_kept
+        assert gateway.health()["connections"] == 2
+        with Agent(port, slow.key, resume=slow.resume_token) as second:
+            assert second.resumed is is_kept
+            got = read_to_marker(second, sender)
+        wait_until(lambda: gateway.health()["away"] == 1)
+        slow.reset()
+        wait_until(lambda: gateway.health()["connections"] == 1)
+        with Agent(port, slow.key, resume=second.resume_token) as third:
+            assert third.resumed
+            assert read_to_marker(third, sender) == []
+        collector.sync()
+        errors = collector.errors()
+        assert set(got).isdisjoint(errors)
+        assert max(errors.values(), default=1) == 1
+        written = [name for name in sent if name not in got and name not in errors]
+        assert written == sent[: len(written)], "one is lost"
 
 
 def test_a_takeover_of_a_blocked_connection_resumes_with_what_waited(gateway, port):
