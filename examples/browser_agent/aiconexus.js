@@ -2420,6 +2420,16 @@ const ATTACHMENT = {
   sha256: absentOr((value) => typeof value === "string" && /^[0-9a-f]{64}$/.test(value)),
 };
 
+/**
+ * The error of a capability that gave what no message can carry; any other error as it is.
+ * @param {string} what
+ * @param {unknown} error
+ */
+const unsendable = (what, error) =>
+  error instanceof MessageError
+    ? new CapabilityError(`${what} cannot be sent: ${error.message}`, "capability_error", error)
+    : error;
+
 /** @param {unknown} value @returns {Detached | null} What a result is beside its envelope; null if it fits into it. */
 function detachResult(value) {
   const bytes = asBytes(value);
@@ -3927,8 +3937,6 @@ export class Peer {
       }
     } catch (error) {
       if (error instanceof CallError) this.#failCall(call, error.code, error.message);
-      else if (error instanceof MessageError)
-        this.#failCall(call, "capability_error", `what it gave cannot be sent: ${error.message}`);
       else {
         const isPlain = error instanceof Error && error.name === "Error"; // a name that says nothing
         this.#failCall(call, "capability_error", isPlain ? error.message : String(error));
@@ -3976,32 +3984,44 @@ export class Peer {
    * @param {unknown} value
    */
   async #part(call, value) {
-    const detached = detachResult(value ?? null);
-    call.digest.add(value ?? null);
-    const payload = { status: "partial", ...(detached === null ? { result: value ?? null } : {}) };
-    const ext = await describe(detached === null ? [] : [detached], {}, false);
-    if (call.isOver) return;
-    const text = this.#text(this.#message("EXEC_RESPONSE", payload, { correlationId: call.id, ext }));
-    await this.#outbox.put(call.id, text, { attached: detached?.data ? [detached.data] : [], isCounted: true });
+    try {
+      const detached = detachResult(value ?? null);
+      call.digest.add(value ?? null);
+      const payload = { status: "partial", ...(detached === null ? { result: value ?? null } : {}) };
+      const ext = await describe(detached === null ? [] : [detached], {}, false);
+      if (call.isOver) return;
+      const text = this.#text(this.#message("EXEC_RESPONSE", payload, { correlationId: call.id, ext }));
+      await this.#outbox.put(call.id, text, { attached: detached?.data ? [detached.data] : [], isCounted: true });
+    } catch (error) {
+      throw unsendable("a part", error);
+    }
   }
 
   /** @param {IncomingCall} call @param {unknown} value */
   #progress(call, value) {
     if (!call.isStream || call.isOver) return;
     const payload = { status: "progress", result: value ?? null };
-    const text = this.#text(this.#message("EXEC_RESPONSE", payload, { correlationId: call.id }));
-    if (isLonger(text, LIMITS.INLINE_MAX_BYTES)) throw new CapabilityError("progress is short", "capability_error");
-    void this.#outbox.put(call.id, text, { isCounted: true, isProgress: true });
+    try {
+      const text = this.#text(this.#message("EXEC_RESPONSE", payload, { correlationId: call.id }));
+      if (isLonger(text, LIMITS.INLINE_MAX_BYTES)) throw new MalformedMessageError("too_large", "it is short");
+      void this.#outbox.put(call.id, text, { isCounted: true, isProgress: true });
+    } catch (error) {
+      throw unsendable("the progress", error);
+    }
   }
 
   /** @param {IncomingCall} call @param {unknown} value */
   async #succeed(call, value = null) {
-    const detached = detachResult(value);
-    await this.#respond(
-      call,
-      { status: "success", ...(detached === null ? { result: value } : {}) },
-      detached === null ? [] : [detached],
-    );
+    try {
+      const detached = detachResult(value);
+      await this.#respond(
+        call,
+        { status: "success", ...(detached === null ? { result: value } : {}) },
+        detached === null ? [] : [detached],
+      );
+    } catch (error) {
+      throw unsendable("the result", error);
+    }
   }
 
   /** @param {IncomingCall} call @param {Quote} quote */

@@ -427,7 +427,8 @@ function renderAgents() {
   if (focused)
     /** @type {HTMLElement | null} */ (document.querySelector(`.agent[data-did="${CSS.escape(focused)}"]`))?.focus();
   $("agent-count").textContent = words === "" ? String(agents.size) : `${list.length} of ${agents.size}`;
-  $("no-agents").hidden = agents.size > 0;
+  $("no-gateway").hidden = agents.size === 0 || me.state === "registered";
+  $("no-agents").hidden = agents.size > 0 || me.state !== "registered";
   $("no-match").hidden = agents.size === 0 || list.length > 0;
 }
 
@@ -633,7 +634,6 @@ async function main() {
   };
   me.addEventListener("state", () => {
     setState($("gateway-state"), me.state);
-    $("no-gateway").hidden = agents.size === 0 || me.state === "registered";
     renderAgents();
     if (me.state === "closed" && me.closedBecause !== null) {
       const isReplaced = me.closedBecause.code === "replaced";

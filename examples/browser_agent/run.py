@@ -139,7 +139,7 @@ async def main() -> None:
             asyncio.ensure_future(stop.wait()): "",
         }
         done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    dead = [ends[task] for task in done if ends[task]]
+    dead = [name for task, name in ends.items() if name and task in done]
     if dead and not stop.is_set():
         raise SystemExit(f"{' and '.join(dead)} ended by itself, so everything was stopped")
 

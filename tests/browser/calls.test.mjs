@@ -127,7 +127,7 @@ test("executions give results, and every failure its error", async () => {
   await assert.rejects(
     peer.execute("double", { value: 1e308 }),
     (error) =>
-      error instanceof ioap.CapabilityError && error.message === "what it gave cannot be sent: JSON has no Infinity",
+      error instanceof ioap.CapabilityError && error.message === "the result cannot be sent: JSON has no Infinity",
   );
   await assert.rejects(peer.execute("echo", { value: { nested: new Uint8Array(1) } }), ioap.InvalidArgumentsError);
   await assert.rejects(

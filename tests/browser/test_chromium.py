@@ -553,12 +553,17 @@ async def test_one_command_ends_when_a_part_of_it_has_died() -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert process.stdout is not None
-    async for line in process.stdout:
-        if line.startswith(b"Open the page"):
-            break
-    _, agent = children(process.pid)  # in the order in which they were started
-    os.kill(agent, signal.SIGKILL)
-    _, errors = await asyncio.wait_for(process.communicate(), SECONDS)
+    try:
+        async for line in process.stdout:
+            if line.startswith(b"Open the page"):
+                break
+        _, agent = children(process.pid)  # in the order in which they were started
+        os.kill(agent, signal.SIGKILL)
+        _, errors = await asyncio.wait_for(process.communicate(), SECONDS)
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()
     assert process.returncode == 1
     last = errors.decode().splitlines()[-1]
     assert last == "the Python agent ended by itself, so everything was stopped"
