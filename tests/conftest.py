@@ -14,7 +14,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 import pytest
-from processes import children, is_stopped
+from processes import children, process_state
 from turn_server import TurnServer, find_server
 from wire import wait_until
 
@@ -69,7 +69,7 @@ class GatewayProcess:
         for pid in self.worker_pids:
             os.kill(pid, number)
             if number is signal.SIGSTOP:
-                wait_until(lambda pid=pid: is_stopped(pid))
+                wait_until(lambda pid=pid: process_state(pid) == "T")
 
     def start(self) -> None:
         """Start it and wait until it listens."""

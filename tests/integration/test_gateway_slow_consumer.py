@@ -119,12 +119,8 @@ def test_every_message_to_a_slow_agent_is_delivered_or_comes_back(gateway, port,
         slow.assert_ended()
         with Agent(port, slow.key, resume=slow.resume_token) as back:
             assert back.resumed
-            marker = a.offer(back.did)
-            a.send(marker)
-            while (data := back.read_text()) != marker:
-                messages.append(json.loads(data))
+            delivered = [got["id"] for got in messages] + read_to_marker(back, a)
         collector.sync()
-        delivered = [got["id"] for got in messages]
         assert len(set(delivered)) == len(delivered), "one came twice"
         errors = collector.errors()
         assert Counter(delivered) + errors == Counter(sent)
@@ -301,11 +297,7 @@ def test_a_takeover_of_a_blocked_connection_resumes_with_what_waited(gateway, po
             sent += flood(collector, old.did, 30_000, 150_000, first=len(sent))
         with Agent(port, old.key, resume=old.resume_token) as new:
             assert new.resumed
-            marker = sender.offer(new.did)
-            sender.send(marker)
-            got_new = []
-            while (data := new.read_text()) != marker:
-                got_new.append(json.loads(data)["id"])
+            got_new = read_to_marker(new, sender)
         messages, code = read_all(old)
         assert code == 4504
         got_old = [got["id"] for got in messages]

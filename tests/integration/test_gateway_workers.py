@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from async_agent import AsyncAgent
 from flock import Flock
+from processes import process_state
 from wire import Agent, assert_exchange, wait_until
 
 from aiconexus.protocol import DIDKey
@@ -418,7 +419,7 @@ def resident(pid: int) -> int:
 
 def is_running(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return process_state(pid) != "Z"
     except FileNotFoundError:
         return False
 

@@ -27,7 +27,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def is_stopped(pid: int) -> bool:
-    """Tell whether a process stands still after SIGSTOP."""
-    # The state follows the name, which may hold spaces and brackets (proc(5)).
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+def process_state(pid: int) -> str:
+    """Return the letter of proc(5): "T" is stopped, "Z" has ended and is not waited for."""
+    # It follows the name, which may hold spaces and brackets.
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
