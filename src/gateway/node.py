@@ -11,6 +11,7 @@ from gateway._addresses import Addresses
 from gateway._counters import Counters
 from gateway._ledger import Ledger
 from gateway._routing import RoutingTable
+from gateway.lifeline import Lifeline
 
 # Refusals that are no ERROR: of frames (RFC 6455) and of HTTP requests.
 _FRAME_FAULTS = (
@@ -54,6 +55,7 @@ class Node:
     counters: Counters
     addresses: Addresses
     ledger: Ledger
+    lifeline: Lifeline
     instance: str
 
     @classmethod
@@ -74,6 +76,7 @@ class Node:
             ),
             addresses=Addresses(workers),
             ledger=Ledger(workers),
+            lifeline=Lifeline(),
             instance=secrets.token_hex(8),
         )
 

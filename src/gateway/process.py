@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import socket
 from collections.abc import Iterable
@@ -54,6 +53,8 @@ class WorkerProcess:
     async def _main(self) -> None:
         loop = asyncio.get_running_loop()
         self._line.setblocking(False)
+        lifeline = self._gateway.node.lifeline
+        loop.add_reader(lifeline.fileno(), lifeline.follow)
         loop.add_reader(self._line.fileno(), self._on_line)
         # A terminal sends SIGINT to the whole group; the supervisor passes it on as SIGTERM.
         loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
@@ -71,8 +72,9 @@ class WorkerProcess:
 
     def _on_line(self) -> None:
         data, descriptors, _, _ = socket.recv_fds(self._line, _WORD_MAX, 1)
-        if not data:  # the supervisor has gone, and so shall we
-            os._exit(1)
+        if not data:  # the supervisor is going, and we shall follow it
+            asyncio.get_running_loop().remove_reader(self._line.fileno())
+            return
         word, _, argument = data.partition(b" ")
         if word == LINK:
             number, generation = argument.split()

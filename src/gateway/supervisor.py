@@ -195,6 +195,7 @@ class Supervisor:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes sends it to the whole group
+            self._node.lifeline.let_go()
             self._selector.close()
             for end in self._inherited:
                 end.close()

@@ -611,6 +611,7 @@ class Gateway:
 
     def on_link_lost(self, worker: int, records: list[tuple[int, int, int, bytes]]) -> None:
         """Another worker has gone: tell the senders of what it had not confirmed."""
+        self.node.lifeline.follow()
         if worker < NODE_WORKERS and self.node.is_draining(worker):
             self._log.debug("worker left", left=worker, unconfirmed=len(records))
         elif worker < NODE_WORKERS:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from async_agent import AsyncAgent
 from flock import Flock
-from processes import process_state
+from processes import children, process_state
+from searches import dids, discover
 from wire import Agent, assert_exchange, wait_until
 
 from aiconexus.protocol import DIDKey
@@ -429,6 +430,44 @@ def test_no_worker_survives_its_supervisor(gateway):
     assert len(workers) == WORKERS
     gateway.kill()
     wait_until(lambda: not any(is_running(pid) for pid in workers))
+
+
+def test_agents_of_a_node_that_dies_have_not_left_one_by_one():
+    # Without PR_SET_PDEATHSIG, so that a worker can be as late as the test wants it.
+    code = """
+from aiconexus.protocol import DIDKey
+from gateway import log, supervisor
+from gateway.config import Settings
+log.configure("info", "json")
+supervisor._libc.prctl = lambda *_: 0
+address = supervisor.reserve("127.0.0.1", 0)
+port = address.getsockname()[1]
+settings = Settings(workers=2)
+supervisor.Supervisor(settings, DIDKey.generate(), address, lambda: print(port, flush=True)).run()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as node:
+        assert node.stdout is not None
+        watcher, other = agents_apart(int(node.stdout.readline()))
+        workers = children(node.pid)
+        late, first = (workers[agent.register_answer["ext"]["worker"]] for agent in (watcher, other))
+        with watcher, other:
+            discover(watcher, watch=True)
+            assert dids(watcher.receive()["payload"]["agents"]) == sorted((watcher.did, other.did))
+            for pid in (node.pid, late):
+                os.kill(pid, signal.SIGSTOP)
+                wait_until(lambda pid=pid: process_state(pid) == "T")
+            for pid in (first, node.pid):
+                os.kill(pid, signal.SIGKILL)
+                wait_until(lambda pid=pid: not is_running(pid))
+            os.kill(late, signal.SIGCONT)
+            try:
+                assert watcher.read_to_end() == b""
+                wait_until(lambda: not is_running(late))
+            finally:
+                if is_running(late):
+                    os.kill(late, signal.SIGKILL)
 
 
 def test_a_second_signal_ends_a_drain_at_once(start_gateway):
