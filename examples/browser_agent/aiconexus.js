@@ -2228,10 +2228,12 @@ class Directory {
     /** @param {string} [watchId] Also watch, by a DISCOVER with this id. */
     async function* compare(watchId) {
       const present = new Set();
+      let isBegun = watchId === undefined; // the first page says that the watch is
       let isWhole = true;
       try {
         const asked = watchId === undefined ? query : { ...query, watch: true };
         for await (const page of directory.#pages(asked, { id: watchId })) {
+          isBegun = true;
           isWhole &&= page.partial !== true;
           for (const entry of page.agents ?? []) {
             present.add(entry.did);
@@ -2245,7 +2247,7 @@ class Directory {
         if (!(error instanceof RemoteError && error.temporary) && !(error instanceof GatewayUnreachableError))
           throw error;
         clearTimeout(retry);
-        retry = setTimeout(() => queue.put(watchId === undefined ? { event: "missed" } : null), backoff.next(1000));
+        retry = setTimeout(() => queue.put(isBegun ? { event: "missed" } : null), backoff.next(1000));
         return;
       }
       if (!isWhole) {

@@ -317,6 +317,35 @@ async def test_watch_asks_again_when_not_everybody_could_be_asked(
     await ending
 
 
+@pytest.mark.parametrize("is_begun", [False, True])
+async def test_watch_begins_anew_only_where_it_had_not_begun(
+    is_begun: bool,
+    gateway: ScriptedGateway,
+    client: GatewayClient,
+    registered: Register,
+    other: DIDKey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(directory, "RETRY_SECONDS", 0.0)
+    visit = await registered()
+    events = client.watch()
+    first = asyncio.ensure_future(anext(events))
+    question = await gateway.message()
+    if is_begun:
+        await visit.send_unsigned(PresencePayload(agents=[], cursor="more"), question.id)
+        question = await gateway.message()
+    await visit.send_unsigned(ErrorPayload.for_cause("busy"), question.id)
+    again = await gateway.message()
+    assert isinstance(again.payload, DiscoverPayload)
+    assert again.payload.watch is (None if is_begun else True)
+    await visit.send_unsigned(PresencePayload(agents=[{"did": other.did}]), again.id)
+    assert (await first).agent.did == other.did
+    ending = asyncio.ensure_future(events.aclose())
+    end = await gateway.message()
+    await visit.send_unsigned(PresencePayload(agents=[]), end.id)
+    await ending
+
+
 @pytest.mark.parametrize("is_dropped", [False, True])
 async def test_watch_that_is_read_too_slowly_tells_how_it_is(
     is_dropped: bool,

@@ -225,9 +225,11 @@ class _Watch:
     async def _compare(self, query: DiscoverPayload, id_: str) -> AsyncIterator[PresenceEvent]:
         """Ask who is there, and yield what is new. Of whom is told meanwhile, the queue knows better."""
         present: set[str] = set()
+        is_begun = not id_  # the first page says that the watch is
         is_whole = True
         try:
             async for page in _pages(self._client, query, self._timeout, id_):
+                is_begun = True
                 is_whole = is_whole and not page.partial
                 for entry in page.agents:
                     present.add(str(entry.get("did")))
@@ -241,7 +243,7 @@ class _Watch:
         except RemoteError as error:
             if not error.temporary:
                 raise
-            self._try_again(is_new=bool(id_))
+            self._try_again(is_new=not is_begun)
             return
         if not is_whole:
             self._try_again(is_new=False)
