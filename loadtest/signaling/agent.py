@@ -32,6 +32,8 @@ from signaling.exchange import Exchange
 from signaling.ledger import DeliveryError, Sent
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiconexus.client.handshake import Resume
     from signaling.swarm import Swarm
 
@@ -41,7 +43,7 @@ NORMAL = 1000  # the close code of who has finished
 DRAIN_MEMORY = 30.0  # s after a drain's CLOSE in which absences, lost sessions and HTTP 503 are part of it
 # What the gateway says of an agent that has gone.
 ABSENT = frozenset({"not_online", "away_expired", "away_full", "unreachable"})
-NOTICE_MAX = 2.0  # s; one agent may read such an ERROR before the other reads its CLOSE
+NOTICE_MAX = 2.0  # s; an agent may meet the end of another, or of the gateway, before a CLOSE is read
 
 
 class RoutingError(Exception):
@@ -223,10 +225,8 @@ class Agent:
         elapsed = self.registered_at - began
         if how != "resumed" or connection.resumed:
             statistics.registered(how, elapsed)
-        elif self._is_drain:
-            statistics.registered("not resumed: drain", elapsed)
         else:
-            statistics.not_registered(how, elapsed, SessionError("the gateway did not keep the session"))
+            self.swarm.judges.spawn(self._judge_lost_session, how, elapsed)
 
     def _start_reading(self) -> None:
         self._reader = gevent.spawn(self._read)
@@ -371,11 +371,26 @@ class Agent:
             self.swarm.statistics.routing_error(name, now - sent.at, failure)
 
     def _judge(self, sent: Sent, target: Agent, name: str, payload: ErrorPayload, arrived_at: float) -> None:
-        """Find out whether an agent was really gone: its own greenlet may read of it a little later."""
+        """Find out whether an agent was really gone."""
         failure: RoutingError | None = RoutingError(f"{payload.code.value} {name}: {payload.message}")
-        while time.monotonic() < arrived_at + NOTICE_MAX:
-            if self._is_drain or target.ended_at >= sent.at:
-                name, failure = f"{name}: {'drain' if self._is_drain else 'partner was lost'}", None
-                break
-            gevent.sleep(0.05)
+        if _comes_true(lambda: self._is_drain or target.ended_at >= sent.at):
+            name, failure = f"{name}: {'drain' if self._is_drain else 'partner was lost'}", None
         self.swarm.statistics.routing_error(name, arrived_at - sent.at, failure)
+
+    def _judge_lost_session(self, how: str, elapsed: float) -> None:
+        """Find out whether it ended in a drain: one worker of a gateway may have begun it, others not yet."""
+        if _comes_true(lambda: self._is_drain):
+            self.swarm.statistics.registered("not resumed: drain", elapsed)
+        else:
+            failure = SessionError("the gateway did not keep the session")
+            self.swarm.statistics.not_registered(how, elapsed, failure)
+
+
+def _comes_true(condition: Callable[[], bool]) -> bool:
+    """Wait for what another greenlet may read a little later."""
+    until = time.monotonic() + NOTICE_MAX
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        gevent.sleep(0.05)
+    return True

@@ -640,6 +640,9 @@ class Gateway:
     # --- sessions ------------------------------------------------------------------------------
 
     def _register(self, connection: Connection, handshake: Handshake, data: bytes, found: Scan) -> None:
+        if self._is_draining:
+            self._send_away(connection)
+            return
         try:
             registration = self._registrar.check(handshake, data)
         except MessageError as error:
@@ -788,6 +791,10 @@ class Gateway:
         )
         self._send(connection, answer)
         self._log.debug("registered", did=session.did, peer=connection.peer, resumed=resumed)
+
+    def _send_away(self, connection: Connection) -> None:
+        """Close a connection as the gateway stops, with a time to come back that others do not have, too."""
+        self._close(connection, 4001, retry_after_ms=500 + random.randrange(1_000))  # noqa: S311
 
     def _replace(self, connection: Connection) -> None:
         """Close the connection of an agent that has registered anew."""
@@ -1146,7 +1153,7 @@ class Gateway:
         for start in range(0, len(connections), size):
             for connection in connections[start : start + size]:
                 if connection.is_open:
-                    self._close(connection, 4001, retry_after_ms=500 + random.randrange(1_000))  # noqa: S311
+                    self._send_away(connection)
             self.router.flush()
             if start + size < len(connections) and await self._is_stopped(TICK_SECONDS):
                 return
