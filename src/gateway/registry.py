@@ -36,7 +36,8 @@ class Session:
     `epoch` grows with every registration: whatever an older connection of the same DID still does, it
     cannot touch what belongs to a newer epoch. `move` is set while the session comes over from another
     worker; `old_path_closed` once what is still on its way through that worker would come too late.
-    `proven_at` is the monotonic time at which it was proven.
+    `proven_at` is the monotonic time at which it was proven, `missed_at` that at which its route was first
+    found to be another worker's, if it was.
     """
 
     __slots__ = (
@@ -48,6 +49,7 @@ class Session:
         "epoch",
         "hidden",
         "id",
+        "missed_at",
         "move",
         "offers",
         "old_path_closed",
@@ -74,6 +76,7 @@ class Session:
         self.resume_token = resume_token
         self.proven_at = time.monotonic()
         self.away_until = 0.0
+        self.missed_at: float | None = None
         self.move: Move | None = None
         self.old_path_closed = False
         self.shelf: Shelf | None = None

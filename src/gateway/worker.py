@@ -50,7 +50,7 @@ from gateway.ice import IceServers
 from gateway.kinds import ANSWER, ASK, CHANGED, CUSTODY_KINDS, MESSAGE_KINDS, WATCHING
 from gateway.locations import Locations, Waiting
 from gateway.losses import Losses
-from gateway.moves import Moves, is_lasting
+from gateway.moves import MOVE_SECONDS, Moves, is_lasting
 from gateway.node import Node, Tally
 from gateway.registry import Registered, Registry, Session
 from gateway.shared_registry import Claim, Place
@@ -1110,9 +1110,10 @@ class Gateway:
     def _look_for_taken_sessions(self) -> None:
         """Close connections whose agent has registered at another worker that could not tell us.
 
-        That worker asks for the session at once; this finds those that it was unable to ask for. A few are
-        looked at in every tick.
+        That worker asks for the session at once; this finds those that it was unable to ask for, once the
+        time for that is up. A few are looked at in every tick.
         """
+        now = time.monotonic()
         size = self.router.size
         count = size // SWEEP_TICKS + 1
         for connection in self.router.open_connections(self._sweep_at, self._sweep_at + count):
@@ -1120,7 +1121,11 @@ class Gateway:
             if session is None or session.move is not None:
                 continue
             route = self.node.table.get(session.did.encode())
-            if route is None or route[2] != session.epoch:
+            if route is not None and route[2] == session.epoch:
+                continue
+            if session.missed_at is None:
+                session.missed_at = now
+            elif session.missed_at + MOVE_SECONDS <= now:
                 self._log.warning("session taken", did=session.did)
                 self.registry.give(session.did, session.epoch)
                 self._return_all([*connection.take_undelivered(), *session.release()], "away_expired")
