@@ -2203,6 +2203,8 @@ class Directory {
     const queue = new Queue();
     const backoff = new Backoff();
     let id = "";
+    /** @type {Session | null} In which it has begun: it ends with that. */
+    let begun = null;
     /** @type {any} */
     let retry;
 
@@ -2228,12 +2230,14 @@ class Directory {
     /** @param {string} [watchId] Also watch, by a DISCOVER with this id. */
     async function* compare(watchId) {
       const present = new Set();
-      let isBegun = watchId === undefined; // the first page says that the watch is
       let isWhole = true;
       try {
         const asked = watchId === undefined ? query : { ...query, watch: true };
         for await (const page of directory.#pages(asked, { id: watchId })) {
-          isBegun = true;
+          if (watchId !== undefined) {
+            begun = directory.#gateway.session; // later pages may come in a later session
+            watchId = undefined;
+          }
           isWhole &&= page.partial !== true;
           for (const entry of page.agents ?? []) {
             present.add(entry.did);
@@ -2247,7 +2251,7 @@ class Directory {
         if (!(error instanceof RemoteError && error.temporary) && !(error instanceof GatewayUnreachableError))
           throw error;
         clearTimeout(retry);
-        retry = setTimeout(() => queue.put(isBegun ? { event: "missed" } : null), backoff.next(1000));
+        retry = setTimeout(() => queue.put(watchId === undefined ? { event: "missed" } : null), backoff.next(1000));
         return;
       }
       if (!isWhole) {
@@ -2269,10 +2273,11 @@ class Directory {
       for (;;) {
         const payload = await unlessAborted(queue.take(), signal);
         told.clear();
-        if (payload === null) {
-          if (this.#gateway.state === "closed") return;
-          if (this.#gateway.state === "registered") yield* compare(begin());
-        } else if (payload.event === "missed") {
+        if (payload === null && this.#gateway.state === "closed") return;
+        if (payload === null && this.#gateway.state !== "registered") continue;
+        if (payload === null && this.#gateway.session !== begun) {
+          yield* compare(begin());
+        } else if (payload === null || payload.event === "missed") {
           yield* compare();
         } else {
           for (const entry of payload.agents ?? []) {

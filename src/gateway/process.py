@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 from collections.abc import Iterable
@@ -18,6 +19,8 @@ SERVE = b"serve"  # everybody who runs has a link to you: begin
 READY = b"ready"  # I accept connections
 
 _WORD_MAX = 64
+# Between the end of the line and that of the lifeline: the kernel closes what a process had in any order.
+FOLLOW_SECONDS = 1.0
 # Blocked from the fork until there are handlers for them.
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 
@@ -73,7 +76,9 @@ class WorkerProcess:
     def _on_line(self) -> None:
         data, descriptors, _, _ = socket.recv_fds(self._line, _WORD_MAX, 1)
         if not data:  # the supervisor is going, and we shall follow it
-            asyncio.get_running_loop().remove_reader(self._line.fileno())
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._line.fileno())
+            loop.call_later(FOLLOW_SECONDS, os._exit, 1)
             return
         word, _, argument = data.partition(b" ")
         if word == LINK:

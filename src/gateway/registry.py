@@ -37,7 +37,7 @@ class Session:
     cannot touch what belongs to a newer epoch. `move` is set while the session comes over from another
     worker; `old_path_closed` once what is still on its way through that worker would come too late.
     `proven_at` is the monotonic time at which it was proven, `missed_at` that at which its route was first
-    found to be another worker's, if it was.
+    found to be gone, or another session's, if it was.
     """
 
     __slots__ = (

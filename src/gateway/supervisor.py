@@ -188,6 +188,7 @@ class Supervisor:
         """Become a worker; does not return."""
         status = 1
         try:
+            self._node.lifeline.let_go()
             # No orphan survives the supervisor, however that ends (prctl(2)).
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:
@@ -195,7 +196,6 @@ class Supervisor:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes sends it to the whole group
-            self._node.lifeline.let_go()
             self._selector.close()
             for end in self._inherited:
                 end.close()

@@ -50,7 +50,7 @@ from gateway.ice import IceServers
 from gateway.kinds import ANSWER, ASK, CHANGED, CUSTODY_KINDS, MESSAGE_KINDS, WATCHING
 from gateway.locations import Locations, Waiting
 from gateway.losses import Losses
-from gateway.moves import MOVE_SECONDS, Moves, is_lasting
+from gateway.moves import Moves, is_lasting
 from gateway.node import Node, Tally
 from gateway.registry import Registered, Registry, Session
 from gateway.shared_registry import Claim, Place
@@ -73,6 +73,9 @@ DRAIN_SHARE = 0.8
 DRAIN_STEP_MIN = 20
 # In which every connection is looked at once.
 SWEEP_TICKS = 100
+# For a worker to fetch a session whose route it has: Redis is asked before, perhaps twice. With many
+# connections it takes the sweep up to 10 s more.
+FETCH_SECONDS = 10.0
 BACKLOG = 4096
 
 _FOR_US = frozenset({"PING", "PONG", "UNREGISTER", "DISCOVER", "REGISTER"})
@@ -1110,8 +1113,8 @@ class Gateway:
     def _look_for_taken_sessions(self) -> None:
         """Close connections whose agent has registered at another worker that could not tell us.
 
-        That worker asks for the session at once; this finds those that it was unable to ask for, once the
-        time for that is up. A few are looked at in every tick.
+        That worker asks for the session; this finds those that it was unable to ask for, once the time for
+        that is up. A few are looked at in every tick.
         """
         now = time.monotonic()
         size = self.router.size
@@ -1125,7 +1128,7 @@ class Gateway:
                 continue
             if session.missed_at is None:
                 session.missed_at = now
-            elif session.missed_at + MOVE_SECONDS <= now:
+            elif session.missed_at + FETCH_SECONDS <= now:
                 self._log.warning("session taken", did=session.did)
                 self.registry.give(session.did, session.epoch)
                 self._return_all([*connection.take_undelivered(), *session.release()], "away_expired")

@@ -346,6 +346,35 @@ async def test_watch_begins_anew_only_where_it_had_not_begun(
     await ending
 
 
+async def test_watch_that_waited_for_the_gateway_begins_once(
+    gateway: ScriptedGateway, client: GatewayClient, registered: Register, other: DIDKey
+) -> None:
+    visit = await registered()
+    gone = asyncio.ensure_future(client.wait_for(ClientState.RECONNECTING, timeout=10))
+    await asyncio.sleep(0)
+    visit.abort()
+    await gone
+    events = client.watch()
+    first = asyncio.ensure_future(anext(events))
+    await client.wait_for(ClientState.REGISTERED, timeout=10)
+    visit = await gateway.visit()
+    question = await gateway.message()
+    assert isinstance(question.payload, DiscoverPayload)
+    assert question.payload.watch
+    await visit.send_unsigned(PresencePayload(agents=[{"did": client.did}]), question.id)
+    assert (await first).agent.did == client.did
+    second = asyncio.ensure_future(anext(events))
+    again = await gateway.message()
+    assert isinstance(again.payload, DiscoverPayload)
+    assert again.payload.watch is None
+    await visit.send_unsigned(PresencePayload(agents=[{"did": other.did}]), again.id)
+    assert (await second).agent.did == other.did
+    ending = asyncio.ensure_future(events.aclose())
+    end = await gateway.message()
+    await visit.send_unsigned(PresencePayload(agents=[]), end.id)
+    await ending
+
+
 @pytest.mark.parametrize("is_dropped", [False, True])
 async def test_watch_that_is_read_too_slowly_tells_how_it_is(
     is_dropped: bool,

@@ -17,7 +17,7 @@ ELSEWHERE = 7
 
 @pytest.mark.parametrize("seconds", [0.0, 3600.0])
 def test_a_worker_has_time_to_fetch_a_session_whose_route_it_has(seconds, monkeypatch):
-    monkeypatch.setattr(worker, "MOVE_SECONDS", seconds)
+    monkeypatch.setattr(worker, "FETCH_SECONDS", seconds)
 
     async def test(gateway: Gateway, port: int) -> None:
         agent = await asyncio.to_thread(Agent, port)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -432,8 +433,9 @@ def test_no_worker_survives_its_supervisor(gateway):
     wait_until(lambda: not any(is_running(pid) for pid in workers))
 
 
-def test_agents_of_a_node_that_dies_have_not_left_one_by_one():
-    # Without PR_SET_PDEATHSIG, so that a worker can be as late as the test wants it.
+@pytest.mark.parametrize("is_missed", [False, True])
+def test_agents_of_a_node_that_dies_have_not_left_one_by_one(is_missed):
+    # Without PR_SET_PDEATHSIG, so that workers can be as late as the test wants them.
     code = """
 from aiconexus.protocol import DIDKey
 from gateway import log, supervisor
@@ -445,29 +447,39 @@ port = address.getsockname()[1]
 settings = Settings(workers=2)
 supervisor.Supervisor(settings, DIDKey.generate(), address, lambda: print(port, flush=True)).run()
 """
-    with subprocess.Popen(
+    node = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as node:
+    )
+    with ExitStack() as stack:
         assert node.stdout is not None
-        watcher, other = agents_apart(int(node.stdout.readline()))
+        stack.enter_context(node)
+        stack.callback(node.kill)
+        port = int(node.stdout.readline())
         workers = children(node.pid)
+        for pid in workers:
+            stack.callback(end, pid)
+        watcher, other = agents_apart(port)
+        stack.enter_context(watcher)
+        stack.enter_context(other)
         late, first = (workers[agent.register_answer["ext"]["worker"]] for agent in (watcher, other))
-        with watcher, other:
-            discover(watcher, watch=True)
-            assert dids(watcher.receive()["payload"]["agents"]) == sorted((watcher.did, other.did))
-            for pid in (node.pid, late):
-                os.kill(pid, signal.SIGSTOP)
-                wait_until(lambda pid=pid: process_state(pid) == "T")
-            for pid in (first, node.pid):
-                os.kill(pid, signal.SIGKILL)
-                wait_until(lambda pid=pid: not is_running(pid))
-            os.kill(late, signal.SIGCONT)
-            try:
-                assert watcher.read_to_end() == b""
-                wait_until(lambda: not is_running(late))
-            finally:
-                if is_running(late):
-                    os.kill(late, signal.SIGKILL)
+        discover(watcher, watch=True)
+        assert dids(watcher.receive()["payload"]["agents"]) == sorted((watcher.did, other.did))
+        for pid in (node.pid, late):
+            os.kill(pid, signal.SIGSTOP)
+            wait_until(lambda pid=pid: process_state(pid) == "T")
+        if is_missed:
+            os.kill(first, signal.SIGKILL)
+            wait_until(lambda: not is_running(first))
+        node.kill()
+        wait_until(lambda: not is_running(node.pid) and not is_running(first))
+        os.kill(late, signal.SIGCONT)
+        assert watcher.read_to_end() == b""
+        wait_until(lambda: not is_running(late))
+
+
+def end(pid: int) -> None:
+    if is_running(pid):
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_a_second_signal_ends_a_drain_at_once(start_gateway):

@@ -29,6 +29,7 @@ from aiconexus.protocol.cards import Card, verify_card
 from aiconexus.protocol.errors import IncompleteAnswerError, NotConnectedError, RemoteError
 
 if TYPE_CHECKING:
+    from aiconexus.client.handshake import Session
     from aiconexus.client.socket import ClientState, GatewayClient
 
 PAGE_SIZE: Final = 100  # agents of one page; with small cards two thirds of a message
@@ -163,6 +164,7 @@ class _Watch:
         self._query = query
         self._timeout = timeout
         self._id = ""  # of the DISCOVER that began it on the present connection
+        self._session: Session | None = None  # in which it has begun: it ends with that
         self._known: dict[str, Found] = {}
         self._told: set[str] = set()  # of agents: something was told since the queue was last read
         # Payloads of events; None: the connection is another one.
@@ -199,13 +201,14 @@ class _Watch:
         while True:
             payload = await self._queue.get()
             self._told.clear()
-            if payload is None:
-                if self._client.state.value == "closed":
-                    return
-                if self._client.state.value == "registered":
-                    async for event in self._begin():
-                        yield event
-            elif payload.event == "missed":
+            if payload is None and self._client.state.value == "closed":
+                return
+            if payload is None and self._client.state.value != "registered":
+                continue
+            if payload is None and self._client.session is not self._session:
+                async for event in self._begin():
+                    yield event
+            elif payload is None or payload.event == "missed":
                 async for event in self._compare(self._query, ""):
                     yield event
             else:
@@ -225,11 +228,11 @@ class _Watch:
     async def _compare(self, query: DiscoverPayload, id_: str) -> AsyncIterator[PresenceEvent]:
         """Ask who is there, and yield what is new. Of whom is told meanwhile, the queue knows better."""
         present: set[str] = set()
-        is_begun = not id_  # the first page says that the watch is
         is_whole = True
         try:
             async for page in _pages(self._client, query, self._timeout, id_):
-                is_begun = True
+                if id_:  # the first page says that the watch is; later ones may come in a later session
+                    self._session, id_ = self._client.session, ""
                 is_whole = is_whole and not page.partial
                 for entry in page.agents:
                     present.add(str(entry.get("did")))
@@ -243,7 +246,7 @@ class _Watch:
         except RemoteError as error:
             if not error.temporary:
                 raise
-            self._try_again(is_new=not is_begun)
+            self._try_again(is_new=bool(id_))
             return
         if not is_whole:
             self._try_again(is_new=False)
