@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 import pytest
 from scripted_gateway import ScriptedGateway, Visit
 
-from aiconexus.client import ClientState, Found, GatewayClient, directory, short_did, socket
+from aiconexus.client import ClientState, Found, GatewayClient, PresenceEvent, directory, short_did, socket
 from aiconexus.protocol import (
     AnswerPayload,
     DIDError,
@@ -290,6 +290,24 @@ async def test_what_is_no_did_is_not_asked_after(
         ask(client, dids=[other.did, "bad"])
 
 
+async def begin_watch(
+    client: GatewayClient, gateway: ScriptedGateway
+) -> tuple[AsyncGenerator[PresenceEvent, None], asyncio.Future[PresenceEvent], Message]:
+    """Return a watch, its first event, which is to come, and its question."""
+    events = client.watch()
+    return events, asyncio.ensure_future(anext(events)), await gateway.message()
+
+
+async def end_watch(
+    events: AsyncGenerator[PresenceEvent, None], gateway: ScriptedGateway, visit: Visit
+) -> None:
+    """End a watch, which the gateway is told."""
+    ending = asyncio.ensure_future(events.aclose())
+    end = await gateway.message()
+    await visit.send_unsigned(PresencePayload(agents=[]), end.id)
+    await ending
+
+
 async def test_watch_asks_again_when_not_everybody_could_be_asked(
     gateway: ScriptedGateway,
     client: GatewayClient,
@@ -299,9 +317,7 @@ async def test_watch_asks_again_when_not_everybody_could_be_asked(
 ) -> None:
     monkeypatch.setattr(directory, "RETRY_SECONDS", 0.0)
     visit = await registered()
-    events = client.watch()
-    first = asyncio.ensure_future(anext(events))
-    question = await gateway.message()
+    events, first, question = await begin_watch(client, gateway)
     await visit.send_unsigned(PresencePayload(agents=[{"did": client.did}], partial=True), question.id)
     assert (await first).agent.did == client.did
     second = asyncio.ensure_future(anext(events))
@@ -311,10 +327,7 @@ async def test_watch_asks_again_when_not_everybody_could_be_asked(
         ("join", other.did),
         ("leave", client.did),  # that a page which was not whole did not name it said nothing
     ]
-    ending = asyncio.ensure_future(events.aclose())
-    end = await gateway.message()
-    await visit.send_unsigned(PresencePayload(agents=[]), end.id)
-    await ending
+    await end_watch(events, gateway, visit)
 
 
 @pytest.mark.parametrize("is_begun", [False, True])
@@ -328,9 +341,7 @@ async def test_watch_begins_anew_only_where_it_had_not_begun(
 ) -> None:
     monkeypatch.setattr(directory, "RETRY_SECONDS", 0.0)
     visit = await registered()
-    events = client.watch()
-    first = asyncio.ensure_future(anext(events))
-    question = await gateway.message()
+    events, first, question = await begin_watch(client, gateway)
     if is_begun:
         await visit.send_unsigned(PresencePayload(agents=[], cursor="more"), question.id)
         question = await gateway.message()
@@ -340,10 +351,7 @@ async def test_watch_begins_anew_only_where_it_had_not_begun(
     assert again.payload.watch is (None if is_begun else True)
     await visit.send_unsigned(PresencePayload(agents=[{"did": other.did}]), again.id)
     assert (await first).agent.did == other.did
-    ending = asyncio.ensure_future(events.aclose())
-    end = await gateway.message()
-    await visit.send_unsigned(PresencePayload(agents=[]), end.id)
-    await ending
+    await end_watch(events, gateway, visit)
 
 
 async def test_watch_that_waited_for_the_gateway_begins_once(
@@ -369,10 +377,7 @@ async def test_watch_that_waited_for_the_gateway_begins_once(
     assert again.payload.watch is None
     await visit.send_unsigned(PresencePayload(agents=[{"did": other.did}]), again.id)
     assert (await second).agent.did == other.did
-    ending = asyncio.ensure_future(events.aclose())
-    end = await gateway.message()
-    await visit.send_unsigned(PresencePayload(agents=[]), end.id)
-    await ending
+    await end_watch(events, gateway, visit)
 
 
 @pytest.mark.parametrize("is_dropped", [False, True])
@@ -386,9 +391,7 @@ async def test_watch_that_is_read_too_slowly_tells_how_it_is(
     monkeypatch.setattr(directory, "EVENTS_MAX", 8)
     visit = await registered()
     others = [DIDKey.generate().did for _ in range(20)]
-    events = client.watch()
-    first = asyncio.ensure_future(anext(events))
-    question = await gateway.message()
+    events, first, question = await begin_watch(client, gateway)
     await visit.send_unsigned(PresencePayload(agents=[{"did": others[0]}]), question.id)
     assert (await first).agent.did == others[0]
     for did in others[1:]:
@@ -414,10 +417,7 @@ async def test_watch_that_is_read_too_slowly_tells_how_it_is(
     joined = {event.agent.did for event in told if event.event == "join"}
     assert joined | {others[1]} == set(others[1:])
     assert [event.agent.did for event in told if event.event == "leave"] == [others[0]]
-    ending = asyncio.ensure_future(events.aclose())
-    end = await gateway.message()
-    await visit.send_unsigned(PresencePayload(agents=[]), end.id)
-    await ending
+    await end_watch(events, gateway, visit)
 
 
 async def _collect(found: AsyncIterator[Found]) -> list[Found]:
