@@ -106,6 +106,7 @@ export const LIMITS = Object.freeze({
   PEER_PING_INTERVAL_MS: 5_000, // of silence before a PING
   PEER_PONG_TIMEOUT_MS: 10_000, // after it without any packet: the peer is dead
   PEER_STALL_MS: 60_000, // a peer may take nothing of what waits for it
+  PEER_IDLE_MS: 300_000, // without a call, until a connection that was not released is let go
   RECONNECT_BASE_MS: 500,
   RECONNECT_MAX_MS: 30_000,
   RETRY_AFTER_MAX_MS: 3_600_000, // whatever a CLOSE asks for
@@ -3139,6 +3140,7 @@ class Answers {
  * @property {(intent: Intent, call: Call) => Promise<Quote> | Quote} onIntent
  * @property {(name: string, args: Record<string, any>, call: Call) => unknown} onExecute Returns a promise, or an async
  *   iterable.
+ * @property {number} idleTimeout Milliseconds.
  * @property {(peer: Peer, reason: string) => void} closed
  * @property {(text: string) => void} warn
  */
@@ -3163,6 +3165,7 @@ export class Peer {
   #serving = new Map();
   #running = 0; // until what runs has ended, and its answer has left
   #holders = 0;
+  #usedAt = Date.now(); // by a call, or a connect()
   #kept = 0; // bytes of attachments that are announced, or wait for their reader
   #unread = 0;
   #turn = Promise.resolve();
@@ -3298,7 +3301,7 @@ export class Peer {
     };
   }
 
-  /** Need the connection no longer. It is closed when the other side does not need it either. */
+  /** Need the connection no longer, before it is idle. It is closed when the other side does not need it either. */
   async release() {
     if (this.#holders > 0) this.#holders--;
     await this.#closeIfDone();
@@ -3328,9 +3331,10 @@ export class Peer {
     }
   }
 
-  /** Count one more who needs the connection. */
+  /** Count one more who needs the connection: until `release`, at most until it is idle. */
   hold() {
     this.#holders++;
+    this.#usedAt = Date.now();
   }
 
   /** Wait until it is open or closed. */
@@ -3359,6 +3363,7 @@ export class Peer {
       return await within(unlessAborted(question.answer.promise, signal), timeout, late);
     } finally {
       if (this.#questions.delete(plain.id) && kind === "INTENT") this.#cancel(plain.id);
+      if (kind === "INTENT") this.#usedAt = Date.now();
     }
   }
 
@@ -3404,6 +3409,7 @@ export class Peer {
       clearTimeout(timer);
       signal?.removeEventListener("abort", abort);
       this.#giveUp(id, call, undefined);
+      this.#usedAt = Date.now();
     }
   }
 
@@ -4128,6 +4134,7 @@ export class Peer {
     clearTimeout(call.timer);
     call.input?.fail(new CallCancelledError("the call is over", "cancelled"));
     this.#serving.delete(call.id);
+    this.#usedAt = Date.now();
     this.#release(call);
     return true;
   }
@@ -4178,9 +4185,13 @@ export class Peer {
 
   // --- its state and its end (section 13.7) ----------------------------------------------------------------------
 
+  /** Calls of this side that are not answered. */
+  get #asked() {
+    return this.#calls.size + [...this.#questions.values()].filter(({ kind }) => kind !== "PING").length;
+  }
+
   get #isDone() {
-    const asked = [...this.#questions.values()].filter(({ kind }) => kind !== "PING").length;
-    return this.#holders === 0 && asked + this.#calls.size === 0;
+    return this.#holders + this.#asked === 0;
   }
 
   async #closeIfDone() {
@@ -4238,6 +4249,8 @@ export class Peer {
       const silence = (LIMITS.PEER_PING_INTERVAL_MS + LIMITS.PEER_PONG_TIMEOUT_MS) / 1000;
       this.#lost(`it was silent for ${silence} s: it is gone, or its event loop is blocked`);
     } else {
+      if (this.#asked + this.#serving.size + this.#running > 0) this.#usedAt = now;
+      else if (now - this.#usedAt >= this.#hooks.idleTimeout) this.#holders = 0;
       if (Number.isNaN(this.#pingedAt) && now - this.#heardAt >= LIMITS.PEER_PING_INTERVAL_MS) {
         this.#pingedAt = now;
         // Where nobody needs the connection, asking that does for a PING.
@@ -4951,6 +4964,8 @@ function checkDescription(sdp) {
  * @property {boolean} [hidden] Only those who know its DID find it.
  * @property {RTCIceServer[]} [iceServers] Instead of those that the gateway names.
  * @property {Record<string, any>} [rtcConfiguration] More for every RTCPeerConnection.
+ * @property {number} [idleTimeout] After how many milliseconds without a call a connection is let go that nobody has
+ *   released: 5 minutes; Infinity for never. It is closed if the other side does not need it either.
  * @property {number} [peersMax] When a stranger asks to connect; the next is told busy.
  * @property {any} [WebSocket] Where the runtime has none.
  * @property {any} [RTCPeerConnection] Where the runtime has none.
@@ -5090,7 +5105,8 @@ export class Agent extends EventTarget {
   }
 
   /**
-   * The connection with another agent: the one there is, or a new one. Let it go with `peer.release()`.
+   * The connection with another agent: the one there is, or a new one. Let it go with `peer.release()`; otherwise it
+   * is let go when it is idle.
    * @param {string} did
    * @param {{timeout?: number, signal?: AbortSignal}} [options] `timeout` in milliseconds.
    * @returns {Promise<Peer>}
@@ -5162,6 +5178,7 @@ export class Agent extends EventTarget {
       answers: this.#answers,
       onIntent: (intent, call) => this.#options.onIntent?.(intent, call) ?? { status: "not_understood" },
       onExecute: (name, args, call) => this.#execute(name, args, call),
+      idleTimeout: this.#options.idleTimeout ?? LIMITS.PEER_IDLE_MS,
       closed: (gone, reason) => {
         if (this.#peers.get(did) === gone) this.#peers.delete(did);
         this.#emit("peerlost", { peer: gone, reason });

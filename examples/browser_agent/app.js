@@ -497,7 +497,7 @@ function choose(capability) {
 /** Connect at the first use. @param {string} did */
 async function connected(did) {
   const peer = await connections.get(did)?.catch(() => undefined);
-  if (peer !== undefined && peer.state !== "closed") return peer;
+  if (peer?.state === "open") return peer;
   const connecting = me.connect(did);
   connections.set(did, connecting);
   if (did === selected) setState($("peer-state"), "connecting");

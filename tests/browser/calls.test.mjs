@@ -13,7 +13,7 @@ let peer;
 
 /** Wait for something that must happen. */
 async function until(condition) {
-  for (let left = 1000; left > 0; left--) {
+  for (let left = 3000; left > 0; left--) {
     if (condition()) return;
     await new Promise((resolve) => setTimeout(resolve, 10));
   }
@@ -262,6 +262,23 @@ test("a connection stays until both need it no longer, and opens again", async (
   assert.equal(await again.execute("double", { value: 5 }), 10);
   await one.close();
   await until(() => !other.peers.has(one.did));
+});
+
+test("a connection that nobody uses is let go, one with a call is not", async () => {
+  const [one, two, three] = await Promise.all([1, 2, 3].map(() => newAgent({ ...capabilities(), idleTimeout: 100 })));
+  await Promise.all([one.start(), two.start(), three.start()]);
+  const busy = await one.connect(two.did);
+  const stop = new AbortController();
+  const held = assert.rejects(busy.execute("hold", {}, { signal: stop.signal }), { name: "AbortError" });
+  const unused = await three.connect(two.did);
+  await two.connect(three.did);
+  await until(() => unused.state === "closed");
+  assert.equal(busy.state, "open"); // though it has been silent for longer
+  stop.abort();
+  await held;
+  await until(() => busy.state === "closed");
+  await until(() => two.peers.size === 0);
+  await Promise.all([one.close(), two.close(), three.close()]);
 });
 
 test("who is not there, or does not want to, is told apart", async () => {
