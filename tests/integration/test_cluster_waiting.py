@@ -243,7 +243,7 @@ def test_what_waits_at_a_node_that_dies_while_redis_is_lost_comes_back_when_redi
 
 
 def test_what_comes_back_while_redis_is_lost_reaches_its_sender_when_redis_is_back(own_redis, start_node):
-    first, second = (start_node("--away", "2", url=own_redis.url) for _ in range(2))
+    first, second = (start_node("--away", "4", url=own_redis.url) for _ in range(2))
     for node in (first, second):
         node.forgive(*LOST)
     with Agent(first.port) as sender, Agent(second.port) as agent:

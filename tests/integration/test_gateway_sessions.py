@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import select
 import signal
 import time
 
@@ -386,7 +387,7 @@ def test_64_kib_are_the_most_that_waits(gateway):
 
 
 def test_when_the_time_is_up_what_waits_goes_back_and_the_agent_is_unknown(start_gateway):
-    gateway = start_gateway("--away", "0.5")
+    gateway = start_gateway("--away", "2")
     with Agent(gateway.port) as a, Agent(gateway.port) as b:
         gone(gateway, b)
         sent = [a.candidate(b.did, number) for number in range(3)]
@@ -453,7 +454,7 @@ def test_a_normal_close_ends_the_session(gateway):
 
 
 def test_silence_is_a_register_timeout(start_gateway):
-    gateway = start_gateway("--register-timeout", "0.3")
+    gateway = start_gateway("--register-timeout", "2")
     with Agent(gateway.port, register=False) as agent, Agent(gateway.port) as registered:
         agent.receive_error("register_timeout", None)
         close = agent.read_close()
@@ -463,7 +464,7 @@ def test_silence_is_a_register_timeout(start_gateway):
 
 
 def test_half_a_register_is_a_register_timeout(start_gateway):
-    gateway = start_gateway("--register-timeout", "0.3")
+    gateway = start_gateway("--register-timeout", "2")
     with Agent(gateway.port, register=False) as agent:
         data = agent.signed(agent.registration())
         agent.write(frame(TEXT, data[:100], fin=False) + frame(PING, b"x") + frame(0, data[100:])[:-1])
@@ -479,7 +480,7 @@ def test_a_connection_that_sends_no_request_is_ended(start_gateway):
 
 
 def test_silence_is_pinged_and_an_answer_keeps_the_session(start_gateway):
-    gateway = start_gateway("--ping-interval", "0.3", "--pong-timeout", "0.3")
+    gateway = start_gateway("--ping-interval", "0.3", "--pong-timeout", "1.5")
     with Agent(gateway.port) as agent:
         for _ in range(4):
             ping = agent.read_frame()
@@ -489,13 +490,20 @@ def test_silence_is_pinged_and_an_answer_keeps_the_session(start_gateway):
         assert gateway.health()["counters"]["pings_sent"] >= 4
 
 
+def talk_until_told(agent: Agent, silent: Agent) -> None:
+    """Let one agent send messages until the gateway has something to say to another that is silent."""
+    for _ in range(200):
+        agent.ping()
+        if select.select([silent.socket], [], [], 0.05)[0]:
+            return
+
+
 def test_an_agent_that_talks_is_not_pinged(start_gateway):
-    gateway = start_gateway("--ping-interval", "1", "--message-rate", "0")
-    with Agent(gateway.port) as agent:
-        end = time.monotonic() + 1.5
-        while time.monotonic() < end:
-            agent.ping()
-    assert gateway.health()["counters"]["pings_sent"] == 0
+    gateway = start_gateway("--ping-interval", "2")
+    with Agent(gateway.port) as silent, Agent(gateway.port) as agent:
+        talk_until_told(agent, silent)
+        assert silent.read_frame().opcode == PING
+        assert gateway.health()["counters"]["pings_sent"] == 1
 
 
 def test_a_ping_without_an_answer_is_4004_and_may_be_resumed(start_gateway):
@@ -509,7 +517,7 @@ def test_a_ping_without_an_answer_is_4004_and_may_be_resumed(start_gateway):
 
 
 def test_any_frame_answers_a_ping(start_gateway):
-    gateway = start_gateway("--ping-interval", "0.2", "--pong-timeout", "0.4")
+    gateway = start_gateway("--ping-interval", "0.3", "--pong-timeout", "1.5")
     with Agent(gateway.port) as agent:
         for _ in range(4):
             assert agent.read_frame().opcode == PING
@@ -517,7 +525,7 @@ def test_any_frame_answers_a_ping(start_gateway):
 
 
 def test_a_session_without_messages_is_idle_whatever_else_it_sends(start_gateway):
-    gateway = start_gateway("--idle-timeout", "0.5", "--ping-interval", "0.2")
+    gateway = start_gateway("--idle-timeout", "1", "--ping-interval", "0.2")
     with Agent(gateway.port) as idle:
         kinds = []
         while CLOSE not in kinds:
@@ -532,12 +540,11 @@ def test_a_session_without_messages_is_idle_whatever_else_it_sends(start_gateway
 
 
 def test_messages_keep_a_session_from_being_idle(start_gateway):
-    gateway = start_gateway("--idle-timeout", "0.5")
-    with Agent(gateway.port) as agent:
-        end = time.monotonic() + 1.5
-        while time.monotonic() < end:
-            agent.ping()
-            time.sleep(0.1)
+    gateway = start_gateway("--idle-timeout", "2")
+    with Agent(gateway.port) as silent, Agent(gateway.port) as agent:
+        talk_until_told(agent, silent)
+        assert silent.read_close().close_code == 4006
+        agent.ping()
 
 
 # --- drain -----------------------------------------------------------------------------------------

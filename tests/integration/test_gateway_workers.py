@@ -343,7 +343,7 @@ def ask(sender: Agent, target: Agent) -> str:
 
 def test_errors_for_a_worker_that_stands_still_wait_until_it_goes_on(start_gateway):
     """More than may be on the way to it: what does not fit is not dropped."""
-    gateway = start_gateway("--workers", "2", "--message-rate", "0", "--away", "3")
+    gateway = start_gateway("--workers", "2", "--message-rate", "0", "--away", "6")
     sender, other = agents_apart(gateway.port)
     number = sender.register_answer["ext"]["worker"]
     (flooded,), (witness, *gone) = agents_at(gateway.port, number, 1), agents_at(gateway.port, 1 - number, 91)

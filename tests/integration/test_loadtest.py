@@ -155,11 +155,11 @@ def test_users_exchange_leave_and_resume_without_a_failure(
 def test_processes_source_addresses_and_a_ping_while_thinking(
     start_gateway: Callable[..., GatewayProcess], tmp_path: Path
 ) -> None:
-    # Whoever answers no ping is closed after two seconds of silence, and that would be a failure.
-    gateway = start_gateway("--ping-interval", "1", "--pong-timeout", "1")
-    options = ("--processes", "2", "--think-time", "3", "--churn-percent", "0")
+    # Whoever answers no ping is closed after four seconds of silence, and that would be a failure.
+    gateway = start_gateway("--ping-interval", "1", "--pong-timeout", "3")
+    options = ("--processes", "2", "--think-time", "5", "--churn-percent", "0")
     options += ("--source-addresses", "127.0.0.2-127.0.0.4")
-    run = Run(gateway.url, *options, cwd=tmp_path, users=4, seconds=7)
+    run = Run(gateway.url, *options, cwd=tmp_path, users=4, seconds=9)
     assert run.status == 0, run.output
     assert run.failures == {}
     assert run.entries["REGISTER", "new"]["num_requests"] == 8
