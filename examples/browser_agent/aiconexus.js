@@ -2251,6 +2251,8 @@ class Directory {
         if (error instanceof NotConnectedError) return; // it begins again with the next connection
         if (!(error instanceof RemoteError && error.temporary) && !(error instanceof GatewayUnreachableError))
           throw error;
+        // It may have begun, though nobody said so.
+        if (watchId !== undefined && error instanceof GatewayUnreachableError) directory.#end(watchId);
         clearTimeout(retry);
         retry = setTimeout(() => queue.put(watchId === undefined ? { event: "missed" } : null), backoff.next(1000));
         return;

@@ -271,6 +271,52 @@ test("who asks while the gateway is away asks the one that comes, whatever its k
   assert.equal((await me.watch().next()).done, true);
 });
 
+test("a watch begins anew only where it had not begun, or is ended first", async () => {
+  const begun = { agents: [], cursor: "more" };
+  const busy = {
+    code: "CONNECTION_REFUSED",
+    message: "busy",
+    details: { name: "busy", num: 404, temporary: true },
+  };
+  for (const [answers, rest] of [
+    [[["ERROR", busy]], [true]],
+    [
+      [
+        ["PRESENCE", begun],
+        ["ERROR", busy],
+      ],
+      [undefined, undefined],
+    ],
+    [[["PONG", { sequence: 1 }]], [false, true]],
+  ]) {
+    const asked = [];
+    serve = async (side) => {
+      await side.register();
+      for (;;) {
+        const question = await side.next();
+        if (question.type !== "DISCOVER") continue;
+        asked.push(question);
+        const agents = [{ did: identity.did, status: "online" }];
+        const [type, payload] = answers.shift() ?? ["PRESENCE", { agents }];
+        await side.send(type, payload, { to: question.from, correlationId: question.id });
+      }
+    };
+    const me = await agent();
+    await me.start();
+    const watching = me.watch();
+    assert.equal((await watching.next()).value.agent.did, identity.did);
+    const [first, ...more] = asked;
+    assert.equal(first.payload.watch, true);
+    assert.deepEqual(
+      more.map(({ payload }) => payload.watch),
+      rest,
+    );
+    if (rest[0] === false) assert.equal(more[0].correlation_id, first.id);
+    await watching.return();
+    await me.close();
+  }
+});
+
 test("TURN credentials are renewed before they expire, and servers that cannot be used left out", async () => {
   const turn = (credential) => ({
     urls: ["turn:127.0.0.1:1?transport=udp", "turnx:127.0.0.1"],

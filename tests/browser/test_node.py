@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Iterator
@@ -38,17 +39,21 @@ RUN_SECONDS = 100.0
 
 def run_node(*arguments: str, **environment: str) -> None:
     """Run node's own test runner; its whole output is the failure."""
-    run = subprocess.run(
+    with subprocess.Popen(
         [find_node(), *arguments],
-        check=False,
         cwd=ROOT,
-        stdout=subprocess.PIPE,
+        stdout=PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=RUN_SECONDS,
+        start_new_session=True,
         env={**os.environ, **environment},
-    )
-    assert run.returncode == 0, run.stdout
+    ) as run:
+        try:
+            output, _ = run.communicate(timeout=RUN_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)  # it runs each file in a process of its own
+            output, _ = run.communicate()
+    assert run.returncode == 0, output
 
 
 @pytest.fixture(scope="module")

@@ -291,10 +291,10 @@ async def test_what_is_no_did_is_not_asked_after(
 
 
 async def begin_watch(
-    client: GatewayClient, gateway: ScriptedGateway
+    client: GatewayClient, gateway: ScriptedGateway, timeout: float = 10.0
 ) -> tuple[AsyncGenerator[PresenceEvent, None], asyncio.Future[PresenceEvent], Message]:
     """Return a watch, its first event, which is to come, and its question."""
-    events = client.watch()
+    events = client.watch(timeout=timeout)
     return events, asyncio.ensure_future(anext(events)), await gateway.message()
 
 
@@ -349,6 +349,28 @@ async def test_watch_begins_anew_only_where_it_had_not_begun(
     again = await gateway.message()
     assert isinstance(again.payload, DiscoverPayload)
     assert again.payload.watch is (None if is_begun else True)
+    await visit.send_unsigned(PresencePayload(agents=[{"did": other.did}]), again.id)
+    assert (await first).agent.did == other.did
+    await end_watch(events, gateway, visit)
+
+
+async def test_watch_that_may_have_begun_is_ended_before_it_begins_anew(
+    gateway: ScriptedGateway,
+    client: GatewayClient,
+    registered: Register,
+    other: DIDKey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(directory, "RETRY_SECONDS", 0.0)
+    visit = await registered()
+    events, first, question = await begin_watch(client, gateway, timeout=2.0)
+    end = await gateway.message()  # when nobody has answered in time
+    assert isinstance(end.payload, DiscoverPayload)
+    assert (end.payload.watch, end.correlation_id) == (False, question.id)
+    await visit.send_unsigned(PresencePayload(agents=[]), end.id)
+    again = await gateway.message()
+    assert isinstance(again.payload, DiscoverPayload)
+    assert again.payload.watch
     await visit.send_unsigned(PresencePayload(agents=[{"did": other.did}]), again.id)
     assert (await first).agent.did == other.did
     await end_watch(events, gateway, visit)

@@ -26,7 +26,12 @@ from aiconexus.protocol import (
     decode_did,
 )
 from aiconexus.protocol.cards import Card, verify_card
-from aiconexus.protocol.errors import IncompleteAnswerError, NotConnectedError, RemoteError
+from aiconexus.protocol.errors import (
+    GatewayUnreachableError,
+    IncompleteAnswerError,
+    NotConnectedError,
+    RemoteError,
+)
 
 if TYPE_CHECKING:
     from aiconexus.client.handshake import Session
@@ -243,9 +248,11 @@ class _Watch:
                         yield event
         except NotConnectedError:
             return  # it begins again with the next connection
-        except RemoteError as error:
+        except (RemoteError, GatewayUnreachableError) as error:
             if not error.temporary:
                 raise
+            if id_ and isinstance(error, GatewayUnreachableError):
+                await self._end()  # it may have begun, though nobody said so
             self._try_again(is_new=bool(id_))
             return
         if not is_whole:
@@ -284,6 +291,9 @@ class _Watch:
             off()
         if self._retry is not None:
             self._retry.cancel()
+        await self._end()
+
+    async def _end(self) -> None:
         session = self._client.session
         if session is not None and self._client.state.value == "registered":
             end = Message.create(

@@ -370,8 +370,8 @@ class GatewayClient:
 
         The first events are "join" for those that are there. After a drop it watches again, and tells what
         has changed meanwhile. So it does once 1,024 events wait to be read: whoever reads slowly is told how
-        it is, not all that was in between. Arguments and errors as for `discover`. It ends when it is closed
-        (`aclose`).
+        it is, not all that was in between. A gateway that does not answer is asked again; otherwise arguments
+        and errors are those of `discover`. It ends when it is closed (`aclose`).
         """
         query = directory.question(capability, tag, text, dids)
         return directory.watch(self, query, timeout)
