@@ -15,7 +15,7 @@ from network import (
     redis_state,
     wait_until_confirmed,
 )
-from wire import Agent, assert_exchange, wait_until
+from wire import Agent, agents_at, assert_exchange, wait_until
 
 
 def let_wait(sender: Agent, agent: Agent, first, second) -> bytes:
@@ -29,11 +29,18 @@ def let_wait(sender: Agent, agent: Agent, first, second) -> bytes:
 
 
 def fill(sender: Agent, slow: Agent, node, count: int) -> list[bytes]:
-    """Send to an agent that reads nothing until `count` messages wait for it; return all."""
+    """Send to an agent that reads nothing until `count` messages wait at its node; return all.
+
+    A neighbour at its worker shows that each has arrived: if 100 more waited than are meant to, its gateway
+    would take the agent for too slow.
+    """
     sent: list[bytes] = []
+    (neighbour,) = agents_at(node.port, slow.register_answer["ext"]["worker"], 1)
     while node.health()["waiting"] < count:
         sent.append(sender.offer(slow.did, 8_000))
-        sender.send(sent[-1])
+        sender.send(sent[-1], sender.candidate(neighbour.did, len(sent)))
+        neighbour.read_text()
+    neighbour.close()
     return sent
 
 

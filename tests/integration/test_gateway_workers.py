@@ -18,7 +18,7 @@ from async_agent import AsyncAgent
 from flock import Flock
 from processes import children, process_state
 from searches import dids, discover
-from wire import Agent, assert_exchange, wait_until
+from wire import Agent, agents_at, assert_exchange, wait_until
 
 from aiconexus.protocol import DIDKey
 
@@ -320,18 +320,6 @@ async def test_a_drain_and_a_restart_under_load_lose_no_message_in_silence(start
     state = new.health()
     assert (state["sessions"], state["routes"]) == (500, 500)
     await flock.leave()
-
-
-def agents_at(port: int, worker: int, count: int) -> list[Agent]:
-    """Some agents at one worker."""
-    agents: list[Agent] = []
-    while len(agents) < count:
-        agent = Agent(port)
-        if agent.register_answer["ext"]["worker"] == worker:
-            agents.append(agent)
-        else:
-            agent.close()
-    return agents
 
 
 def ask(sender: Agent, target: Agent) -> str:

@@ -352,6 +352,18 @@ class Agent(RawClient):
         return answer
 
 
+def agents_at(port: int, worker: int, count: int) -> list[Agent]:
+    """Some agents at one worker."""
+    agents: list[Agent] = []
+    while len(agents) < count:
+        agent = Agent(port)
+        if agent.register_answer["ext"]["worker"] == worker:
+            agents.append(agent)
+        else:
+            agent.close()
+    return agents
+
+
 def assert_exchange(a: Agent, b: Agent) -> None:
     """Both agents send and get one message, byte for byte."""
     for sender, receiver in ((a, b), (b, a)):
