@@ -226,7 +226,7 @@ class Agent:
         if how != "resumed" or connection.resumed:
             statistics.registered(how, elapsed)
         else:
-            self.swarm.judges.spawn(self._judge_lost_session, how, elapsed)
+            self.swarm.judges.spawn(self._judge_lost_session, elapsed)
 
     def _start_reading(self) -> None:
         self._reader = gevent.spawn(self._read)
@@ -377,13 +377,13 @@ class Agent:
             name, failure = f"{name}: {'drain' if self._is_drain else 'partner was lost'}", None
         self.swarm.statistics.routing_error(name, arrived_at - sent.at, failure)
 
-    def _judge_lost_session(self, how: str, elapsed: float) -> None:
+    def _judge_lost_session(self, elapsed: float) -> None:
         """Find out whether it ended in a drain: one worker of a gateway may have begun it, others not yet."""
         if _comes_true(lambda: self._is_drain):
             self.swarm.statistics.registered("not resumed: drain", elapsed)
         else:
             failure = SessionError("the gateway did not keep the session")
-            self.swarm.statistics.not_registered(how, elapsed, failure)
+            self.swarm.statistics.not_registered("resumed", elapsed, failure)
 
 
 def _comes_true(condition: Callable[[], bool]) -> bool:
