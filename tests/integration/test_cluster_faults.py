@@ -156,7 +156,8 @@ def test_slow_redis_is_slow_and_nothing_else(own_redis, make_proxy, start_node):
         started = time.monotonic()
         for _ in range(10):
             assert_exchange(one, two)
-        assert time.monotonic() - started < 0.2, "messages of one node waited for Redis"
+        # Twenty messages, each of which would take 0.2 s.
+        assert time.monotonic() - started < 2, "messages of one node waited for Redis"
         back = Agent(second.port, two.key, resume=two.resume_token)
         with back:
             assert back.resumed

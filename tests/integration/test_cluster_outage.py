@@ -93,7 +93,7 @@ def test_redis_that_is_lost_for_half_a_minute_parts_the_nodes_and_no_more(fault,
             time.sleep(0.02)
         assert is_known
         assert turns > 100
-        assert slowest < 1, "messages of one node waited for Redis"
+        assert slowest < 2.5, "messages of one node waited for Redis"  # which is given 3 s to answer
         if fault == "killed":
             own_redis.start()
         else:

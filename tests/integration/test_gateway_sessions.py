@@ -586,7 +586,7 @@ def test_a_drain_does_not_wait_for_ever(start_gateway):
         started = time.monotonic()
         gateway.signal(signal.SIGTERM)
         assert gateway.wait() == 0
-        assert time.monotonic() - started < 6
+        assert time.monotonic() - started < 15
 
 
 def test_a_second_sigterm_ends_it_at_once(start_gateway):
@@ -597,7 +597,7 @@ def test_a_second_sigterm_ends_it_at_once(start_gateway):
         started = time.monotonic()
         gateway.signal(signal.SIGTERM)
         assert gateway.wait() == 0
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 1.5  # and not after the 2 s for which a CLOSE is awaited
 
 
 def test_sigint_drains_as_well(start_gateway):
