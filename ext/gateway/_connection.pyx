@@ -424,7 +424,7 @@ cdef class Router:
 
     def linked_workers(self):
         """Return the numbers of the other workers that can be reached."""
-        return [link.worker for link in self.open_links]
+        return [link.worker for link in self.open_links if link.is_open]
 
     def tell(self, int worker, int kind, int origin, uint64_t epoch, bytes data not None):
         """Send another worker a record for its handler; False if it cannot be reached or is behind."""
@@ -550,6 +550,12 @@ cdef class Router:
         cdef list records = link.begin_anew(self.next_stream())
         self.handler.on_stream(worker, False)
         self.handler.on_link_lost(worker, records)
+
+    def fall_silent(self, int worker):
+        """Say no more to a worker of another node, but hear what it has said; see `lose_remote_link`."""
+        cdef RemoteLink link = self.links[worker]
+        link.is_open = False
+        self.handler.on_link_lost(worker, link.take_unconfirmed())
 
     def progress(self, int worker):
         """Return how many bytes a worker of another node has confirmed, and how many wait for that."""

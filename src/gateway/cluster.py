@@ -376,10 +376,10 @@ class Cluster:
 
     def reach(self, worker: int) -> bool:
         """Have a link to a worker of another node; False if there can be none now."""
-        if worker in self._links:
-            return True
         if self._registry is None or worker in self._deaf:
             return False
+        if worker in self._links:
+            return True
         self._router.add_remote_link(worker, self.number, self._publish)
         self._links[worker] = (0, 0)
         return True
@@ -399,15 +399,22 @@ class Cluster:
         # An exception is the end of the line, and with it of all links.
         if answer == 0 and worker not in self._deaf:
             self._deaf.add(worker)
-            self._unlink(worker, "nobody listens")
+            if worker in self._links:
+                self._log_lost(worker, "nobody listens")
+                # What it said last may still be on its way here: it is heard until the next heartbeat.
+                self._router.fall_silent(worker)
             # A node that was gone before this one could meet it is never told of as gone.
             with suppress(TableBusyError):
                 self._table.purge(worker)
 
     def _unlink(self, worker: int, reason: str) -> None:
         if self._links.pop(worker, None) is not None:
-            self._log.info("link lost", node=worker // NODE_WORKERS, to=worker % NODE_WORKERS, reason=reason)
+            if worker not in self._deaf:
+                self._log_lost(worker, reason)
             self._router.lose_remote_link(worker)
+
+    def _log_lost(self, worker: int, reason: str) -> None:
+        self._log.info("link lost", node=worker // NODE_WORKERS, to=worker % NODE_WORKERS, reason=reason)
 
     async def _read(self, pubsub: PubSub, channel: bytes) -> None:
         while True:
@@ -428,7 +435,7 @@ class Cluster:
             source = source_of(piece)
             if source is None or source // NODE_WORKERS in (0, self.number):
                 self._log.error("not a piece of a stream", channel=message["channel"], size=len(piece))
-            elif self.reach(source) and not self._router.take(source, piece):
+            elif (source in self._links or self.reach(source)) and not self._router.take(source, piece):
                 self._log.info("stream begins anew", node=source // NODE_WORKERS, to=source % NODE_WORKERS)
                 self.begin_anew(source)
                 self._router.settle()
@@ -464,6 +471,7 @@ class Cluster:
         self._line = self._registry = None
         for worker in list(self._links):
             self._unlink(worker, "Redis lost")
+        self._deaf.clear()
         # Who is where, and under which number, is asked anew then.
         self._members = {}
         with suppress(TableBusyError):
@@ -642,6 +650,8 @@ class Cluster:
 
     def _look_after_links(self) -> None:
         """Give back what a worker of another node does not confirm."""
+        for worker in self._deaf:
+            self._unlink(worker, "nobody listens")
         self._deaf.clear()
         for worker, (confirmed, times) in list(self._links.items()):
             base, waiting = self._router.progress(worker)

@@ -124,6 +124,35 @@ def test_what_waits_at_a_node_that_is_stopped_comes_back_once(start_node):
         sender.ping()
 
 
+def test_what_a_node_says_last_arrives_though_others_hear_first_that_it_has_left(
+    redis_server, make_proxy, start_node
+):
+    proxy = make_proxy(redis_server.port)
+    first, second = start_node("--workers", "1", url=proxy.url), start_node("--workers", "1")
+    with Agent(first.port) as sender, Agent(second.port) as agent, Agent(second.port) as other:
+        assert_exchange(sender, other)
+        agent.drop()
+        wait_until(lambda: second.health()["away"] == 1)
+        sent = [sender.candidate(agent.did, number) for number in range(20)]
+        sender.send(*sent)
+        wait_until(lambda: first.health()["waiting_elsewhere"] == len(sent))
+        wait_until_confirmed(first, second)
+        # What Redis hands over to those who listen is late; what it answers is not.
+        proxy.held = b"message\r\n"
+        last = other.offer(sender.did)
+        other.send(last)
+        assert proxy.is_holding.wait(10)
+        second.stop()
+        wait_until(lambda: "nobody listens" in first.log)
+        proxy.release()
+        assert sender.read_text() == last
+        answers = [sender.receive() for _ in sent]
+        assert {answer["correlation_id"] for answer in answers} == ids(sent)
+        assert {answer["payload"]["details"]["name"] for answer in answers} == {"away_expired"}
+        wait_until(lambda: first.health()["waiting_elsewhere"] == 0)
+        sender.ping()
+
+
 def test_what_waits_at_a_node_that_dies_comes_back_once_to_senders_at_another(own_redis, start_node):
     first, second = start_node(url=own_redis.url), start_node(url=own_redis.url)
     with (
