@@ -2193,8 +2193,11 @@ class Directory {
     }
   }
 
-  /** @param {Query} query @param {AbortSignal} [signal] @returns {AsyncGenerator<PresenceEvent, void, void>} */
-  async *watch({ capability, tag, text, dids }, signal) {
+  /**
+   * @param {Query} query @param {{signal?: AbortSignal, timeout?: number}} options `timeout` of each page.
+   * @returns {AsyncGenerator<PresenceEvent, void, void>}
+   */
+  async *watch({ capability, tag, text, dids }, { signal, timeout }) {
     const query = { capability, tag, text, dids, limit: PAGE_SIZE };
     /** @type {Map<string, Found>} */
     const known = new Map();
@@ -2234,7 +2237,7 @@ class Directory {
       let isWhole = true;
       try {
         const asked = watchId === undefined ? query : { ...query, watch: true };
-        for await (const page of directory.#pages(asked, { id: watchId })) {
+        for await (const page of directory.#pages(asked, { id: watchId, timeout })) {
           if (watchId !== undefined) {
             begun = directory.#gateway.session; // later pages may come in a later session
             watchId = undefined;
@@ -2248,7 +2251,8 @@ class Directory {
           }
         }
       } catch (error) {
-        if (error instanceof NotConnectedError) return; // it begins again with the next connection
+        // It begins again with the next connection, or ends with the agent.
+        if (error instanceof NotConnectedError || directory.#gateway.state === "closed") return;
         if (!(error instanceof RemoteError && error.temporary) && !(error instanceof GatewayUnreachableError))
           throw error;
         // It may have begun, though nobody said so.
@@ -2304,7 +2308,7 @@ class Directory {
     const { session, state } = this.#gateway;
     if (session === null || state !== "registered") return;
     const end = createMessage(this.#did, session.gatewayDid, "DISCOVER", { watch: false }, { correlationId: id });
-    this.#gateway.request(end).catch((error) => this.#warn(`a watch could not be ended: ${error.message}`));
+    this.#gateway.request(end).catch((error) => this.#warn(`the end of a watch is not confirmed: ${error.message}`));
   }
 
   /**
@@ -2318,7 +2322,7 @@ class Directory {
     for (;;) {
       const answer = await this.#gateway.ask("DISCOVER", payload, { id, timeout });
       if (answer.type !== "PRESENCE") {
-        throw new GatewayUnreachableError(`the gateway answered DISCOVER with ${answer.type}`, "unexpected_type");
+        throw new MalformedMessageError("unexpected_type", `the gateway answered DISCOVER with ${answer.type}`);
       }
       yield answer.payload;
       if ((answer.payload.cursor ?? null) === null) return;
@@ -3167,6 +3171,8 @@ export class Peer {
   #serving = new Map();
   #running = 0; // until what runs has ended, and its answer has left
   #holders = 0;
+  #expired = 0; // of those that held it until it was idle: they may still release it
+  #preparing = 0; // calls that are about to be sent
   #usedAt = Date.now(); // by a call, or a connect()
   #kept = 0; // bytes of attachments that are announced, or wait for their reader
   #unread = 0;
@@ -3303,9 +3309,10 @@ export class Peer {
     };
   }
 
-  /** Need the connection no longer, before it is idle. It is closed when the other side does not need it either. */
+  /** Need the connection no longer. It is closed when the other side does not need it either. */
   async release() {
-    if (this.#holders > 0) this.#holders--;
+    if (this.#expired > 0) this.#expired--;
+    else if (this.#holders > 0) this.#holders--;
     await this.#closeIfDone();
   }
 
@@ -3387,14 +3394,19 @@ export class Peer {
     const timer = setTimeout(late, timeout);
     signal?.addEventListener("abort", abort);
     try {
-      const { text, attached, source, envelope } = await this.#request(capability, args, timeout, isStream);
-      id = envelope.id;
-      call.request = text;
-      if (!call.isOver) {
-        this.#checkOpen(); // signing takes a moment
-        this.#calls.set(id, call);
-        void this.#outbox.put(id, text, { attached });
-        if (source !== null) void this.#feed(id, call, source);
+      this.#preparing++;
+      try {
+        const { text, attached, source, envelope } = await this.#request(capability, args, timeout, isStream);
+        id = envelope.id;
+        call.request = text;
+        if (!call.isOver) {
+          this.#checkOpen(); // signing takes a moment
+          this.#calls.set(id, call);
+          void this.#outbox.put(id, text, { attached });
+          if (source !== null) void this.#feed(id, call, source);
+        }
+      } finally {
+        this.#preparing--;
       }
       for (;;) {
         const event = await call.events.take();
@@ -4187,9 +4199,10 @@ export class Peer {
 
   // --- its state and its end (section 13.7) ----------------------------------------------------------------------
 
-  /** Calls of this side that are not answered. */
+  /** How many calls of this side are not answered. */
   get #asked() {
-    return this.#calls.size + [...this.#questions.values()].filter(({ kind }) => kind !== "PING").length;
+    const intents = [...this.#questions.values()].filter(({ kind }) => kind === "INTENT").length;
+    return intents + this.#preparing + this.#calls.size;
   }
 
   get #isDone() {
@@ -4252,12 +4265,18 @@ export class Peer {
       this.#lost(`it was silent for ${silence} s: it is gone, or its event loop is blocked`);
     } else {
       if (this.#asked + this.#serving.size + this.#running > 0) this.#usedAt = now;
-      else if (now - this.#usedAt >= this.#hooks.idleTimeout) this.#holders = 0;
+      const isIdle = this.#holders > 0 && now - this.#usedAt >= this.#hooks.idleTimeout;
+      if (isIdle) {
+        this.#expired += this.#holders;
+        this.#holders = 0;
+      }
       if (Number.isNaN(this.#pingedAt) && now - this.#heardAt >= LIMITS.PEER_PING_INTERVAL_MS) {
         this.#pingedAt = now;
         // Where nobody needs the connection, asking that does for a PING.
         if (this.#isDone && this.#state === "open") void this.#closeIfDone();
         else this.ping().catch(() => {});
+      } else if (isIdle) {
+        void this.#closeIfDone(); // now: somebody may ping it so often that it is never silent
       }
       this.#watch();
     }
@@ -5099,11 +5118,12 @@ export class Agent extends EventTarget {
   }
 
   /**
-   * Hear who comes and goes; first "join" for those that are there. It ends with the signal, or with the agent.
-   * @param {Query} [query] @param {{signal?: AbortSignal}} [options]
+   * Hear who comes and goes; first "join" for those that are there. It ends with the signal, or with the agent. A
+   * gateway that does not answer in `timeout` milliseconds is asked again.
+   * @param {Query} [query] @param {{signal?: AbortSignal, timeout?: number}} [options]
    */
-  watch(query = {}, { signal } = {}) {
-    return this.#directory.watch(query, signal);
+  watch(query = {}, options = {}) {
+    return this.#directory.watch(query, options);
   }
 
   /**

@@ -664,6 +664,7 @@ async function main() {
 }
 
 main().catch((error) => {
+  if ((me?.closedBecause ?? null) !== null) return; // the page says it already
   setState($("gateway-state"), "closed", "not registered");
   banner(`${error.message}. Is a gateway running at ${GATEWAY}?`);
 });

@@ -74,7 +74,7 @@ DRAIN_STEP_MIN = 20
 # In which every connection is looked at once.
 SWEEP_TICKS = 100
 # For a worker to fetch a session whose route it has: Redis is asked before, perhaps twice. With many
-# connections it takes the sweep up to 10 s more.
+# connections it takes the sweep up to 20 s more.
 FETCH_SECONDS = 10.0
 BACKLOG = 4096
 

@@ -264,21 +264,40 @@ test("a connection stays until both need it no longer, and opens again", async (
   await until(() => !other.peers.has(one.did));
 });
 
-test("a connection that nobody uses is let go, one with a call is not", async () => {
-  const [one, two, three] = await Promise.all([1, 2, 3].map(() => newAgent({ ...capabilities(), idleTimeout: 100 })));
+test("a connection is let go when nobody has used it for some time", async () => {
+  const idleTimeout = 6_000; // each looks after 5 s of silence
+  const [one, two, three] = await Promise.all([1, 2, 3].map(() => newAgent({ ...capabilities(), idleTimeout })));
   await Promise.all([one.start(), two.start(), three.start()]);
   const busy = await one.connect(two.did);
   const stop = new AbortController();
   const held = assert.rejects(busy.execute("hold", {}, { signal: stop.signal }), { name: "AbortError" });
   const unused = await three.connect(two.did);
+  const pinging = setInterval(() => void unused.ping().catch(() => {}), 1_000); // that is no use
   await two.connect(three.did);
   await until(() => unused.state === "closed");
-  assert.equal(busy.state, "open"); // though it has been silent for longer
+  clearInterval(pinging);
   stop.abort();
   await held;
+  const usedAt = Date.now();
   await until(() => busy.state === "closed");
-  await until(() => two.peers.size === 0);
+  assert.ok(Date.now() - usedAt >= idleTimeout);
+  assert.equal(two.peers.size, 0);
   await Promise.all([one.close(), two.close(), three.close()]);
+});
+
+test("who releases a connection after it was idle takes it from nobody else", async () => {
+  const one = await newAgent({ idleTimeout: 100 });
+  await one.start();
+  const there = await one.connect(other.did);
+  const back = await other.connect(one.did);
+  const younger = await one.connect(me.did);
+  await until(() => younger.state === "closed"); // so the older one has been let go, too
+  assert.equal(await one.connect(other.did), there);
+  await there.release(); // that of the first connect
+  assert.equal(await there.execute("double", { value: 4 }), 8);
+  await back.release();
+  assert.equal(there.state, "open");
+  await one.close();
 });
 
 test("who is not there, or does not want to, is told apart", async () => {

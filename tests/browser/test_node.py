@@ -50,9 +50,9 @@ def run_node(*arguments: str, **environment: str) -> None:
     ) as run:
         try:
             output, _ = run.communicate(timeout=RUN_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(run.pid, signal.SIGKILL)  # it runs each file in a process of its own
-            output, _ = run.communicate()
+        finally:
+            if run.poll() is None:
+                os.killpg(run.pid, signal.SIGKILL)  # it runs each file in a process of its own
     assert run.returncode == 0, output
 
 

@@ -799,6 +799,17 @@ async def test_idle_connection_closes_unless_a_block_holds_it(pair: Pair) -> Non
     assert await asyncio.wait_for(two.lost.get(), 10) == "it closed the connection: it is done"
 
 
+async def test_idle_connection_closes_though_it_is_never_silent(pair: Pair) -> None:
+    one, two = pair
+    peer = await one.connect(two.did)
+    await peer.ping()
+    peer._timer.cancel()
+    peer._used_at -= PEER_IDLE_SECONDS
+    peer._check()
+    assert peer._leaving is not None  # without a PING that is due
+    assert await asyncio.wait_for(two.lost.get(), 10) == "it closed the connection: it is done"
+
+
 async def test_connection_with_calls_is_not_idle(pair: Pair) -> None:
     one, two = pair
     mine = await one.connect(two.did)

@@ -122,16 +122,16 @@ def is_served(port: int) -> bool:
 
 
 def test_messages_over_the_rate_are_refused_with_a_time_and_the_session_goes_on(start_gateway):
-    gateway = start_gateway("--message-rate", "2", "--message-burst", "30")
+    gateway = start_gateway("--message-rate", "1", "--message-burst", "30")
     with Agent(gateway.port) as sender, Agent(gateway.port) as target:
         announced = sender.hello["ext"]["limits"]
-        assert (announced["message_rate"], announced["message_burst"]) == (2, 30)
+        assert (announced["message_rate"], announced["message_burst"]) == (1, 30)
         messages = [sender.candidate(target.did, number) for number in range(60)]
         sender.send(*messages)
         errors = [sender.receive() for _ in range(30)]
         assert {error["payload"]["details"]["name"] for error in errors} == {"rate_limited"}
         pause = errors[0]["payload"]["details"]["retry_after_ms"]
-        assert 50 <= pause <= 1_000
+        assert 500 <= pause <= 2_000
         assert [target.read_text() for _ in range(30)] == messages[:30]
         wait_until(lambda: passes(sender, target))
     assert gateway.health()["counters"]["refused"]["rate_limited"] >= 30
@@ -141,7 +141,7 @@ def passes(sender: Agent, target: Agent) -> bool:
     """Whether one more message is delivered."""
     data = sender.candidate(target.did, 0)
     sender.send(data)
-    target.socket.settimeout(0.05)
+    target.socket.settimeout(1)
     try:
         return target.read_text() == data
     except TimeoutError:

@@ -499,8 +499,9 @@ def talk_until_told(agent: Agent, silent: Agent) -> None:
 
 
 def test_an_agent_that_talks_is_not_pinged(start_gateway):
-    gateway = start_gateway("--ping-interval", "2")
-    with Agent(gateway.port) as silent, Agent(gateway.port) as agent:
+    gateway = start_gateway("--workers", "1", "--ping-interval", "2")
+    # One clock for both, and its time comes first.
+    with Agent(gateway.port) as agent, Agent(gateway.port) as silent:
         talk_until_told(agent, silent)
         assert silent.read_frame().opcode == PING
         assert gateway.health()["counters"]["pings_sent"] == 1
@@ -540,8 +541,8 @@ def test_a_session_without_messages_is_idle_whatever_else_it_sends(start_gateway
 
 
 def test_messages_keep_a_session_from_being_idle(start_gateway):
-    gateway = start_gateway("--idle-timeout", "2")
-    with Agent(gateway.port) as silent, Agent(gateway.port) as agent:
+    gateway = start_gateway("--workers", "1", "--idle-timeout", "2")
+    with Agent(gateway.port) as agent, Agent(gateway.port) as silent:
         talk_until_told(agent, silent)
         assert silent.read_close().close_code == 4006
         agent.ping()
@@ -586,7 +587,7 @@ def test_a_drain_does_not_wait_for_ever(start_gateway):
         started = time.monotonic()
         gateway.signal(signal.SIGTERM)
         assert gateway.wait() == 0
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < 8  # and not after the 10 s of a drain
 
 
 def test_a_second_sigterm_ends_it_at_once(start_gateway):

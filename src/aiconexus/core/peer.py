@@ -807,8 +807,9 @@ class Peer:
             return
         if self._calls.open or self._serving:
             self._used_at = self._loop.time()
-        elif self._loop.time() - self._used_at >= self._idle_timeout:
+        elif self._awaited and self._loop.time() - self._used_at >= self._idle_timeout:
             self._awaited = 0
+            self._pinging = self._leave()  # now: others may ping it so often that it is never silent
         if verdict is Verdict.PING:
             self._pinging = self._leave() if self._is_done else asyncio.ensure_future(self._probe())
         self._timer = self._loop.call_at(self._keepalive.due, self._check)
