@@ -3335,6 +3335,8 @@ export class Peer {
       }
       this.#channel.raw.close(); // after what was handed to it has left (RFC 8831 section 6.7)
       await Promise.race([this.#channel.closed, sleep(GOODBYE_MS)]);
+    } catch {
+      // It broke meanwhile: nobody is there to be told.
     } finally {
       this.#lost(this.#reason);
     }
@@ -4265,8 +4267,9 @@ export class Peer {
       this.#lost(`it was silent for ${silence} s: it is gone, or its event loop is blocked`);
     } else {
       if (this.#asked + this.#serving.size + this.#running > 0) this.#usedAt = now;
-      const isIdle = this.#holders > 0 && now - this.#usedAt >= this.#hooks.idleTimeout;
+      const isIdle = now - this.#usedAt >= this.#hooks.idleTimeout;
       if (isIdle) {
+        this.#usedAt = now; // to ask again if the other side needs it now
         this.#expired += this.#holders;
         this.#holders = 0;
       }

@@ -552,10 +552,8 @@ cdef class Router:
         self.handler.on_link_lost(worker, records)
 
     def fall_silent(self, int worker):
-        """Say no more to a worker of another node, but hear what it has said; see `lose_remote_link`."""
-        cdef RemoteLink link = self.links[worker]
-        link.is_open = False
-        self.handler.on_link_lost(worker, link.take_unconfirmed())
+        """Say no more to a worker of another node, but hear what it has said, until `lose_remote_link`."""
+        (<RemoteLink>self.links[worker]).is_open = False
 
     def progress(self, int worker):
         """Return how many bytes a worker of another node has confirmed, and how many wait for that."""

@@ -382,6 +382,8 @@ cdef class RemoteLink(Link):
         cdef const RemoteHead* head = <const RemoteHead*>PyBytes_AS_STRING(piece)
         cdef char* batches = PyBytes_AS_STRING(piece) + sizeof(RemoteHead)
         cdef size_t size = PyBytes_GET_SIZE(piece) - sizeof(RemoteHead)
+        if not self.is_open and (head.kind == RESET or (self.opposite and head.stream != self.opposite)):
+            return True  # only what was begun is heard out: another stream could not be confirmed
         if head.kind == RESET:
             return head.stream != self.stream
         if not are_batches(batches, size):

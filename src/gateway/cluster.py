@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 # Between two attempts to reach Redis: random, or all workers of all nodes would come at once.
 RETRY_MIN_SECONDS = 0.1
 RETRY_MAX_SECONDS = 2.0
+# Where nobody listens any more, what was said last is heard for so long, and until the next heartbeat.
+DEAF_SECONDS = 1.0
 # In one round trip, of agents that are announced again.
 ANNOUNCE_COUNT = 200
 # Heartbeats without a confirmation after which what another node's worker was sent goes back.
@@ -162,7 +164,7 @@ class Cluster:
         self._members: dict[int, Member] = {}
         # By worker of another node: what it had confirmed at the last heartbeat, and for how many of them.
         self._links: dict[int, tuple[int, int]] = {}
-        self._deaf: set[int] = set()  # workers of other nodes that did not listen since the last heartbeat
+        self._deaf: dict[int, float] = {}  # workers of other nodes that do not listen, and since when
         self._joined_at = 0.0
         self._clock_offset = 0.0  # time of Redis minus the monotonic one, in ms
         self._beat: Heartbeat | None = None  # the last one
@@ -386,7 +388,7 @@ class Cluster:
 
     def begin_anew(self, worker: int) -> None:
         """Begin another stream to a worker of another node, if there is one."""
-        if worker in self._links:
+        if worker in self._links and worker not in self._deaf:
             self._links[worker] = (0, 0)
             self._router.begin_anew(worker)
 
@@ -398,10 +400,10 @@ class Cluster:
     def _published(self, worker: int, answer: Any) -> None:
         # An exception is the end of the line, and with it of all links.
         if answer == 0 and worker not in self._deaf:
-            self._deaf.add(worker)
+            self._deaf[worker] = time.monotonic()
             if worker in self._links:
                 self._log_lost(worker, "nobody listens")
-                # What it said last may still be on its way here: it is heard until the next heartbeat.
+                # What it said last may still be on its way here, also that it has got what it was sent.
                 self._router.fall_silent(worker)
             # A node that was gone before this one could meet it is never told of as gone.
             with suppress(TableBusyError):
@@ -650,10 +652,12 @@ class Cluster:
 
     def _look_after_links(self) -> None:
         """Give back what a worker of another node does not confirm."""
-        for worker in self._deaf:
+        for worker in [each for each, since in self._deaf.items() if time.monotonic() - since > DEAF_SECONDS]:
             self._unlink(worker, "nobody listens")
-        self._deaf.clear()
+            del self._deaf[worker]
         for worker, (confirmed, times) in list(self._links.items()):
+            if worker in self._deaf:
+                continue
             base, waiting = self._router.progress(worker)
             if not waiting or base != confirmed:
                 self._links[worker] = (base, 0)

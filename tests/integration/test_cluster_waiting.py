@@ -139,7 +139,9 @@ def test_what_a_node_says_last_arrives_though_others_hear_first_that_it_has_left
         wait_until_confirmed(first, second)
         # What Redis hands over to those who listen is late; what it answers is not.
         proxy.held = b"message\r\n"
-        last = other.offer(sender.did)
+        delivered, last = sender.offer(other.did), other.offer(sender.did)
+        sender.send(delivered)
+        assert other.read_text() == delivered
         other.send(last)
         assert proxy.is_holding.wait(10)
         second.stop()
@@ -150,7 +152,9 @@ def test_what_a_node_says_last_arrives_though_others_hear_first_that_it_has_left
         assert {answer["correlation_id"] for answer in answers} == ids(sent)
         assert {answer["payload"]["details"]["name"] for answer in answers} == {"away_expired"}
         wait_until(lambda: first.health()["waiting_elsewhere"] == 0)
-        sender.ping()
+        wait_until_confirmed(first)
+        wait_until(lambda: first.health()["cluster"]["others"] == {}, STALE_SECONDS)
+        sender.ping()  # nothing else came
 
 
 def test_what_waits_at_a_node_that_dies_comes_back_once_to_senders_at_another(own_redis, start_node):

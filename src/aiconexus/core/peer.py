@@ -805,11 +805,13 @@ class Peer:
         if verdict is Verdict.STALLED:
             self._lost(f"it has read nothing for {PEER_STALL_SECONDS:g} s")
             return
+        now = self._loop.time()
         if self._calls.open or self._serving:
-            self._used_at = self._loop.time()
-        elif self._awaited and self._loop.time() - self._used_at >= self._idle_timeout:
+            self._used_at = now
+        elif now - self._used_at >= self._idle_timeout:
             self._awaited = 0
             self._pinging = self._leave()  # now: others may ping it so often that it is never silent
+            self._used_at = now  # to ask again if the other side needs it now
         if verdict is Verdict.PING:
             self._pinging = self._leave() if self._is_done else asyncio.ensure_future(self._probe())
         self._timer = self._loop.call_at(self._keepalive.due, self._check)
