@@ -7,6 +7,7 @@ import random
 import select
 import signal
 import time
+from contextlib import ExitStack
 
 import pytest
 from wire import (
@@ -698,18 +699,26 @@ def test_a_drain_returns_what_waits_for_an_agent_that_is_away(start_gateway):
 def test_a_drain_waits_until_what_has_expired_just_now_is_told(start_gateway):
     """It is told a few at a time: more than in the moment before agents are sent away."""
     gateway = start_gateway("--workers", "1", "--away", "2", "--message-rate", "0")
-    with Agent(gateway.port) as sender:
+    with ExitStack() as stack:
+        # Ten senders, as one that reads slower than all is told would be a slow consumer.
+        senders = [stack.enter_context(Agent(gateway.port)) for _ in range(10)]
         away = [Agent(gateway.port) for _ in range(100)]
         for agent in away:
             agent.drop()
-        sent = [sender.candidate(agent.did, number) for agent in away for number in range(64)]
-        sender.send(*sent)
-        told = {json.loads(sender.read_text())["correlation_id"]}
+        sent = {
+            sender: [sender.candidate(agent.did, number) for agent in away[place::10] for number in range(64)]
+            for place, sender in enumerate(senders)
+        }
+        for sender, messages in sent.items():
+            sender.send(*messages)
+        first = json.loads(senders[0].read_text())["correlation_id"]
         gateway.signal(signal.SIGTERM)
-        told |= {json.loads(sender.read_text())["correlation_id"] for _ in sent[1:]}
-        assert told == set(ids(sent))
-        assert sender.read_close().close_code == 4001
-        sender.write(close_frame(4001))
+        for sender, messages in sent.items():
+            told = {first} if sender is senders[0] else set()
+            told |= {json.loads(sender.read_text())["correlation_id"] for _ in messages[len(told) :]}
+            assert told == set(ids(messages))
+            assert sender.read_close().close_code == 4001
+            sender.write(close_frame(4001))
         assert gateway.wait() == 0
 
 
