@@ -700,15 +700,15 @@ def test_a_drain_waits_until_what_has_expired_just_now_is_told(start_gateway):
     """It is told a few at a time: more than in the moment before agents are sent away."""
     gateway = start_gateway("--workers", "1", "--away", "2", "--message-rate", "0")
     with ExitStack() as stack:
-        # Ten senders, as one that reads slower than all is told would be a slow consumer.
-        senders = [stack.enter_context(Agent(gateway.port)) for _ in range(10)]
-        away = [Agent(gateway.port) for _ in range(100)]
-        for agent in away:
-            agent.drop()
+        # Many senders, as one that reads slower than all is told would be a slow consumer.
+        senders = [stack.enter_context(Agent(gateway.port)) for _ in range(30)]
+        away = [Agent(gateway.port) for _ in range(300)]
         sent = {
-            sender: [sender.candidate(agent.did, number) for agent in away[place::10] for number in range(64)]
+            sender: [sender.candidate(agent.did, number) for agent in away[place::30] for number in range(64)]
             for place, sender in enumerate(senders)
         }
+        for agent in away:
+            agent.drop()
         for sender, messages in sent.items():
             sender.send(*messages)
         first = json.loads(senders[0].read_text())["correlation_id"]
