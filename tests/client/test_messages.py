@@ -290,6 +290,18 @@ async def test_what_is_no_did_is_not_asked_after(
         ask(client, dids=[other.did, "bad"])
 
 
+def watch_of(question: Message) -> bool | None:
+    """Return what a DISCOVER asks of a watch."""
+    assert isinstance(question.payload, DiscoverPayload)
+    return question.payload.watch
+
+
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a watch that was refused ask again at once."""
+    monkeypatch.setattr(directory, "RETRY_SECONDS", 0.0)
+
+
 async def begin_watch(
     client: GatewayClient, gateway: ScriptedGateway, timeout: float = 10.0
 ) -> tuple[AsyncGenerator[PresenceEvent, None], asyncio.Future[PresenceEvent], Message]:
@@ -313,9 +325,8 @@ async def test_watch_asks_again_when_not_everybody_could_be_asked(
     client: GatewayClient,
     registered: Register,
     other: DIDKey,
-    monkeypatch: pytest.MonkeyPatch,
+    no_pause: None,
 ) -> None:
-    monkeypatch.setattr(directory, "RETRY_SECONDS", 0.0)
     visit = await registered()
     events, first, question = await begin_watch(client, gateway)
     await visit.send_unsigned(PresencePayload(agents=[{"did": client.did}], partial=True), question.id)
@@ -337,9 +348,8 @@ async def test_watch_begins_anew_only_where_it_had_not_begun(
     client: GatewayClient,
     registered: Register,
     other: DIDKey,
-    monkeypatch: pytest.MonkeyPatch,
+    no_pause: None,
 ) -> None:
-    monkeypatch.setattr(directory, "RETRY_SECONDS", 0.0)
     visit = await registered()
     events, first, question = await begin_watch(client, gateway)
     if is_begun:
@@ -347,8 +357,7 @@ async def test_watch_begins_anew_only_where_it_had_not_begun(
         question = await gateway.message()
     await visit.send_unsigned(ErrorPayload.for_cause("busy"), question.id)
     again = await gateway.message()
-    assert isinstance(again.payload, DiscoverPayload)
-    assert again.payload.watch is (None if is_begun else True)
+    assert watch_of(again) is (None if is_begun else True)
     await visit.send_unsigned(PresencePayload(agents=[{"did": other.did}]), again.id)
     assert (await first).agent.did == other.did
     await end_watch(events, gateway, visit)
@@ -359,18 +368,15 @@ async def test_watch_that_may_have_begun_is_ended_before_it_begins_anew(
     client: GatewayClient,
     registered: Register,
     other: DIDKey,
-    monkeypatch: pytest.MonkeyPatch,
+    no_pause: None,
 ) -> None:
-    monkeypatch.setattr(directory, "RETRY_SECONDS", 0.0)
     visit = await registered()
     events, first, question = await begin_watch(client, gateway, timeout=2.0)
     end = await gateway.message()  # when nobody has answered in time
-    assert isinstance(end.payload, DiscoverPayload)
-    assert (end.payload.watch, end.correlation_id) == (False, question.id)
+    assert (watch_of(end), end.correlation_id) == (False, question.id)
     await visit.send_unsigned(PresencePayload(agents=[]), end.id)
     again = await gateway.message()
-    assert isinstance(again.payload, DiscoverPayload)
-    assert again.payload.watch
+    assert watch_of(again)
     await visit.send_unsigned(PresencePayload(agents=[{"did": other.did}]), again.id)
     assert (await first).agent.did == other.did
     await end_watch(events, gateway, visit)
@@ -389,14 +395,12 @@ async def test_watch_that_waited_for_the_gateway_begins_once(
     await client.wait_for(ClientState.REGISTERED, timeout=10)
     visit = await gateway.visit()
     question = await gateway.message()
-    assert isinstance(question.payload, DiscoverPayload)
-    assert question.payload.watch
+    assert watch_of(question)
     await visit.send_unsigned(PresencePayload(agents=[{"did": client.did}]), question.id)
     assert (await first).agent.did == client.did
     second = asyncio.ensure_future(anext(events))
     again = await gateway.message()
-    assert isinstance(again.payload, DiscoverPayload)
-    assert again.payload.watch is None
+    assert watch_of(again) is None
     await visit.send_unsigned(PresencePayload(agents=[{"did": other.did}]), again.id)
     assert (await second).agent.did == other.did
     await end_watch(events, gateway, visit)
@@ -431,8 +435,7 @@ async def test_watch_that_is_read_too_slowly_tells_how_it_is(
         visit = await gateway.visit()
     second = asyncio.ensure_future(anext(events))
     again = await gateway.message()
-    assert isinstance(again.payload, DiscoverPayload)
-    assert again.payload.watch is (True if is_dropped else None)
+    assert watch_of(again) is (True if is_dropped else None)
     await visit.send_unsigned(PresencePayload(agents=[{"did": did} for did in others[2:]]), again.id)
     told = [await second, *[await anext(events) for _ in range(18)]]
     # others[1] was dropped, or told by the last few events.
