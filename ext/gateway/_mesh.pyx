@@ -310,6 +310,8 @@ cdef class RemoteLink(Link):
         cdef list records = self.take_unconfirmed()
         self.base = self.asked = 0
         self.stream = stream
+        # What the last one has confirmed may be lost with it.
+        self.owes = self.opposite != 0
         return records
 
     cdef uint16_t local(self, uint16_t number) noexcept:
@@ -334,6 +336,8 @@ cdef class RemoteLink(Link):
         cdef RemoteHead* head
         cdef BatchHead* batch
         cdef size_t size
+        if self.is_blocked:
+            return True
         self.seal(confirm_now)
         size = self.out_size - self.written
         if not self.is_open or size == 0:
@@ -382,8 +386,6 @@ cdef class RemoteLink(Link):
         cdef const RemoteHead* head = <const RemoteHead*>PyBytes_AS_STRING(piece)
         cdef char* batches = PyBytes_AS_STRING(piece) + sizeof(RemoteHead)
         cdef size_t size = PyBytes_GET_SIZE(piece) - sizeof(RemoteHead)
-        if not self.is_open and (head.kind == RESET or (self.opposite and head.stream != self.opposite)):
-            return True  # only what was begun is heard out: another stream could not be confirmed
         if head.kind == RESET:
             return head.stream != self.stream
         if not are_batches(batches, size):

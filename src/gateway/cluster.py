@@ -165,6 +165,8 @@ class Cluster:
         # By worker of another node: what it had confirmed at the last heartbeat, and for how many of them.
         self._links: dict[int, tuple[int, int]] = {}
         self._deaf: dict[int, float] = {}  # workers of other nodes that do not listen, and since when
+        self._pieces = 0  # that were heard
+        self._heard: dict[int, int] = {}  # number of the last one, by who has said it
         self._joined_at = 0.0
         self._clock_offset = 0.0  # time of Redis minus the monotonic one, in ms
         self._beat: Heartbeat | None = None  # the last one
@@ -388,26 +390,37 @@ class Cluster:
 
     def begin_anew(self, worker: int) -> None:
         """Begin another stream to a worker of another node, if there is one."""
-        if worker in self._links and worker not in self._deaf:
+        if worker in self._links:
             self._links[worker] = (0, 0)
             self._router.begin_anew(worker)
 
     def _publish(self, worker: int, piece: bytes) -> None:
         if self._line is not None and self._registry is not None:
             channel = self._registry.channel(worker)
-            self._line.send("PUBLISH", channel, piece, done=partial(self._published, worker))
+            self._line.send("PUBLISH", channel, piece, done=partial(self._published, worker, self._pieces))
 
-    def _published(self, worker: int, answer: Any) -> None:
-        # An exception is the end of the line, and with it of all links.
-        if answer == 0 and worker not in self._deaf:
+    def _published(self, worker: int, heard: int, answer: Any) -> None:
+        # An exception is the end of the line, and of all links. Who has spoken since may listen by now.
+        if answer == 0 and worker not in self._deaf and self._heard.get(worker, 0) <= heard:
             self._deaf[worker] = time.monotonic()
             if worker in self._links:
                 self._log_lost(worker, "nobody listens")
                 # What it said last may still be on its way here, also that it has got what it was sent.
-                self._router.fall_silent(worker)
+                self._router.pause(worker)
             # A node that was gone before this one could meet it is never told of as gone.
             with suppress(TableBusyError):
                 self._table.purge(worker)
+
+    def _hear(self, worker: int, piece: bytes) -> None:
+        """Take a piece of a stream. Who speaks listens, or has left since, as the next piece for it shows."""
+        self._pieces += 1
+        self._heard[worker] = self._pieces
+        if self._deaf.pop(worker, None) is not None and worker in self._links:
+            self._router.resume(worker)
+        if self.reach(worker) and not self._router.take(worker, piece):
+            self._log.info("stream begins anew", node=worker // NODE_WORKERS, to=worker % NODE_WORKERS)
+            self.begin_anew(worker)
+            self._router.settle()
 
     def _unlink(self, worker: int, reason: str) -> None:
         if self._links.pop(worker, None) is not None:
@@ -437,10 +450,8 @@ class Cluster:
             source = source_of(piece)
             if source is None or source // NODE_WORKERS in (0, self.number):
                 self._log.error("not a piece of a stream", channel=message["channel"], size=len(piece))
-            elif (source in self._links or self.reach(source)) and not self._router.take(source, piece):
-                self._log.info("stream begins anew", node=source // NODE_WORKERS, to=source % NODE_WORKERS)
-                self.begin_anew(source)
-                self._router.settle()
+            else:
+                self._hear(source, piece)
 
     # --- life ----------------------------------------------------------------------------------
 

@@ -312,6 +312,37 @@ def test_a_node_that_was_cut_off_does_not_keep_who_went_to_another(own_redis, ma
             wait_until(lambda: entries(own_redis) == 3)
 
 
+def test_a_node_that_speaks_is_heard_and_told_so_though_it_did_not_listen_just_now(
+    own_redis, make_proxy, start_node
+):
+    proxy = make_proxy(own_redis.port)
+    first, second = (start_node("--workers", "1", url=url) for url in (own_redis.url, proxy.url))
+    second.forgive(*LOST)
+    with Agent(first.port) as one, Agent(second.port) as other:
+        assert_exchange(one, other)
+        wait_until_confirmed(first, second)
+        proxy.cut()
+        wait_until(lambda: redis_state(second) == "lost")
+        proxy.held = b"SUBSCRIBE"
+        proxy.mend()
+        assert proxy.is_holding.wait(10)  # it has joined again, and does not listen yet
+        missing = one.offer(other.did)
+        one.send(missing)
+        wait_until(lambda: "nobody listens" in first.log)
+        proxy.release()
+        wait_until(lambda: redis_state(second) == "connected")
+        spoken = other.offer(one.did)
+        other.send(spoken)
+        got = [one.read_text() for _ in range(2)]
+        got.remove(spoken)
+        error = json.loads(got[0])
+        assert error["correlation_id"] == json.loads(missing)["id"]
+        assert error["payload"]["details"]["name"] == "unconfirmed"
+        assert_exchange(other, one)
+        wait_until_confirmed(first, second)
+        other.ping()  # nothing came back
+
+
 def test_nodes_whose_clocks_are_five_minutes_apart_work_together(own_redis, start_node):
     faketime = pytest.importorskip("libfaketime", reason="needs another clock: `pip install libfaketime`")
     _, environment = faketime.get_reload_information()
