@@ -424,7 +424,7 @@ cdef class Router:
 
     def linked_workers(self):
         """Return the numbers of the other workers that can be reached."""
-        return [link.worker for link in self.open_links]
+        return [link.worker for link in self.open_links if link.is_open]
 
     def tell(self, int worker, int kind, int origin, uint64_t epoch, bytes data not None):
         """Send another worker a record for its handler; False if it cannot be reached or is behind."""
@@ -551,13 +551,13 @@ cdef class Router:
         self.handler.on_stream(worker, False)
         self.handler.on_link_lost(worker, records)
 
-    def pause(self, int worker):
-        """Let what is said to a worker of another node wait; what it says is heard."""
-        (<RemoteLink>self.links[worker]).is_blocked = True
+    def fall_silent(self, int worker):
+        """Say no more to a worker of another node until `begin_anew`, but hear what it says."""
+        (<RemoteLink>self.links[worker]).is_open = False
 
-    def resume(self, int worker):
-        """Go on with the stream to a worker of another node where it was paused."""
-        (<RemoteLink>self.links[worker]).is_blocked = False
+    def opposite(self, int worker):
+        """Return the stream of a worker of another node that is heard; 0 if there was none."""
+        return (<RemoteLink>self.links[worker]).opposite
 
     def progress(self, int worker):
         """Return how many bytes a worker of another node has confirmed, and how many wait for that."""

@@ -72,7 +72,7 @@ cdef class Link:
         readonly int worker      # at the other end
         readonly int fd          # -1: closed, or none
         readonly bint is_open
-        readonly bint is_blocked  # the socket takes no more, or nothing any more; nobody listens
+        readonly bint is_blocked  # the socket takes no more; or nothing any more
         bint is_silent            # the last read found nothing
         # What was said to the other worker and not confirmed: `out[0]` is byte `base` of the stream.
         char* out                # owned

@@ -310,8 +310,7 @@ cdef class RemoteLink(Link):
         cdef list records = self.take_unconfirmed()
         self.base = self.asked = 0
         self.stream = stream
-        # What the last one has confirmed may be lost with it.
-        self.owes = self.opposite != 0
+        self.is_open = True
         return records
 
     cdef uint16_t local(self, uint16_t number) noexcept:
@@ -336,12 +335,12 @@ cdef class RemoteLink(Link):
         cdef RemoteHead* head
         cdef BatchHead* batch
         cdef size_t size
-        if self.is_blocked:
+        if not self.is_open:
             return True
         self.seal(confirm_now)
         size = self.out_size - self.written
-        if not self.is_open or size == 0:
-            return self.is_open
+        if size == 0:
+            return True
         piece = PyBytes_FromStringAndSize(NULL, sizeof(RemoteHead) + size)
         head = <RemoteHead*>PyBytes_AS_STRING(piece)
         head.magic = MAGIC

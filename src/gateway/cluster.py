@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 # Between two attempts to reach Redis: random, or all workers of all nodes would come at once.
 RETRY_MIN_SECONDS = 0.1
 RETRY_MAX_SECONDS = 2.0
-# Where nobody listens any more, what was said last is heard for so long, and until the next heartbeat.
+# Where nobody listens, what was said last is heard for so long, and until the next heartbeat.
 DEAF_SECONDS = 1.0
 # In one round trip, of agents that are announced again.
 ANNOUNCE_COUNT = 200
@@ -165,8 +165,6 @@ class Cluster:
         # By worker of another node: what it had confirmed at the last heartbeat, and for how many of them.
         self._links: dict[int, tuple[int, int]] = {}
         self._deaf: dict[int, float] = {}  # workers of other nodes that do not listen, and since when
-        self._pieces = 0  # that were heard
-        self._heard: dict[int, int] = {}  # number of the last one, by who has said it
         self._joined_at = 0.0
         self._clock_offset = 0.0  # time of Redis minus the monotonic one, in ms
         self._beat: Heartbeat | None = None  # the last one
@@ -390,34 +388,46 @@ class Cluster:
 
     def begin_anew(self, worker: int) -> None:
         """Begin another stream to a worker of another node, if there is one."""
-        if worker in self._links:
+        if worker in self._links and worker not in self._deaf:
             self._links[worker] = (0, 0)
             self._router.begin_anew(worker)
 
     def _publish(self, worker: int, piece: bytes) -> None:
         if self._line is not None and self._registry is not None:
             channel = self._registry.channel(worker)
-            self._line.send("PUBLISH", channel, piece, done=partial(self._published, worker, self._pieces))
+            opposite = self._router.opposite(worker)
+            self._line.send("PUBLISH", channel, piece, done=partial(self._published, worker, opposite))
 
-    def _published(self, worker: int, heard: int, answer: Any) -> None:
-        # An exception is the end of the line, and of all links. Who has spoken since may listen by now.
-        if answer == 0 and worker not in self._deaf and self._heard.get(worker, 0) <= heard:
-            self._deaf[worker] = time.monotonic()
+    def _published(self, worker: int, opposite: int, answer: Any) -> None:
+        # An exception is the end of the line, and with it of all links.
+        if answer == 0 and worker not in self._deaf:
             if worker in self._links:
+                if self._router.opposite(worker) != opposite:
+                    return  # it has begun to speak since, and so to listen
                 self._log_lost(worker, "nobody listens")
                 # What it said last may still be on its way here, also that it has got what it was sent.
-                self._router.pause(worker)
+                self._router.fall_silent(worker)
+            self._deaf[worker] = time.monotonic()
             # A node that was gone before this one could meet it is never told of as gone.
             with suppress(TableBusyError):
                 self._table.purge(worker)
 
     def _hear(self, worker: int, piece: bytes) -> None:
-        """Take a piece of a stream. Who speaks listens, or has left since, as the next piece for it shows."""
-        self._pieces += 1
-        self._heard[worker] = self._pieces
-        if self._deaf.pop(worker, None) is not None and worker in self._links:
-            self._router.resume(worker)
-        if self.reach(worker) and not self._router.take(worker, piece):
+        """Take a piece of a stream.
+
+        Whoever did not listen and begins another stream, or asks for another, listens now. One that has left
+        only goes on with what it had begun.
+        """
+        if worker not in self._links:
+            self._deaf.pop(worker, None)
+            if not self.reach(worker):
+                return
+        opposite = self._router.opposite(worker)
+        must_begin = not self._router.take(worker, piece)
+        if worker in self._deaf and self._router.opposite(worker) != opposite:
+            must_begin = True
+        if must_begin:
+            self._deaf.pop(worker, None)
             self._log.info("stream begins anew", node=worker // NODE_WORKERS, to=worker % NODE_WORKERS)
             self.begin_anew(worker)
             self._router.settle()

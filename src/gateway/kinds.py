@@ -25,6 +25,8 @@ HELLO: Final = FIRST_OTHER_KIND + 11
 ACCOUNT: Final = FIRST_OTHER_KIND + 12
 KEPT: Final = FIRST_OTHER_KIND + 13
 FREED: Final = FIRST_OTHER_KIND + 14
+# To a worker of the same node: what waited here and cannot be delivered any more is back, as this one ends.
+GIVEN_BACK: Final = FIRST_OTHER_KIND + 15
 
 # Of records that hold an agent's message.
 MESSAGE_KINDS: Final = frozenset({HELD, FORWARDED})

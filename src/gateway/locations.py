@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -125,11 +124,12 @@ class Locations:
             cause = "not_online"
             messages, search.messages = messages[: search.asked_for], messages[search.asked_for :]
         elif answer.worker >= NODE_WORKERS:
-            cause = "unreachable"
-            if self._cluster.reach(answer.worker):
-                with suppress(TableBusyError):
-                    self._table.cache(did.encode(), answer.worker, answer.connection, answer.epoch)
-                    cause = None
+            try:
+                self._table.cache(did.encode(), answer.worker, answer.connection, answer.epoch)
+            except TableBusyError:
+                cause = "unreachable"
+            else:
+                self._cluster.reach(answer.worker)
         elif self._table.get(did.encode()) is None:
             # Its worker has died, and Redis is not told yet; or it has left just now.
             cause = "unreachable"

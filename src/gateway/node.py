@@ -41,7 +41,7 @@ _COUNTED = (
     "errors_dropped",
 )
 _FAULTS = "faults"  # of this program
-_DRAINING = "draining"  # of a worker: 1 once it sends its agents away, also when it has ended
+_DRAINING = "draining"  # of a worker: 1 once it is told to send its agents away, also when it has ended
 # A client may close with any number; those that mean nothing to us are counted together.
 _OTHER_CODE = "other"
 
@@ -85,7 +85,7 @@ class Node:
         self.counters.set(worker, _DRAINING, is_draining)
 
     def is_draining(self, worker: int) -> bool:
-        """Tell whether a worker sends its agents away, or did so before it ended."""
+        """Tell whether a worker sends its agents away, or is about to, or did so before it ended."""
         return bool(self.counters.get(worker, _DRAINING))
 
     def forget(self, worker: int) -> int:

@@ -143,6 +143,7 @@ class Supervisor:
         pairs = [(other, *socket_pair()) for other in running]
         parent = os.getpid()
         worker.generation += 1
+        self._node.set_draining(worker.number, False)
         # A signal that comes before the worker can take it must wait for that, not be lost.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
@@ -291,6 +292,9 @@ class Supervisor:
         self._is_stopping = True
         # The next gateway may have the port while this one drains.
         self._address.close()
+        for worker in self._workers:
+            if worker.pid:  # all of them, before one is told: it is to wait for the others
+                self._node.set_draining(worker.number, True)
         for worker in self._workers:
             worker.restart_at = None
             if worker.pid:

@@ -47,7 +47,7 @@ from gateway.directory import Query, View
 from gateway.discovery import Discovery, Page
 from gateway.handshake import Handshake, Registrar, Registration, read_shown
 from gateway.ice import IceServers
-from gateway.kinds import ANSWER, ASK, CHANGED, CUSTODY_KINDS, MESSAGE_KINDS, WATCHING
+from gateway.kinds import ANSWER, ASK, CHANGED, CUSTODY_KINDS, GIVEN_BACK, MESSAGE_KINDS, WATCHING
 from gateway.locations import Locations, Waiting
 from gateway.losses import Losses
 from gateway.moves import Moves, is_lasting
@@ -68,7 +68,9 @@ EXPIRED_PER_TICK = 500
 STALL_SECONDS = 1.0
 # The time a client has to answer our CLOSE frame.
 CLOSE_TIMEOUT_SECONDS = 2.0
-# Of the drain time, in which the closes are spread; and how many leave in one tick at least.
+# Of the drain time: for other workers to give back what waits there; of what is left then, the time in which
+# the closes are spread; and how many leave in one tick at least.
+GIVE_BACK_SHARE = 0.5
 DRAIN_SHARE = 0.8
 DRAIN_STEP_MIN = 20
 # In which every connection is looked at once.
@@ -202,6 +204,7 @@ class Gateway:
         self._connections_max = descriptors.connections_per_worker()
         self._opening_max = descriptors.requests_per_worker()
         self._is_draining = False
+        self._given_back: set[int] = set()  # workers of this node that end, and keep no message any more
         self._sweep_at = 0
         self._opening = 0  # connections whose request is not answered yet
         self._generations: dict[int, int] = {}
@@ -564,6 +567,8 @@ class Gateway:
             self.watches.on_watching(worker, data)
         elif kind == CHANGED:
             self.watches.on_changed(data)
+        elif kind == GIVEN_BACK:
+            self._given_back.add(worker)
         elif kind in CUSTODY_KINDS:
             assert self.custody is not None
             self.custody.on_record(worker, kind, data)
@@ -628,6 +633,7 @@ class Gateway:
         if worker >= NODE_WORKERS:
             return
         self.watches.on_link_lost(worker)
+        self._given_back.discard(worker)
         told = {scan(data).id for data in lost}
         # What it had confirmed, and kept for agents that were away or slow. What came from another node is
         # answered for there, and senders that have gone to another node by one of the workers that are left.
@@ -1036,7 +1042,6 @@ class Gateway:
             on_ready: Called once connections are accepted.
         """
         loop = asyncio.get_running_loop()
-        self.node.set_draining(self.worker, False)
         loop.add_reader(self.router.fileno(), self.router.run_pass)
         tasks = [loop.create_task(self._tick(loop))]
         if self.cluster is not None:
@@ -1145,18 +1150,18 @@ class Gateway:
         # What cannot be delivered any more goes back while its senders are still there to be told.
         for session in self.registry.end_away():
             self._return_all(session.release(), "away_expired")
-        # Some of them are at other workers, which begin to close connections just as we do. And who has
-        # connected but is not accepted yet gets an answer, not a reset.
+        # Who has connected but is not accepted yet gets an answer, not a reset.
         is_stopped = await self._is_stopped(TICK_SECONDS)
         # Of what was lost before, a few are told at a time.
         while self._losses and not is_stopped and time.monotonic() < deadline:
             is_stopped = await self._is_stopped(TICK_SECONDS / 10)
+        is_stopped = is_stopped or await self._wait_for_siblings()
         server.close()
         if is_stopped:
             return
         random.shuffle(connections)
         # The last ones keep some of the time for their CLOSE handshake.
-        steps = max(int(self.settings.drain_seconds * DRAIN_SHARE / TICK_SECONDS), 1)
+        steps = max(int((deadline - time.monotonic()) * DRAIN_SHARE / TICK_SECONDS), 1)
         size = max(-(-len(connections) // steps), DRAIN_STEP_MIN)
         for start in range(0, len(connections), size):
             for connection in connections[start : start + size]:
@@ -1171,6 +1176,35 @@ class Gateway:
             until = deadline if self.router.connection_count else patience
             if time.monotonic() > until or await self._is_stopped(TICK_SECONDS / 10):
                 return
+
+    async def _wait_for_siblings(self) -> bool:
+        """Let the workers that end with this one give back what waits there: its senders may be here.
+
+        Returns:
+            Whether the end is to be at once.
+        """
+        until = time.monotonic() + self.settings.drain_seconds * GIVE_BACK_SHARE
+        told: set[int] = set()
+        while True:
+            siblings = self._siblings()
+            told |= {
+                worker
+                for worker in siblings
+                if worker not in told and self.router.tell(worker, GIVEN_BACK, self.worker, 0, b"")
+            }
+            self.router.settle()
+            late = [
+                worker
+                for worker in siblings
+                if worker not in told or (self.node.is_draining(worker) and worker not in self._given_back)
+            ]
+            if not late:
+                return False
+            if time.monotonic() > until:
+                self._log.warning("not given back", workers=late)
+                return False
+            if await self._is_stopped(TICK_SECONDS / 10):
+                return True
 
     async def _is_stopped(self, seconds: float) -> bool:
         """Wait; tell at once if the end is to be at once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import select
 import signal
@@ -10,6 +11,7 @@ import time
 from contextlib import ExitStack
 
 import pytest
+from processes import process_state
 from wire import (
     CLOSE,
     CONTINUATION,
@@ -18,6 +20,7 @@ from wire import (
     TEXT,
     Agent,
     RawClient,
+    agents_at,
     assert_exchange,
     close_frame,
     frame,
@@ -690,6 +693,26 @@ def test_a_drain_returns_what_waits_for_an_agent_that_is_away(start_gateway):
         data = a.offer(b.did)
         leave(gateway, a, data)
         gateway.signal(signal.SIGTERM)
+        a.receive_error("away_expired", json.loads(data)["id"])
+        assert a.read_close().close_code == 4001
+        a.write(close_frame(4001))
+        assert gateway.wait() == 0
+
+
+def test_a_drain_closes_no_sender_before_all_workers_have_given_back_what_waits(start_gateway):
+    gateway = start_gateway("--workers", "2")
+    (a,), (b,) = (agents_at(gateway.port, worker, 1) for worker in (0, 1))
+    with a, b:
+        gone(gateway, b)
+        data = a.offer(b.did)
+        leave(gateway, a, data)
+        keeper = gateway.worker_pids[1]
+        os.kill(keeper, signal.SIGSTOP)
+        wait_until(lambda: process_state(keeper) == "T")
+        gateway.signal(signal.SIGTERM)
+        wait_until(lambda: "draining" in gateway.log)
+        assert not select.select([a.socket], [], [], 0.5)[0]
+        os.kill(keeper, signal.SIGCONT)
         a.receive_error("away_expired", json.loads(data)["id"])
         assert a.read_close().close_code == 4001
         a.write(close_frame(4001))
