@@ -14,7 +14,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 import pytest
-from processes import children, process_state
+from processes import children, send_signal
 from turn_server import TurnServer, find_server
 from wire import wait_until
 
@@ -67,9 +67,7 @@ class GatewayProcess:
     def signal_workers(self, number: signal.Signals) -> None:
         """Send a signal to every worker; after SIGSTOP, wait until each stands still."""
         for pid in self.worker_pids:
-            os.kill(pid, number)
-            if number is signal.SIGSTOP:
-                wait_until(lambda pid=pid: process_state(pid) == "T")
+            send_signal(pid, number)
 
     def start(self) -> None:
         """Start it and wait until it listens."""

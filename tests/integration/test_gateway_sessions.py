@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import select
 import signal
@@ -11,7 +10,7 @@ import time
 from contextlib import ExitStack
 
 import pytest
-from processes import process_state
+from processes import send_signal
 from wire import (
     CLOSE,
     CONTINUATION,
@@ -707,12 +706,11 @@ def test_a_drain_closes_no_sender_before_all_workers_have_given_back_what_waits(
         data = a.offer(b.did)
         leave(gateway, a, data)
         keeper = gateway.worker_pids[1]
-        os.kill(keeper, signal.SIGSTOP)
-        wait_until(lambda: process_state(keeper) == "T")
+        send_signal(keeper, signal.SIGSTOP)
         gateway.signal(signal.SIGTERM)
         wait_until(lambda: "draining" in gateway.log)
         assert not select.select([a.socket], [], [], 0.5)[0]
-        os.kill(keeper, signal.SIGCONT)
+        send_signal(keeper, signal.SIGCONT)
         a.receive_error("away_expired", json.loads(data)["id"])
         assert a.read_close().close_code == 4001
         a.write(close_frame(4001))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from async_agent import AsyncAgent
 from flock import Flock
-from processes import children, process_state
+from processes import children, process_state, send_signal
 from searches import dids, discover
 from wire import Agent, agents_at, assert_exchange, wait_until
 
@@ -453,8 +453,7 @@ supervisor.Supervisor(settings, DIDKey.generate(), address, lambda: print(port, 
         discover(watcher, watch=True)
         assert dids(watcher.receive()["payload"]["agents"]) == sorted((watcher.did, other.did))
         for pid in (node.pid, late):
-            os.kill(pid, signal.SIGSTOP)
-            wait_until(lambda pid=pid: process_state(pid) == "T")
+            send_signal(pid, signal.SIGSTOP)
         if is_missed:
             os.kill(first, signal.SIGKILL)
             wait_until(lambda: not is_running(first))

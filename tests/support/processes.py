@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,3 +33,14 @@ def process_state(pid: int) -> str:
     """Return the letter of proc(5): "T" is stopped, "Z" has ended and is not waited for."""
     # It follows the name, which may hold spaces and brackets.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def send_signal(pid: int, number: signal.Signals) -> None:
+    """Send a signal; after SIGSTOP, wait until every thread stands still: others may go on for a moment."""
+    os.kill(pid, number)
+    deadline = time.monotonic() + 10
+    while number is signal.SIGSTOP and any(
+        process_state(int(thread.name)) != "T" for thread in Path(f"/proc/{pid}/task").iterdir()
+    ):
+        assert time.monotonic() < deadline, f"process {pid} does not stop"
+        time.sleep(0.001)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from certificates import Certificates
 from ports import free_port
+from processes import send_signal
 
 START_SECONDS = 10.0
 
@@ -102,7 +103,7 @@ class RedisServer:
 
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None
-        self._process.send_signal(number)
+        send_signal(self._process.pid, number)
 
     def kill(self) -> None:
         """SIGKILL: what it held is gone."""

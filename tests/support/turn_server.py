@@ -9,6 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from processes import send_signal
+
 START_SECONDS = 10.0
 SECRET = "the secret of the tests"
 
@@ -96,7 +98,7 @@ class TurnServer:
 
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None
-        self._process.send_signal(number)
+        send_signal(self._process.pid, number)
 
     def kill(self) -> None:
         """SIGKILL: all relays are gone."""
